@@ -1,0 +1,24 @@
+"""Training of neural networks with the Additively Preconditioned Trust-Region Strategy over MPI ranks."""
+
+from apts_mpi.apts import APTS, StepResult
+from apts_mpi.errors import InvalidInput
+from apts_mpi.options import (
+    APTSOptions,
+    GlobalStepOptions,
+    LocalOptions,
+    SchwarzOptions,
+    TrustRegionOptions,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "APTS",
+    "APTSOptions",
+    "GlobalStepOptions",
+    "InvalidInput",
+    "LocalOptions",
+    "SchwarzOptions",
+    "StepResult",
+    "TrustRegionOptions",
+]

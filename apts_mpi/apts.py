@@ -1,0 +1,383 @@
+"""The Additively Preconditioned Trust-Region Strategy: the loop and its state (arXiv 2512.14286)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from apts_mpi.batch import passes_of_batch, team_shares
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import seconds
+from apts_mpi.errors import InvalidInput
+from apts_mpi.events import Events
+from apts_mpi.local import needs_evaluations
+from apts_mpi.objective import Loss, Objective, Pass, Run
+from apts_mpi.options import APTSOptions
+from apts_mpi.partition import Layout, make_subdomains, most_subdomains
+from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.segments import Forward, SegmentedNetwork
+from apts_mpi.trust_region import judge, steepest_descent
+from apts_mpi.vector import FlatParameters, clip_to_ball, norm
+
+
+@dataclass
+class State:
+    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
+
+    iteration: int = 0
+    functions: int = 0
+    radius: float | None = None
+    losses: list[float] = field(default_factory=list)
+    gradient_evaluations: float = 0.0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judged step; all numbers are those of rank 0.
+
+    Attributes
+    ----------
+    loss, trial_loss
+        f_k before and after the step.
+    predicted_reduction, actual_reduction, rho
+        Of the model, of f_k (from the maximum of the window, if any), and their ratio.
+    accepted
+        Whether the step was taken.
+    radius
+        Radius of the ball in which the step was looked for.
+    next_radius
+        Radius of the next step.
+    step_norm, gradient_norm
+        Norms of the step (in the norm of the ball) and of the gradient (2-norm).
+    """
+
+    loss: float
+    trial_loss: float
+    predicted_reduction: float
+    actual_reduction: float
+    rho: float
+    accepted: bool
+    radius: float
+    next_radius: float
+    step_norm: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one iteration did; the same on every rank.
+
+    Attributes
+    ----------
+    iteration
+        Its number, from 1.
+    schwarz
+        The judged Schwarz step.
+    global_step
+        The judged global step, or None without one.
+    gradient_evaluations
+        Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
+        the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
+    seconds
+        Wall time of this iteration on this rank.
+    """
+
+    iteration: int
+    schwarz: Judged
+    global_step: Judged | None
+    gradient_evaluations: float
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters changed."""
+        return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
+
+
+class APTS:
+    """Trains a network with nonlinear additive Schwarz over its parameters inside a trust region.
+
+    The network's own parameters are the iterate: between steps ``network(x)`` and ``network.state_dict()`` just work.
+    Making a solver is collective: rank 0's parameters and buffers are given to all ranks.
+
+    Parameters
+    ----------
+    network
+        An ``nn.Module`` with float32 or float64 parameters; an ``nn.Sequential`` lets local solves leave layers out.
+    loss
+        Function of (outputs, targets) that returns the mean over samples, shape ().
+    comm
+        Any mpi4py intracommunicator; None is ``MPI.COMM_WORLD``.
+    options
+        The configuration.
+    forward
+        Function of (network, inputs) that returns the outputs, for a loss that needs more of the network than its
+        values (derivatives, several calls). None is ``network(inputs)``.
+
+    Raises
+    ------
+    InvalidInput
+        On every rank, for a network or options that cannot be used.
+
+    Examples
+    --------
+    >>> solver = APTS(network, torch.nn.functional.cross_entropy)
+    >>> result = solver.step((inputs, targets))
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        loss: Loss,
+        *,
+        comm: MPI.Comm | None = None,
+        options: APTSOptions | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.options = options = options or APTSOptions()
+        self.network = network
+        self.events = Events()
+        self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, self.events)
+        with self.comm.shared_errors():
+            segmented = SegmentedNetwork(network, forward)
+            self.vector = FlatParameters(network)
+            layers = segmented.layers(self.vector)
+            most = min(self.comm.size // options.replicas, most_subdomains(layers, options.schwarz.partition))
+            count = options.subdomains or max(most, 1)
+            self.subdomains = make_subdomains(layers, count, options.schwarz.partition, options.schwarz.overlap)
+            self.layout = Layout(self.comm.size, count, options.replicas)
+        self.comm.share_tensors([self.vector.values, *network.buffers()])
+        team = self.comm.group(self.layout.team_of(self.comm.rank))
+        self.objective = Objective(
+            network=network,
+            segmented=segmented,
+            vector=self.vector,
+            loss=loss,
+            inexact=options.schwarz.variant == "inexact",
+            keep_gradients=needs_evaluations(options.local),
+            comm=self.comm,
+            events=self.events,
+        )
+        self.schwarz = AdditiveSchwarz(
+            options=options.schwarz,
+            local_options=options.local,
+            trust_region=options.trust_region,
+            objective=self.objective,
+            subdomains=self.subdomains,
+            layout=self.layout,
+            comm=self.comm,
+            team=team,
+            events=self.events,
+        )
+        self.state = State(radius=options.trust_region.initial_radius)
+        self._team = team
+        self._accepted_values = self.vector.values.clone()
+        self._passes: list[Pass] = []
+        self._team_shares: list[float] = []
+        self._run: Run | None = None
+        self._has_gradient = False
+        self._has_correction = False
+
+    def step(
+        self, batch: tuple[torch.Tensor, torch.Tensor] | None = None, rows: torch.Tensor | None = None
+    ) -> StepResult:
+        """Do one iteration: evaluate, solve locally, assemble, judge. Collective.
+
+        Parameters
+        ----------
+        batch
+            Inputs and targets, with the samples in the first dimension: the whole batch on every rank, or this rank's
+            own shard (``options.batch``). None is the batch of the step before: after an accepted step its forward
+            pass is not done again, after a rejected one gradient and corrections are not computed again.
+        rows : Tensor of int, optional
+            The samples of ``batch`` that count, in this order, the same on every rank: a rank copies its own part only.
+
+        Raises
+        ------
+        InvalidInput
+            On every rank, for a batch that is too small or a network whose parameters were moved.
+        """
+        started = seconds()
+        self._work_before = self.events.work
+        repeated = batch is None
+        if batch is not None:
+            self._take(batch, rows)
+        self._evaluate()
+        if self.state.radius is None:
+            self.state.radius = self._cauchy_length()
+        self._correct()
+        schwarz = self._judge(self.schwarz.correction, keep_graph=repeated)
+        global_step = self._global_step(repeated) if self.options.global_step.model != "none" else None
+        self.state.iteration += 1
+        moved = schwarz.accepted or (global_step is not None and global_step.accepted)
+        self.state.accepted += moved
+        self.state.rejected += not moved
+        evaluations = self._most_work * self.comm.size / self._batch_size
+        self.state.gradient_evaluations += evaluations
+        return StepResult(self.state.iteration, schwarz, global_step, evaluations, seconds() - started)
+
+    def _take(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
+        """Make a new batch the present function f_k."""
+        with self.comm.shared_errors():
+            self.vector.check_alias()
+        self.state.functions += 1
+        local_data = self.options.schwarz.local_data
+        self._passes, self._batch_size = passes_of_batch(
+            batch,
+            rows,
+            layout=self.layout,
+            subdomains=self.subdomains,
+            comm=self.comm,
+            local_data=local_data,
+            whole=self.options.batch == "whole",
+            stream=(self.options.seed, self.state.functions),
+        )
+        self._team_shares = team_shares(self._passes, self._team)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The point or the function changed: nothing known of it holds any more."""
+        self._run = None
+        self._has_gradient = self._has_correction = False
+
+    def _evaluate(self) -> None:
+        """Have loss, gradient and caches at the present point."""
+        with self.events.timed("global evaluation"):
+            if self._run is None:
+                self._run = self.objective.forward(self._passes, keep_graph=True)
+            if not self._has_gradient:
+                self.objective.backward(self._passes, self._run)
+                self._has_gradient = True
+
+    @property
+    def _gradient(self) -> torch.Tensor:
+        return self.objective.reduction.total
+
+    def _correct(self) -> None:
+        """Have the Schwarz correction, within the ball of the present radius."""
+        if not self._has_correction:
+            pending = self.schwarz.start_correction(
+                self._run.caches, self._team_shares, self._gradient, self.state.radius
+            )
+            with self.events.timed("assembly"):
+                pending.wait()
+            self._has_correction = True
+        # After a rejection the corrections of the larger ball are scaled into the smaller one.
+        clip_to_ball(self.schwarz.correction, self.state.radius, self.options.trust_region.norm)
+
+    def _judge(self, step: torch.Tensor, keep_graph: bool) -> Judged:
+        """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point."""
+        options, radius = self.options.trust_region, self.state.radius
+        self._accepted_values.copy_(self.vector.values)
+        self.vector.values.add_(step)
+        with self.events.timed("judge"):
+            trial = self.objective.forward(self._passes, keep_graph)
+
+            def decide(table: np.ndarray) -> Sequence[float]:
+                loss, trial_loss = (math.fsum(column) for column in table.T[:2])
+                predicted = -float(torch.dot(self._gradient, step))
+                step_norm = float(norm(step, options.norm))
+                decision = judge(
+                    options,
+                    radius=radius,
+                    loss=loss,
+                    trial_loss=trial_loss,
+                    predicted_reduction=predicted,
+                    step_norm=step_norm,
+                    earlier_losses=tuple(self.state.losses),
+                )
+                return (
+                    loss,
+                    trial_loss,
+                    predicted,
+                    decision.actual_reduction,
+                    decision.rho,
+                    decision.accepted,
+                    radius,
+                    decision.radius,
+                    step_norm,
+                    float(norm(self._gradient, "2")),
+                    table[:, 2].max(),
+                )
+
+            work = self.events.work - self._work_before
+            *record, self._most_work = self.comm.agree([float(self._run.loss), float(trial.loss), work], decide)
+        judged = Judged(*record[:5], bool(record[5]), *record[6:])
+        self.state.radius = judged.next_radius
+        if judged.accepted:
+            self.objective.buffers.accept()
+            self._remember(judged.loss)
+            self._forget()
+            self._run = trial if keep_graph else None
+        else:
+            self.vector.values.copy_(self._accepted_values)
+        return judged
+
+    def _remember(self, loss: float) -> None:
+        window = self.options.trust_region.window
+        self.state.losses = [*self.state.losses, loss][-window:] if window else []
+
+    def _global_step(self, repeated: bool) -> Judged:
+        """First-order trust-region step at the point that the Schwarz step led to."""
+        self._evaluate()
+        step = steepest_descent(self._gradient, self.state.radius, self.options.trust_region.norm)
+        return self._judge(step, keep_graph=repeated)
+
+    def _cauchy_length(self) -> float:
+        """Length of the Cauchy step of the first batch: first derivative over curvature, down the gradient.
+
+        The curvature is a finite difference of gradients, which any network can give, at the price of one evaluation.
+        """
+        options = self.options.trust_region
+        gradient, values = self._gradient.clone(), self.vector.values
+        direction = steepest_descent(gradient, 1.0, options.norm)
+        size = float(norm(values, "2"))
+        length = torch.finfo(values.dtype).eps ** 0.5 * (1.0 + size) / float(norm(direction, "2")) or 1.0
+        self._accepted_values.copy_(values)
+        values.add_(direction, alpha=length)
+        self.objective.backward(self._passes, self.objective.forward(self._passes, keep_graph=True))
+        values.copy_(self._accepted_values)
+
+        def decide(table: np.ndarray) -> Sequence[float]:
+            slope = float(torch.dot(gradient, direction))
+            curvature = (float(torch.dot(self._gradient, direction)) - slope) / length
+            cauchy = -slope / abs(curvature) if curvature else math.nan
+            if not math.isfinite(cauchy):
+                cauchy = 1.0
+            return [min(max(cauchy, options.min_radius), options.max_radius)]
+
+        (radius,) = self.comm.agree([0.0], decide)
+        self._gradient.copy_(gradient)
+        return radius
+
+    def describe(self) -> str:
+        """The composed solver, in words, for ``--view``."""
+        return describe(self)
+
+
+def describe(solver: APTS) -> str:
+    """The composed solver, in words."""
+    options, layout = solver.options, solver.layout
+    lines = [
+        f"APTS: {solver.vector.values.numel()} parameters, {solver.vector.values.dtype}, "
+        f"{len(solver.objective.segmented)} segments",
+        f"  ranks: {layout.ranks} in {layout.teams} teams, replicas {layout.replicas}",
+        f"  schwarz: {options.schwarz}",
+        f"  local: {options.local}",
+        f"  trust region: {options.trust_region}",
+        f"  global step: {options.global_step.model}",
+    ]
+    for subdomain in solver.subdomains:
+        lines.append(
+            f"  subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop} "
+            f"(owned {subdomain.owned_start} to {subdomain.owned_stop}), "
+            f"segments {subdomain.first_segment} to {subdomain.last_segment}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""torch's own optimizers, data-parallel over the ranks: what APTS is compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from mpi4py import MPI
+
+from apts_mpi.batch import passes_of_batch
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import seconds
+from apts_mpi.events import Events
+from apts_mpi.objective import Loss, Objective
+from apts_mpi.partition import Layout, Subdomain
+from apts_mpi.segments import Forward, SegmentedNetwork
+from apts_mpi.vector import FlatParameters
+
+OPTIMIZERS = {
+    "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate),
+    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
+    "lbfgs": lambda parameters, rate: torch.optim.LBFGS(
+        parameters, lr=rate, max_iter=10, line_search_fn="strong_wolfe"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """One step of an optimizer; the same on every rank. See `apts_mpi.StepResult` for the units."""
+
+    iteration: int
+    loss: float
+    gradient_norm: float
+    gradient_evaluations: float
+    seconds: float
+
+
+class DataParallel:
+    """A torch optimizer on the flat parameters with gradients summed over the ranks.
+
+    Parameters
+    ----------
+    network, loss, forward, comm
+        As for `apts_mpi.APTS`.
+    optimizer
+        ``adam``, ``sgd`` (momentum 0.9) or ``lbfgs`` (strong Wolfe line search).
+    learning_rate
+        Its step size.
+    seed
+        Of dropout.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        loss: Loss,
+        *,
+        comm: MPI.Comm,
+        optimizer: str,
+        learning_rate: float,
+        seed: int = 0,
+        forward: Forward | None = None,
+    ) -> None:
+        self.events = Events()
+        self.comm = Communicator(comm, self.events)
+        with self.comm.shared_errors():
+            segmented = SegmentedNetwork(network, forward)
+            self.vector = FlatParameters(network)
+        self.comm.share_tensors([self.vector.values, *network.buffers()])
+        self.layout = Layout(self.comm.size, self.comm.size, 1)
+        size, last = self.vector.values.numel(), len(segmented) - 1
+        self._everything = [Subdomain(rank, 0, size, 0, size, 0, last) for rank in range(self.comm.size)]
+        self.objective = Objective(
+            network=network,
+            segmented=segmented,
+            vector=self.vector,
+            loss=loss,
+            inexact=False,
+            keep_gradients=False,
+            comm=self.comm,
+            events=self.events,
+        )
+        self._flat = torch.nn.Parameter(self.vector.values)
+        self._flat.grad = self.objective.reduction.total
+        self.optimizer = OPTIMIZERS[optimizer]([self._flat], learning_rate)
+        self._seed = seed
+        self.iteration = 0
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> BaselineResult:
+        """One step on the whole batch, given on every rank. Collective. See `apts_mpi.APTS.step`."""
+        started, work = seconds(), self.events.work
+        self.iteration += 1
+        passes, batch_size = passes_of_batch(
+            batch,
+            rows,
+            layout=self.layout,
+            subdomains=self._everything,
+            comm=self.comm,
+            local_data="shard",
+            whole=True,
+            stream=(self._seed, self.iteration),
+        )
+        first: list[tuple[float, float]] = []
+
+        def closure() -> float:
+            run = self.objective.forward(passes, keep_graph=True)
+            self.objective.backward(passes, run)
+            (loss,) = self.comm.agree([float(run.loss)], lambda table: [math.fsum(table[:, 0])])
+            if not first:
+                self.objective.buffers.accept()
+                first.append((loss, float(torch.linalg.vector_norm(self._flat.grad))))
+            return loss
+
+        self.optimizer.step(closure)
+        evaluations = (self.events.work - work) * self.comm.size / batch_size
+        return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
+
+    def describe(self) -> str:
+        """The optimizer and its settings, in words."""
+        return f"data-parallel over {self.comm.size} ranks: {self.optimizer}"

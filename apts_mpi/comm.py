@@ -1,0 +1,196 @@
+"""Messages between ranks: pending reductions, agreement on a record, and errors that all ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.events import Events
+from apts_mpi.transport import Mirror
+
+
+class _Private:
+    """A duplicate of a user's communicator, and its groups by the colors of all ranks."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm.Dup()
+        self.groups: dict[tuple[int, ...], MPI.Comm] = {}
+
+    def free(self) -> None:
+        for group in self.groups.values():
+            group.Free()
+        self.comm.Free()
+
+
+# Kept as an attribute of the user's communicator and freed with it, as in PETSc: one duplicate however many solvers
+# are made, since an MPI library has room for a few thousand communicators only.
+_PRIVATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
+
+
+def _private(comm: MPI.Comm) -> _Private:
+    private = comm.Get_attr(_PRIVATE)
+    if private is None:
+        private = _Private(comm)
+        comm.Set_attr(_PRIVATE, private)
+    return private
+
+
+class Pending:
+    """Operations under way; `wait` returns when their results are in the tensors."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._requests: list[MPI.Request] = []
+        self._finish: list[Callable[[], None]] = []
+
+    def add(self, request: MPI.Request, finish: Callable[[], None]) -> None:
+        """Take in one more operation, and what remains to do once it has completed."""
+        self._requests.append(request)
+        self._finish.append(finish)
+
+    def progress(self) -> None:
+        """Give the MPI library time to move data; most move nothing outside of a call."""
+        MPI.Request.Testall(self._requests)
+
+    def wait(self) -> None:
+        """Complete all operations."""
+        with self._events.timed("wait"):
+            MPI.Request.Waitall(self._requests)
+        for finish in self._finish:
+            finish()
+        self._requests.clear()
+        self._finish.clear()
+
+
+class Communicator:
+    """The ranks that work on one solver, or a group of them.
+
+    Parameters
+    ----------
+    comm
+        Any intracommunicator. A private duplicate is made, so that messages never meet the user's own. Collective.
+    events
+        Where messages and waiting times are counted.
+    """
+
+    def __init__(self, comm: MPI.Comm, events: Events) -> None:
+        self._private = _private(comm)
+        self._mpi = self._private.comm
+        self._events = events
+        self.rank = self._mpi.Get_rank()
+        self.size = self._mpi.Get_size()
+
+    def group(self, color: int) -> Communicator:
+        """Communicator of the ranks that give the same ``color``, in the order of their ranks. Collective."""
+        colors = tuple(self._mpi.allgather(color))
+        groups = self._private.groups
+        if colors not in groups:
+            groups[colors] = self._mpi.Split(color, self.rank)
+        return Communicator(groups[colors], self._events)
+
+    def local_rank(self) -> int:
+        """Number of this rank among those on its host. Collective."""
+        host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        local_rank = host.Get_rank()
+        host.Free()
+        return local_rank
+
+    def pending(self) -> Pending:
+        """An empty set of operations."""
+        return Pending(self._events)
+
+    def start_sum(self, pending: Pending, send: Mirror, receive: Mirror, start: int, stop: int) -> None:
+        """Start the sum over ranks of elements ``start`` to ``stop`` of ``send`` into ``receive``. Collective.
+
+        ``send`` and ``receive`` may be the same mirror.
+        """
+        send.push(start, stop)
+        source = MPI.IN_PLACE if send is receive else send.memory(start, stop)
+        target = receive.memory(start, stop)
+        self._events.message("sum", target.nbytes)
+        pending.add(self._mpi.Iallreduce(source, target), lambda: receive.pull(start, stop))
+
+    def start_gather(self, pending: Pending, buffer: Mirror, ranges: Sequence[tuple[int, int]]) -> None:
+        """Start to give every rank the elements that rank r holds in ``ranges[r]``, in place. Collective."""
+        start, stop = ranges[self.rank]
+        buffer.push(start, stop)
+        whole = buffer.memory(0, buffer.tensor.numel())
+        counts = [stop - start for start, stop in ranges]
+        offsets = [start for start, _ in ranges]
+        self._events.message("gather", whole[start:stop].nbytes)
+        request = self._mpi.Iallgatherv(MPI.IN_PLACE, [whole, (counts, offsets)])
+        pending.add(request, lambda: buffer.pull(0, buffer.tensor.numel()))
+
+    def sum(self, mirror: Mirror) -> None:
+        """Sum ``mirror`` over the ranks in place. Collective."""
+        pending = self.pending()
+        self.start_sum(pending, mirror, mirror, 0, mirror.tensor.numel())
+        pending.wait()
+
+    def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank rank 0's contents of ``tensors``, of any dtype. Collective; for set-up, not for iterations."""
+        contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
+        for tensor, content in zip(tensors, contents, strict=True):
+            tensor.copy_(torch.from_numpy(content))
+
+    def total(self, number: int) -> int:
+        """Sum of ``number`` over the ranks. Collective."""
+        return self._mpi.allreduce(number)
+
+    def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
+        """Let rank 0 decide from the values of all ranks; every rank returns its decision. Collective.
+
+        A sum over ranks is formed on rank 0 alone and handed out: MPI libraries have returned different bits of
+        one Allreduce on different ranks (pmodels/mpich#6538), and ranks that compare them part company.
+
+        Parameters
+        ----------
+        values
+            Float64 scalars of this rank, as many on every rank.
+        decide
+            Called on rank 0 with an array of shape (ranks, len(values)); returns the record, floats.
+        """
+        own = np.asarray(values, dtype=np.float64)
+        table = np.empty((self.size, own.size)) if self.rank == 0 else None
+        self._events.message("agree", own.nbytes)
+        with self._events.timed("wait"):
+            self._mpi.Gather(own, table, root=0)
+        record = tuple(map(float, decide(table))) if self.rank == 0 else None
+        with self._events.timed("wait"):
+            return self._mpi.bcast(record, root=0)
+
+    def agree_on_text(self, text: str) -> str:
+        """Rank 0's ``text``. Collective."""
+        return self._mpi.bcast(text, root=0)
+
+    @contextmanager
+    def shared_errors(self) -> Iterator[None]:
+        """Raise on every rank, after the block, if the block raised on any. Collective; no collective inside.
+
+        Raises
+        ------
+        SharedInvalidInput
+            With the message of the first rank that failed. An exception other than `InvalidInput` is raised as it is
+            where it happened.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        messages = self._mpi.allgather(None if error is None else _describe(error))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if error is not None and not isinstance(error, InvalidInput):
+            raise error
+        if failed:
+            where = "" if len(failed) == self.size else f"rank {failed[0]}: "
+            raise SharedInvalidInput(where + messages[failed[0]]) from error
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, InvalidInput) else f"{type(error).__name__}: {error}"

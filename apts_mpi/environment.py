@@ -1,0 +1,72 @@
+"""The one place where the library reads the clock, the process environment and the random state."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# What launchers tell each process about the size of its job and its number in it (Hydra and other PMI launchers; Open MPI; Slurm steps).
+LAUNCHER_VARIABLES = (
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+
+
+def seconds() -> float:
+    """Seconds on a monotonic clock."""
+    return time.perf_counter()
+
+
+def timestamp() -> str:
+    """Local date and time as ``20260131-235959``, for names of run directories."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def launcher() -> tuple[int, int] | None:
+    """Number of processes that the launcher says it started and the number of this one; None without a launcher."""
+    for size, rank in LAUNCHER_VARIABLES:
+        if os.environ.get(size, "").isdigit() and os.environ.get(rank, "").isdigit():
+            return int(os.environ[size]), int(os.environ[rank])
+    return None
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Copy of torch's random state on ``device``, as bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set torch's random state on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's random state on ``device`` after the block as it was before."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+def seed_stream(device: torch.device, *key: int) -> None:
+    """Seed torch on ``device`` from a tuple of integers; equal keys give equal random numbers."""
+    seed = 0
+    for part in key:
+        # A 64-bit multiplicative hash (Knuth); neighbouring keys must not give neighbouring seeds.
+        seed = ((seed ^ (part + 0x9E3779B97F4A7C15)) * 0xD1342543DE82EF95) % 2**63
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

@@ -1,0 +1,9 @@
+"""The error that a user can mend: it names the option, the bad value and the remedy."""
+
+
+class InvalidInput(ValueError):
+    """Input that cannot be used; the message alone, without a traceback, is enough to mend it."""
+
+
+class SharedInvalidInput(InvalidInput):
+    """The same, raised on all ranks together: each may leave in its own time, none waits for another."""

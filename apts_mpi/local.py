@@ -1,0 +1,142 @@
+"""Local solvers: a few iterations on a local objective inside the subdomain's ball.
+
+None waits for the device: what depends on values is written with tensors, so that a GPU is kept busy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+
+from apts_mpi.objective import LocalObjective
+from apts_mpi.options import LocalOptions, TrustRegionOptions
+from apts_mpi.trust_region import steepest_descent
+from apts_mpi.vector import clip_to_ball, norm
+
+NormKind = Literal["2", "inf"]
+
+
+class LocalSolver(Protocol):
+    """Moves ``local.block`` from R_d theta_k to a better point at a distance of at most ``radius``."""
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """Collective over the team where it evaluates the objective."""
+
+
+class SteepestDescent:
+    """Steps of length radius / iterations down the gradient."""
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `LocalSolver`."""
+        for gradient in _gradients(local, self._iterations):
+            local.block.add_(steepest_descent(gradient, radius / self._iterations, kind))
+
+
+class Adam:
+    """Steps of length radius / iterations along Adam directions (arXiv 1412.6980).
+
+    Attributes
+    ----------
+    first_moment, second_moment : Tensor, shape (stop - start,)
+        Running means of the gradient and its square; they last from one iteration to the next.
+    count : int
+        Updates of the moments.
+    """
+
+    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+    def __init__(self, iterations: int, block: torch.Tensor) -> None:
+        self._iterations = iterations
+        self.first_moment = torch.zeros_like(block)
+        self.second_moment = torch.zeros_like(block)
+        self.count = 0
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `LocalSolver`."""
+        for gradient in _gradients(local, self._iterations):
+            # A gradient that is not finite leads to a rejected step; it must not stay in the moments.
+            gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            self.count += 1
+            self.first_moment.lerp_(gradient, 1.0 - self.BETA1)
+            self.second_moment.mul_(self.BETA2).addcmul_(gradient, gradient, value=1.0 - self.BETA2)
+            scale = (1.0 - self.BETA2**self.count) ** 0.5
+            denominator = self.second_moment.sqrt().div_(scale).add_(self.EPSILON)
+            direction = self.first_moment.div(denominator)
+            length = norm(direction, kind)
+            length = torch.where(length > 0.0, length, torch.ones_like(length))
+            local.block.add_(direction.mul_(-radius / self._iterations / length))
+
+
+class TrustRegion:
+    """First-order trust region on the local objective; its own radius starts at the ball's.
+
+    The last iteration evaluates the objective without its gradient.
+    """
+
+    def __init__(self, iterations: int, options: TrustRegionOptions) -> None:
+        self._iterations = iterations
+        self._options = options
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `LocalSolver`."""
+        options = self._options
+        start = local.block.clone()
+        local.begin()
+        value, gradient = local.start_value, local.gradient
+        reach = torch.full_like(value, radius)
+        for iteration in range(self._iterations):
+            before = local.block.clone()
+            displacement = before - start
+            displacement.add_(steepest_descent(gradient, reach.to(gradient.dtype), kind))
+            clip_to_ball(displacement, radius, kind)
+            torch.add(start, displacement, out=local.block)
+            if iteration < self._iterations - 1:
+                trial, trial_gradient = local.value_and_gradient()
+            else:
+                trial, trial_gradient = local.value(), gradient
+            predicted = -torch.dot(gradient, local.block - before).double()
+            rho = torch.where(predicted > 0.0, (value - trial) / predicted, -torch.ones_like(value))
+            accepted = rho >= options.eta1  # False for a rho that is not a number
+            local.block.copy_(torch.where(accepted, local.block, before))
+            gradient = torch.where(accepted, trial_gradient, gradient)
+            value = torch.where(accepted, trial, value)
+            shrunk = torch.where(rho >= options.shrink_below, reach, options.decrease_factor * reach)
+            grown = (options.increase_factor * reach).clamp(max=radius)
+            reach = torch.where(rho >= options.eta2, grown, shrunk)
+
+
+def _gradients(local: LocalObjective, iterations: int):
+    """Gradients at the block's present values, ``iterations`` times; the first is the global one, at no cost."""
+    if iterations > 1:
+        local.begin()
+    yield local.gradient
+    for _ in range(iterations - 1):
+        yield local.value_and_gradient()[1]
+
+
+def needs_evaluations(options: LocalOptions) -> bool:
+    """Whether the solver evaluates the local objective beyond the global gradient at theta_k."""
+    return options.solver == "tr" or options.iterations > 1
+
+
+def make_local_solver(options: LocalOptions, trust_region: TrustRegionOptions, block: torch.Tensor) -> LocalSolver:
+    """The local solver of one subdomain with parameters ``block``, shape (stop - start,)."""
+    if options.solver == "tr":
+        return TrustRegion(options.iterations, trust_region)
+    if options.solver == "adam":
+        return Adam(options.iterations, block)
+    return SteepestDescent(options.iterations)
+
+
+def ensure_descent(gradient: torch.Tensor, displacement: torch.Tensor, radius: float, kind: NormKind) -> torch.Tensor:
+    """``displacement``, or the steepest descent where it does not go down.
+
+    Directions with memory may point uphill after the batch or the point changed. Displacements that each go down have
+    a sum with a positive predicted reduction, so that a shrinking radius ends in an accepted step.
+    """
+    uphill = torch.dot(gradient, displacement) >= 0.0
+    return torch.where(uphill, steepest_descent(gradient, radius, kind), displacement)

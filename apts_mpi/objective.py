@@ -1,0 +1,338 @@
+"""Loss, gradient and caches at a point, and the local objectives of the subdomains that start from the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from apts_mpi.buffers import Buffers
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
+from apts_mpi.events import BACKWARD, FORWARD, Events
+from apts_mpi.partition import Subdomain
+from apts_mpi.reduction import GradientReduction
+from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.transport import Mirror
+from apts_mpi.vector import FlatParameters
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Cache:
+    """What a local objective needs of a pass: it never runs the segments before its own again.
+
+    Attributes
+    ----------
+    subdomain : Subdomain
+        Whose cache it is.
+    inputs : Tensor
+        Activations that enter the subdomain's first segment.
+    random_state : Tensor
+        State of the random stream there, so that a local evaluation draws the same dropout masks.
+    targets : Tensor
+        Targets of the pass.
+    outputs : Tensor or None
+        Output of the subdomain's last segment; None where the local objective uses the true loss.
+    output_gradient : Tensor or None
+        Gradient of the pass's loss with respect to `outputs`.
+    value : Tensor, shape (), float64
+        The local objective at theta_k, without the first-order correction.
+    gradient : Tensor, shape (stop - start,), or None
+        Its gradient with respect to the subdomain; kept where local solvers evaluate.
+    """
+
+    subdomain: Subdomain
+    inputs: torch.Tensor
+    random_state: torch.Tensor
+    targets: torch.Tensor
+    outputs: torch.Tensor | None = None
+    output_gradient: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+
+@dataclass
+class Pass:
+    """One run of the network over some of this rank's samples.
+
+    Attributes
+    ----------
+    inputs, targets : Tensor
+        The samples.
+    weight : float
+        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
+    stream : tuple of int
+        Key of the random stream; equal keys draw equal dropout masks.
+    subdomains : tuple of Subdomain
+        The subdomains whose caches are filled.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weight: float
+    stream: tuple[int, ...]
+    subdomains: tuple[Subdomain, ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.inputs.shape[0]
+
+
+@dataclass
+class Run:
+    """A forward evaluation of all passes of this rank.
+
+    Attributes
+    ----------
+    loss : Tensor, shape (), float64
+        This rank's part of f: the weighted sum of its passes' mean losses.
+    losses : list of Tensor
+        Mean loss of each pass, with its graph until the backward pass.
+    caches : list of list of Cache
+        Caches of each pass.
+    """
+
+    loss: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    caches: list[list[Cache]] = field(default_factory=list)
+
+
+class Objective:
+    """The loss of a batch that is spread over the ranks, as a function of the flat parameters.
+
+    Parameters
+    ----------
+    network, segmented, vector
+        The network, its segments and its flat parameters.
+    loss
+        Function of (outputs, targets) that returns the mean over samples, shape ().
+    inexact
+        Whether the subdomains' outputs and their gradients are cached.
+    keep_gradients
+        Whether the caches keep the passes' own gradients; local solvers with more than one iteration need them.
+    comm, events
+        The ranks, and where work is counted.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: torch.nn.Module,
+        segmented: SegmentedNetwork,
+        vector: FlatParameters,
+        loss: Loss,
+        inexact: bool,
+        keep_gradients: bool,
+        comm: Communicator,
+        events: Events,
+    ) -> None:
+        self.network = network
+        self.segmented = segmented
+        self.vector = vector
+        self.loss = loss
+        self.inexact = inexact
+        self.buffers = Buffers(network, comm, vector.values)
+        self.reduction = GradientReduction(vector, comm)
+        self._keep_gradients = keep_gradients
+        self._events = events
+        self._device = vector.values.device
+
+    def forward(self, passes: Sequence[Pass], keep_graph: bool) -> Run:
+        """Evaluate this rank's part of f at the present parameters.
+
+        The buffers and torch's random state are afterwards as before.
+
+        Parameters
+        ----------
+        passes
+            This rank's samples.
+        keep_graph
+            Whether `backward` will be called, and caches are wanted.
+        """
+        run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
+        self.buffers.begin()
+        with preserved_random_state(self._device):
+            with self.buffers.copied():
+                self.segmented.measure(passes[0].inputs[:8])
+            for part in passes:
+                with torch.set_grad_enabled(keep_graph), self.buffers.noted(part.weight):
+                    loss, caches = self._run_pass(part, keep_graph)
+                run.loss += loss.detach().double() * part.weight
+                if keep_graph:
+                    run.losses.append(loss)
+                    run.caches.append(caches)
+                self._events.count_work(part.samples, 1.0, FORWARD)
+        return run
+
+    def _run_pass(self, part: Pass, cached: bool) -> tuple[torch.Tensor, list[Cache]]:
+        seed_stream(self._device, *part.stream)
+        caches: list[Cache] = []
+        activations = part.inputs
+        for index, segment in enumerate(self.segmented.segments):
+            if cached:
+                caches += [
+                    Cache(subdomain, activations.detach(), random_state(self._device), part.targets)
+                    for subdomain in part.subdomains
+                    if subdomain.first_segment == index
+                ]
+            activations = segment(activations)
+            for cache in caches:
+                if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
+                    activations.retain_grad()
+                    cache.outputs = activations
+        return self.loss(activations, part.targets), caches
+
+    def ends_before_loss(self, subdomain: Subdomain) -> bool:
+        """Whether the local objective of ``subdomain`` stops at its own last segment."""
+        return self.inexact and subdomain.last_segment < len(self.segmented) - 1
+
+    def backward(self, passes: Sequence[Pass], run: Run) -> None:
+        """Sum the gradient over passes and ranks into ``reduction.total``, and complete the caches. Collective.
+
+        Parameters
+        ----------
+        passes, run
+            The passes and their forward evaluation with its graph, at the present parameters; the graph is used up.
+        """
+        gradients = self.vector.gradients
+        self.vector.alias_gradients()
+        gradients.zero_()
+        for index, (part, loss, caches) in enumerate(zip(passes, run.losses, run.caches, strict=True)):
+            if self._keep_gradients:
+                for cache in caches:
+                    cache.gradient = gradients[cache.subdomain.start : cache.subdomain.stop].clone()
+            if index == len(passes) - 1:
+                self.reduction.begin()
+            (loss * part.weight).backward()
+            for cache in caches:
+                self._complete(cache, loss.detach(), part.weight)
+            self._events.count_work(part.samples, 1.0, BACKWARD)
+        run.losses = []
+        self.reduction.finish().wait()
+
+    def _complete(self, cache: Cache, loss: torch.Tensor, weight: float) -> None:
+        cache.value = loss.double()
+        if cache.outputs is not None:
+            outputs, cache.outputs = cache.outputs, None
+            cache.output_gradient = outputs.grad / weight
+            cache.value = (outputs.detach() * cache.output_gradient).sum(dtype=torch.float64)
+        if cache.gradient is not None:
+            after = self.vector.gradients[cache.subdomain.start : cache.subdomain.stop]
+            torch.sub(after, cache.gradient, out=cache.gradient).div_(weight)
+
+
+class LocalObjective:
+    """The first-order consistent local objective of a subdomain (arXiv 2512.14286).
+
+    ``f~(theta) = f_d(theta) + <R_d g - grad f_d(R_d theta_k), theta - R_d theta_k>``, with f_d as the caches have it:
+    exact (to the true loss) or inexact (``<output gradient, outputs>``). Its gradient at theta_k is R_d g, whatever
+    samples f_d sees. Evaluations are collective over the team.
+
+    Parameters
+    ----------
+    objective
+        The global objective.
+    cache
+        The subdomain's cache on this rank's samples.
+    gradient : Tensor, shape (stop - start,)
+        R_d g, the subdomain's part of the global gradient.
+    team
+        The ranks that share the subdomain's samples.
+    weight
+        This rank's share of the team's samples.
+    events
+        Where work is counted.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        cache: Cache,
+        gradient: torch.Tensor,
+        team: Communicator,
+        weight: float,
+        events: Events,
+    ) -> None:
+        subdomain = cache.subdomain
+        vector = objective.vector
+        self.gradient = gradient
+        self.block = vector.values[subdomain.start : subdomain.stop]
+        self._objective = objective
+        self._cache = cache
+        self._team = team
+        self._weight = weight
+        self._events = events
+        touched = vector.touching(subdomain.start, subdomain.stop)
+        self._parameters = vector.parameters[touched]
+        entries = vector.entries[touched]
+        # A range cut by index touches tensors that reach beyond it; their gradient accumulates there as well.
+        self._accumulated = vector.gradients[entries[0].start : entries[-1].stop]
+        self._block_gradient = vector.gradients[subdomain.start : subdomain.stop]
+        self._last_segment = len(objective.segmented) - 1
+        if objective.ends_before_loss(subdomain):
+            self._last_segment = subdomain.last_segment
+
+    def begin(self) -> None:
+        """Form the first-order correction at theta_k; before the first evaluation. Collective over the team."""
+        assert self._cache.gradient is not None and self._cache.value is not None
+        self._start = self.block.clone()
+        own, value = self._over_team(self._cache.gradient, self._cache.value)
+        self.start_value = value
+        self._correction = self.gradient - own
+
+    def value_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Local objective and gradient at the block's present values. Collective over the team.
+
+        Returns
+        -------
+        value : Tensor, shape (), float64
+        gradient : Tensor, shape (stop - start,)
+            Valid until the next evaluation.
+        """
+        self._objective.vector.alias_gradients()
+        self._accumulated.zero_()
+        value = self._run(backward=True)
+        own, value = self._over_team(self._block_gradient, value)
+        return value + self._first_order(), own + self._correction
+
+    def value(self) -> torch.Tensor:
+        """Local objective at the block's present values, shape (), float64. Collective over the team."""
+        with torch.no_grad():
+            value = self._run(backward=False)
+        if self._team.size > 1:
+            _, value = self._over_team(self._block_gradient[:0], value)
+        return value + self._first_order()
+
+    def _first_order(self) -> torch.Tensor:
+        return torch.dot(self._correction, self.block - self._start).double()
+
+    def _run(self, backward: bool) -> torch.Tensor:
+        objective, cache = self._objective, self._cache
+        device = self.block.device
+        first = cache.subdomain.first_segment
+        with preserved_random_state(device), objective.buffers.copied():
+            set_random_state(cache.random_state, device)
+            outputs = cache.inputs
+            for segment in objective.segmented.segments[first : self._last_segment + 1]:
+                outputs = segment(outputs)
+            if cache.output_gradient is None:
+                value = objective.loss(outputs, cache.targets)
+            else:
+                value = (outputs * cache.output_gradient).sum()
+            if backward:
+                torch.autograd.backward(value, inputs=self._parameters)
+        share = objective.segmented.share(first, self._last_segment)
+        self._events.count_work(cache.inputs.shape[0], share, FORWARD + BACKWARD if backward else FORWARD)
+        return value.detach().double()
+
+    def _over_team(self, gradient: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the team's samples, of a block and a scalar in one message."""
+        if self._team.size == 1:
+            return gradient, value
+        packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self._weight))
+        self._team.sum(packed)
+        return packed.tensor[:-1], packed.tensor[-1].double()

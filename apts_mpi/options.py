@@ -1,0 +1,200 @@
+"""The configuration of the solver: frozen dataclasses, validated on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from apts_mpi.errors import InvalidInput
+
+
+def require(condition: bool, option: str, value: object, remedy: str) -> None:
+    """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
+    if not condition:
+        raise InvalidInput(f"{option}: {value!r} is not allowed; {remedy}")
+
+
+def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
+    require(value in choices, option, value, "choose one of " + ", ".join(choices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchwarzOptions:
+    """How the parameters are split into subdomains and the corrections put together.
+
+    Parameters
+    ----------
+    variant
+        Local objective. ``exact`` runs the network from the subdomain's first layer to the loss. ``inexact`` runs the
+        subdomain's own layers only, against the cached gradient of the loss with respect to their output.
+    partition
+        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges.
+    overlap
+        Layers (``layer``) or indices (``index``) that a subdomain takes from each neighbour.
+    type
+        Prolongation with overlap: ``restrict`` adds a correction on the indices that the subdomain owns alone,
+        ``basic`` adds it everywhere, weighted by the number of subdomains that share an index.
+    local_data
+        Samples of a local objective: the subdomain's ``shard`` of the batch, or the ``full`` batch.
+    damping
+        Factor of the sum of the corrections, in (0, 1].
+    """
+
+    variant: Literal["exact", "inexact"] = "inexact"
+    partition: Literal["layer", "index"] = "layer"
+    overlap: int = 0
+    type: Literal["basic", "restrict"] = "restrict"
+    local_data: Literal["shard", "full"] = "shard"
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice("schwarz.variant", self.variant, ("exact", "inexact"))
+        require_choice("schwarz.partition", self.partition, ("layer", "index"))
+        require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
+        require_choice("schwarz.type", self.type, ("basic", "restrict"))
+        require_choice("schwarz.local_data", self.local_data, ("shard", "full"))
+        require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """How a subdomain minimises its local objective within its ball.
+
+    Parameters
+    ----------
+    solver
+        ``tr``: first-order trust region. ``sgd``: steepest descent. ``adam``: Adam directions whose moments last from
+        one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
+    iterations
+        Local iterations. The first one uses the global gradient and costs no evaluation of its own.
+    """
+
+    solver: Literal["tr", "sgd", "adam"] = "adam"
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        require_choice("local.solver", self.solver, ("tr", "sgd", "adam"))
+        require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionOptions:
+    """When a step is accepted and how the radius follows; the rule is written out in `apts_mpi.trust_region`.
+
+    Parameters
+    ----------
+    initial_radius
+        First radius. None: the length of the Cauchy step of the first batch.
+    min_radius, max_radius
+        Bounds of the radius.
+    eta1, eta2
+        A step is accepted if rho >= eta1. The radius grows if rho >= eta2 and the step reached the boundary, and
+        shrinks if rho < shrink_below.
+    shrink_below
+        See eta1.
+    decrease_factor, increase_factor
+        Factors of the radius.
+    norm
+        Norm of the ball.
+    window
+        Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
+        0 is the monotone method.
+    """
+
+    initial_radius: float | None = None
+    min_radius: float = 1e-8
+    max_radius: float = 1e4
+    eta1: float = 1e-4
+    eta2: float = 0.75
+    shrink_below: float = 0.25
+    decrease_factor: float = 0.25
+    increase_factor: float = 2.0
+    norm: Literal["2", "inf"] = "2"
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        name = "trust_region."
+        require(
+            0.0 < self.min_radius < self.max_radius < math.inf,
+            name + "min_radius, max_radius",
+            (self.min_radius, self.max_radius),
+            "give 0 < min_radius < max_radius, both finite",
+        )
+        require(
+            self.initial_radius is None or self.min_radius <= self.initial_radius <= self.max_radius,
+            name + "initial_radius",
+            self.initial_radius,
+            f"give a number from min_radius {self.min_radius} to max_radius {self.max_radius}, or null for automatic",
+        )
+        require(
+            0.0 <= self.eta1 <= self.shrink_below <= self.eta2 < 1.0,
+            name + "eta1, shrink_below, eta2",
+            (self.eta1, self.shrink_below, self.eta2),
+            "give 0 <= eta1 <= shrink_below <= eta2 < 1",
+        )
+        require(
+            0.0 < self.decrease_factor < 1.0,
+            name + "decrease_factor",
+            self.decrease_factor,
+            "give a number in (0, 1)",
+        )
+        require(
+            1.0 < self.increase_factor < math.inf,
+            name + "increase_factor",
+            self.increase_factor,
+            "give a finite number above 1",
+        )
+        require_choice(name + "norm", self.norm, ("2", "inf"))
+        require(self.window >= 0, name + "window", self.window, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalStepOptions:
+    """The trust-region step over all parameters that follows the Schwarz step.
+
+    Parameters
+    ----------
+    model
+        ``none``, or the ``first-order`` model, whose step goes down the gradient to the boundary of the ball.
+    """
+
+    model: Literal["none", "first-order"] = "none"
+
+    def __post_init__(self) -> None:
+        require_choice("global_step.model", self.model, ("none", "first-order"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class APTSOptions:
+    """The whole configuration of `apts_mpi.APTS`.
+
+    Parameters
+    ----------
+    subdomains
+        Number of subdomains. None: one for each rank of a replica, or as many as the partition can make.
+    replicas
+        Ranks that share the work of one subdomain rank over its samples.
+    batch
+        What each rank passes to `step`: the ``whole`` batch, or its own ``shard`` of it.
+    seed
+        Seed of the random numbers that the network draws while it trains (dropout).
+    schwarz, local, trust_region, global_step
+        Options of the parts.
+    """
+
+    subdomains: int | None = None
+    replicas: int = 1
+    batch: Literal["whole", "shard"] = "whole"
+    seed: int = 0
+    schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
+    global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
+
+    def __post_init__(self) -> None:
+        require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
+        require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
+        require_choice("batch", self.batch, ("whole", "shard"))
+        require(self.seed >= 0, "seed", self.seed, "give 0 or more")

@@ -1,0 +1,244 @@
+"""Who owns what: subdomains of the parameters, and teams of ranks with their samples. Index arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from apts_mpi.errors import InvalidInput
+
+
+def split(size: int, parts: int, part: int) -> tuple[int, int]:
+    """Range of the ``part``-th of ``parts`` contiguous parts of ``size`` items, whose sizes differ by one at most."""
+    return size * part // parts, size * (part + 1) // parts
+
+
+def part_of(size: int, parts: int, item: int) -> int:
+    """The part of `split` that holds ``item``."""
+    return ((item + 1) * parts - 1) // size
+
+
+def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
+    """Cut a sequence into contiguous parts, each non-empty, so that the largest cost of a part is least.
+
+    Parameters
+    ----------
+    costs
+        Costs of the items.
+    parts
+        Number of parts, at most the number of items.
+
+    Returns
+    -------
+    list of int
+        ``parts + 1`` cuts; part p holds items ``cuts[p]`` to ``cuts[p + 1] - 1``.
+    """
+    low, capacity = max(costs), sum(costs)
+    for _ in range(60):  # bisection to rounding
+        middle = 0.5 * (low + capacity)
+        if len(_fill(costs, parts, middle)) <= parts:
+            capacity = middle
+        else:
+            low = middle
+    return [*_fill(costs, parts, capacity), len(costs)]
+
+
+def _fill(costs: Sequence[float], parts: int, capacity: float) -> list[int]:
+    """Starts of parts filled in turn up to ``capacity``, leaving at least one item for each of ``parts`` parts."""
+    starts = [0]
+    load = 0.0
+    for item, cost in enumerate(costs):
+        full = load + cost > capacity or len(costs) - item <= parts - len(starts)
+        if full and item > starts[-1]:
+            starts.append(item)
+            load = 0.0
+        load += cost
+    return starts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The smallest unit of the ``layer`` partition: a range of the flat vector and the segments that use it.
+
+    Attributes
+    ----------
+    start, stop
+        Range of the flat parameter vector.
+    first_segment, last_segment
+        First and last segment of the network that uses these parameters.
+    """
+
+    start: int
+    stop: int
+    first_segment: int
+    last_segment: int
+
+
+@dataclass(frozen=True)
+class Subdomain:
+    """A contiguous range of the flat parameter vector that is corrected by itself.
+
+    Attributes
+    ----------
+    index
+        Number of the subdomain.
+    start, stop
+        Range of the flat parameter vector, overlap included.
+    owned_start, owned_stop
+        The range without the overlap; these ranges are disjoint and cover the vector.
+    first_segment, last_segment
+        Segments of the network between which the parameters are used.
+    """
+
+    index: int
+    start: int
+    stop: int
+    owned_start: int
+    owned_stop: int
+    first_segment: int
+    last_segment: int
+
+
+def most_subdomains(layers: Sequence[Layer], kind: Literal["layer", "index"]) -> int:
+    """Number of subdomains that a partition of this kind can make at most."""
+    return len(layers) if kind == "layer" else layers[-1].stop
+
+
+def make_subdomains(
+    layers: Sequence[Layer], count: int, kind: Literal["layer", "index"], overlap: int
+) -> tuple[Subdomain, ...]:
+    """Split the parameters into ``count`` subdomains.
+
+    Parameters
+    ----------
+    layers
+        The layers of the network in the order of the flat vector, without gaps.
+    count
+        Number of subdomains.
+    kind
+        ``layer``: whole layers, balanced by their numbers of parameters; ``index``: equal ranges of the vector.
+    overlap
+        Layers or indices taken from each neighbour.
+
+    Raises
+    ------
+    InvalidInput
+        If the partition cannot make that many subdomains.
+    """
+    most = most_subdomains(layers, kind)
+    if count > most:
+        remedy = "; --schwarz.partition index makes more" if kind == "layer" else ""
+        raise InvalidInput(f"subdomains: {count} is too many; the {kind} partition makes at most {most}{remedy}")
+    if kind == "layer":
+        cuts = balanced_cuts([layer.stop - layer.start for layer in layers], count)
+        starts = [layer.start for layer in layers] + [layers[-1].stop]
+    else:
+        cuts = [split(most, count, part)[0] for part in range(count)] + [most]
+        starts = range(most + 1)
+    return tuple(
+        _subdomain(
+            layers,
+            index,
+            owned=(starts[cuts[index]], starts[cuts[index + 1]]),
+            extended=(
+                starts[max(cuts[index] - overlap, 0)],
+                starts[min(cuts[index + 1] + overlap, cuts[-1])],
+            ),
+        )
+        for index in range(count)
+    )
+
+
+def _subdomain(layers: Sequence[Layer], index: int, owned: tuple[int, int], extended: tuple[int, int]) -> Subdomain:
+    touched = [layer for layer in layers if layer.start < extended[1] and extended[0] < layer.stop]
+    return Subdomain(
+        index,
+        *extended,
+        *owned,
+        first_segment=min(layer.first_segment for layer in touched),
+        last_segment=max(layer.last_segment for layer in touched),
+    )
+
+
+def multiplicity(subdomains: Sequence[Subdomain], subdomain: Subdomain) -> list[tuple[int, int, int]]:
+    """Ranges of a subdomain on which the number of subdomains that share each index is constant.
+
+    Returns
+    -------
+    list of (start, stop, count)
+        In the order of the flat vector; they cover the subdomain.
+    """
+    edges = {subdomain.start, subdomain.stop}
+    for other in subdomains:
+        edges.update(edge for edge in (other.start, other.stop) if subdomain.start < edge < subdomain.stop)
+    ordered = sorted(edges)
+    return [
+        (start, stop, sum(other.start <= start and stop <= other.stop for other in subdomains))
+        for start, stop in zip(ordered, ordered[1:], strict=False)
+    ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks arranged in teams. A team carries some subdomains and their shards of the batch.
+
+    With one rank a subdomain every team has one rank. With fewer ranks a team carries several subdomains; with more,
+    or with replicas, its ranks share the samples. The batch is cut into one shard a subdomain, whatever the number
+    of ranks: so the iterates do not depend on it.
+
+    Attributes
+    ----------
+    ranks, subdomains, replicas
+        Their numbers; a team has at least ``replicas`` ranks.
+    """
+
+    ranks: int
+    subdomains: int
+    replicas: int
+
+    def __post_init__(self) -> None:
+        if self.ranks % self.replicas:
+            raise InvalidInput(
+                f"replicas: {self.replicas} does not divide the {self.ranks} ranks; give a divisor, or other ranks"
+            )
+
+    @property
+    def teams(self) -> int:
+        """Number of teams."""
+        return min(self.subdomains, self.ranks // self.replicas)
+
+    def team_of(self, rank: int) -> int:
+        """Team of a rank."""
+        return part_of(self.ranks, self.teams, rank)
+
+    def ranks_of(self, team: int) -> range:
+        """Ranks of a team; the first one is its leader."""
+        return range(*split(self.ranks, self.teams, team))
+
+    def subdomains_of(self, team: int) -> range:
+        """Subdomains that a team carries."""
+        return range(*split(self.subdomains, self.teams, team))
+
+    def shards(self, rank: int, batch_size: int, local_data: Literal["shard", "full"]) -> list[tuple[int, int]]:
+        """Samples that a rank evaluates, as ranges of the batch: one for each pass through the network.
+
+        With ``shard`` a team has one pass for the shard of each of its subdomains, with ``full`` every team has the
+        whole batch in one pass. The ranks of a team split each pass evenly.
+        """
+        members = self.ranks_of(self.team_of(rank))
+        member = rank - members.start
+        if local_data == "full":
+            passes = [(0, batch_size)]
+        else:
+            passes = [split(batch_size, self.subdomains, index) for index in self.subdomains_of(self.team_of(rank))]
+        ranges = []
+        for start, stop in passes:
+            first, last = split(stop - start, len(members), member)
+            ranges.append((start + first, start + last))
+        return ranges
+
+    def smallest_batch(self, local_data: Literal["shard", "full"]) -> int:
+        """Samples that a batch needs so that no rank has an empty pass."""
+        members = -(-self.ranks // self.teams)
+        return members if local_data == "full" else members * self.subdomains

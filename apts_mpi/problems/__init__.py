@@ -1,0 +1,102 @@
+"""Training problems by name: a network, its data and its loss."""
+
+import dataclasses
+import functools
+
+import torch
+
+from apts_mpi import environment
+from apts_mpi.errors import InvalidInput
+from apts_mpi.options import require
+from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
+from apts_mpi.problems.problem import Problem
+
+__all__ = ["Problem", "build", "names"]
+
+# Functions of (dtype).
+_SELF_CONTAINED = {
+    "digits": images.digits,
+    "digits-cnn": images.digits_cnn,
+    "poisson-1d": poisson.poisson_1d,
+    "poisson-2d": poisson.poisson_2d,
+    "poisson-3d": poisson.poisson_3d,
+    "burgers": burgers.burgers,
+    "allen-cahn": allen_cahn.allen_cahn,
+    "deeponet-sine": operators.deeponet_sine,
+}
+
+# Functions of (data_dir, dtype).
+_READ_FROM_FILES = {
+    "fashion-mnist": images.fashion_mnist,
+    "fashion-mnist-cnn": images.fashion_mnist_cnn,
+    "fashion-mnist-resnet": images.fashion_mnist_resnet,
+    "text": text.text,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `build` knows, besides ``MODULE:FUNCTION``."""
+    return tuple(sorted(_SELF_CONTAINED | _READ_FROM_FILES))
+
+
+def build(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    train_samples: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    """Build a problem. Equal arguments give equal networks and data; torch's random state is left as it was.
+
+    Parameters
+    ----------
+    name : str
+        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user`).
+    data_dir : str, optional
+        Where the files of ``fashion-mnist*`` and ``text`` are.
+    train_samples : int, optional
+        Train on the first that many samples only.
+    seed : int
+        Seed of the network's initial parameters.
+    dtype : torch.dtype
+        float32 or float64, of the network and its floating-point data.
+
+    Returns
+    -------
+    Problem
+        On the CPU.
+
+    Raises
+    ------
+    InvalidInput
+        When the name is unknown, the data cannot be read or an argument does not suit the problem.
+    """
+    cpu = torch.device("cpu")
+    with environment.preserved_random_state(cpu):
+        environment.seed_stream(cpu, seed)
+        problem = _find(name, data_dir)(dtype=dtype)
+    return problem if train_samples is None else _take_first(problem, train_samples)
+
+
+def _find(name, data_dir):
+    if name in _READ_FROM_FILES:
+        return functools.partial(_READ_FROM_FILES[name], data_dir=data_dir)
+    require(data_dir is None, "--data-dir", data_dir, f"leave it out: {name} reads no files")
+    if name in _SELF_CONTAINED:
+        return _SELF_CONTAINED[name]
+    if ":" in name:
+        return functools.partial(user.load, name)
+    raise InvalidInput(f"--problem: {name!r} is not known; choose one of {', '.join(names())}, or MODULE:FUNCTION")
+
+
+def _take_first(problem, train_samples):
+    inputs, targets = problem.train
+    require(
+        1 <= train_samples <= len(inputs),
+        "--train-samples",
+        train_samples,
+        f"{problem.name} has {len(inputs)} training samples; give 1 to {len(inputs)}",
+    )
+    # Copies, so that the rest can be freed.
+    return dataclasses.replace(problem, train=(inputs[:train_samples].clone(), targets[:train_samples].clone()))

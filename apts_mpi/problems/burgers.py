@@ -1,0 +1,75 @@
+"""The viscous Burgers equation, the benchmark of Raissi, Perdikaris, Karniadakis (doi 10.1016/j.jcp.2018.10.045).
+
+    u_t + u u_x = nu u_xx,  -1 < x < 1,  0 < t <= 1,  u(0, x) = -sin(pi x),  u(t, -1) = u(t, 1) = 0,  nu = 0.01/pi
+
+Coordinates are (t, x). A steep front forms at x = 0.
+"""
+
+import numpy as np
+import torch
+from numpy.polynomial.hermite import hermgauss
+
+from apts_mpi.problems import pinn
+from apts_mpi.problems.problem import Problem
+
+VISCOSITY = 0.01 / np.pi
+
+
+def burgers(dtype: torch.dtype) -> Problem:
+    """2,000 interior, 100 initial and 100 boundary points; network 2-20-20-20-20-20-1."""
+    interior = pinn.scattered_points(2000, [0.0, -1.0], [1.0, 1.0])
+    condition_points, condition_values = _conditions(100)
+    times, positions = np.meshgrid(np.linspace(0.0, 1.0, 51), np.linspace(-1.0, 1.0, 201), indexing="ij")
+    grid = np.column_stack([times.ravel(), positions.ravel()])
+    return pinn.least_squares_problem(
+        name="burgers",
+        network=pinn.tanh_network([2] + [20] * 5 + [1]),
+        operator=burgers_operator,
+        interior=(interior, np.zeros(len(interior))),
+        boundary=(condition_points, condition_values),
+        coefficient=1.0,
+        reference=(grid, solution(grid)),
+        epochs=120,
+        dtype=dtype,
+    )
+
+
+def burgers_operator(network, coordinates):
+    """The network's values and ``u_t + u u_x - nu u_xx``, both (b, 1); see `pinn.Operator`."""
+    values, gradients, u_xx = pinn.derivatives(network, coordinates, second=[1])
+    u_t, u_x = gradients[:, :1], gradients[:, 1:]
+    return values, u_t + values * u_x - VISCOSITY * u_xx
+
+
+def solution(points: np.ndarray, quadrature_nodes: int = 100) -> np.ndarray:
+    """The solution by the Cole-Hopf transformation and Gauss-Hermite quadrature.
+
+    With ``F(y) = exp(-cos(pi y) / (2 pi nu))`` and y = x - z sqrt(4 nu t),
+    ``u(t, x) = -int sin(pi y) F(y) exp(-z^2) dz / int F(y) exp(-z^2) dz``
+    (Basdevant et al., doi 10.1016/0045-7930(86)90036-8).
+
+    Parameters
+    ----------
+    points : ndarray, (m, 2), float64
+        Rows (t, x) with t >= 0.
+    quadrature_nodes : int
+
+    Returns
+    -------
+    ndarray, (m,), float64
+    """
+    nodes, weights = hermgauss(quadrature_nodes)
+    times, positions = points[:, :1], points[:, 1:]
+    shifted = positions - nodes * np.sqrt(4.0 * VISCOSITY * times)
+    exponent = -np.cos(np.pi * shifted) / (2.0 * np.pi * VISCOSITY)
+    # The largest factor cancels in the quotient; without it the exponentials span 40 decades.
+    kernel = weights * np.exp(exponent - exponent.max(axis=1, keepdims=True))
+    return -(kernel * np.sin(np.pi * shifted)).sum(axis=1) / kernel.sum(axis=1)
+
+
+def _conditions(count):
+    across = np.linspace(-1.0, 1.0, count)
+    sides = np.repeat([-1.0, 1.0], count // 2)
+    times = np.tile(np.linspace(0.0, 1.0, count // 2), 2)
+    points = np.concatenate([np.column_stack([np.zeros(count), across]), np.column_stack([times, sides])])
+    return points, np.concatenate([-np.sin(np.pi * across), np.zeros(len(times))])

@@ -1,0 +1,151 @@
+"""Classification of small grey images: handwritten digits and Fashion-MNIST.
+
+All the networks are an ``nn.Sequential`` of flat images, (b, pixels), to scores of ten classes, (b, 10).
+"""
+
+import functools
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.problems import idx
+from apts_mpi.problems.layers import mlp
+from apts_mpi.problems.problem import Problem
+
+FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
+
+# Shuffles the digits before a fifth is held out: a part of the data set, so not the seed of the run.
+_DIGITS_SPLIT_SEED = 0
+
+
+def digits(dtype: torch.dtype) -> Problem:
+    """Handwritten digits of 8x8 pixels with a deep, narrow ReLU network, 64-(64x7)-10."""
+    network = mlp([64] * 8 + [10], nn.ReLU)
+    _initialise_for_depth(network)
+    return _digits("digits", network, dtype)
+
+
+def digits_cnn(dtype: torch.dtype) -> Problem:
+    """Handwritten digits of 8x8 pixels with three 3x3 convolutions."""
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 2 * 2, 10),
+    )
+    return _digits("digits-cnn", network, dtype)
+
+
+def fashion_mnist(data_dir: str | None, dtype: torch.dtype) -> Problem:
+    """Fashion-MNIST with a ReLU network, 784-(128x5)-10."""
+    network = mlp([784] + [128] * 5 + [10], nn.ReLU)
+    return _fashion_mnist("fashion-mnist", network, data_dir, dtype, batch_size=2000, epochs=12)
+
+
+def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype) -> Problem:
+    """Fashion-MNIST with four 3x3 convolutions and two linear layers."""
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
+    )
+    return _fashion_mnist("fashion-mnist-cnn", network, data_dir, dtype, batch_size=1000, epochs=6)
+
+
+def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype) -> Problem:
+    """Fashion-MNIST with a small residual network with batch normalisation."""
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        ResidualBlock(16, 16, stride=1),
+        ResidualBlock(16, 32, stride=2),
+        ResidualBlock(32, 64, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )
+    return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, batch_size=500, epochs=6)
+
+
+def _initialise_for_depth(network):
+    # torch's own initialisation loses the signal in eight layers: Adam ends 2 to 3 points lower on the digits.
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, added to their input (He et al., arXiv 1512.03385).
+
+    Parameters
+    ----------
+    channels_in, channels_out : int
+    stride : int
+        Of the first convolution; where the shape changes, a 1x1 convolution adapts the input.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.convolution1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels_out)
+        self.convolution2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Identity()
+        if channels_in != channels_out or stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
+                                          nn.BatchNorm2d(channels_out))
+
+    def forward(self, inputs):
+        hidden = torch.relu(self.norm1(self.convolution1(inputs)))
+        return torch.relu(self.norm2(self.convolution2(hidden)) + self.shortcut(inputs))
+
+
+def _digits(name, network, dtype):
+    train, test = _digits_data()
+    return _classification(name, network, train, test, dtype, batch_size=240, epochs=30)
+
+
+@functools.cache
+def _digits_data():
+    with resources.files("apts_mpi.problems").joinpath("data", "digits.npz").open("rb") as file:
+        content = np.load(file)
+        images, labels = content["images"], content["labels"]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_DIGITS_SPLIT_SEED)).numpy()
+    held_out, kept = np.split(order, [len(images) // 5])
+    return (images[kept], labels[kept]), (images[held_out], labels[held_out])
+
+
+def _fashion_mnist(name, network, data_dir, dtype, batch_size, epochs):
+    train, test = idx.read_dataset(_fashion_mnist_directory(data_dir))
+    for images, _ in (train, test):
+        if images.shape[1:] != (28, 28):
+            raise InvalidInput(f"--data-dir {data_dir} holds images of {images.shape[1:]} pixels: {name} takes 28x28")
+    return _classification(name, network, train, test, dtype, batch_size, epochs)
+
+
+def _fashion_mnist_directory(data_dir):
+    if data_dir is not None:
+        return data_dir
+    if Path(FASHION_MNIST_DIRECTORY).is_dir():
+        return FASHION_MNIST_DIRECTORY
+    raise InvalidInput(f"Fashion-MNIST is not in {FASHION_MNIST_DIRECTORY}: install the Debian package "
+                       f"dataset-fashion-mnist, or give --data-dir, a directory that holds {', '.join(idx.FILES)}")
+
+
+def _classification(name, network, train, test, dtype, batch_size, epochs):
+    mean, std = float(train[0].mean()), float(train[0].std())
+
+    def tensors(images, labels):
+        pixels = torch.tensor(images.reshape(len(images), -1), dtype=dtype)
+        return (pixels - mean) / std, torch.tensor(labels, dtype=torch.int64)
+
+    return Problem(name=name, network=network.to(dtype), loss=cross_entropy, train=tensors(*train),
+                   test=tensors(*test), batch_size=batch_size, epochs=epochs, accuracy=True)

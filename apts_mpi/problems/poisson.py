@@ -1,0 +1,68 @@
+"""Poisson's equation on the unit cube, ``-laplace(u) = f`` with u = 0 on the boundary and a known solution.
+
+The solution is ``u(x) = prod_i sin(pi x_i)``, so that ``f = d pi^2 u``.
+"""
+
+import numpy as np
+import torch
+
+from apts_mpi.problems import pinn
+from apts_mpi.problems.problem import Problem
+
+
+def poisson_1d(dtype: torch.dtype) -> Problem:
+    """On the unit interval: 100 interior points, 2 boundary points, network 1-20-20-20-1."""
+    return _poisson("poisson-1d", 1, 100, 1, [20] * 3, 101, dtype)
+
+
+def poisson_2d(dtype: torch.dtype) -> Problem:
+    """On the unit square: 400 interior points, 80 boundary points, network 2-30-30-30-1."""
+    return _poisson("poisson-2d", 2, 400, 20, [30] * 3, 51, dtype)
+
+
+def poisson_3d(dtype: torch.dtype) -> Problem:
+    """On the unit cube: 2,000 interior points, 600 boundary points, network 3-48-48-48-48-1."""
+    return _poisson("poisson-3d", 3, 2000, 100, [48] * 4, 21, dtype)
+
+
+def negative_laplacian(network, coordinates):
+    """The network's values and ``-sum_i d^2 u / d x_i^2``, both (b, 1); see `pinn.Operator`."""
+    values, _, second = pinn.derivatives(network, coordinates, range(coordinates.shape[1]))
+    return values, -second.sum(dim=1, keepdim=True)
+
+
+def solution(points: np.ndarray) -> np.ndarray:
+    """The exact solution at (m, d) points, (m,)."""
+    return np.prod(np.sin(np.pi * points), axis=1)
+
+
+def source(points: np.ndarray) -> np.ndarray:
+    """The right-hand side f at (m, d) points, (m,)."""
+    return points.shape[1] * np.pi**2 * solution(points)
+
+
+def _poisson(name, dimensions, interior_count, face_count, hidden, grid_size, dtype):
+    interior = pinn.scattered_points(interior_count, [0.0] * dimensions, [1.0] * dimensions)
+    boundary = _boundary_points(dimensions, face_count)
+    axes = [np.linspace(0.0, 1.0, grid_size)] * dimensions
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, dimensions)
+    return pinn.least_squares_problem(
+        name=name,
+        network=pinn.tanh_network([dimensions, *hidden, 1]),
+        operator=negative_laplacian,
+        interior=(interior, source(interior)),
+        boundary=(boundary, np.zeros(len(boundary))),
+        # Balances the two terms, whose residuals differ by the scale pi^2 of the operator.
+        coefficient=10.0,
+        reference=(grid, solution(grid)),
+        epochs=120,
+        dtype=dtype,
+    )
+
+
+def _boundary_points(dimensions, face_count):
+    if dimensions == 1:
+        return np.array([[0.0], [1.0]])
+    within_face = pinn.scattered_points(face_count, [0.0] * (dimensions - 1), [1.0] * (dimensions - 1))
+    faces = [np.insert(within_face, axis, side, axis=1) for axis in range(dimensions) for side in (0.0, 1.0)]
+    return np.concatenate(faces)

@@ -1,0 +1,140 @@
+"""What a solver needs to know of a training problem."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.options import require
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A network, its data and its loss: minimise ``f(theta) = 1/M sum_i loss(N(theta; x_i), y_i)``.
+
+    Parameters
+    ----------
+    name : str
+        How the problem is called in reports.
+    network : torch.nn.Module
+        The network N, on the CPU, with at least one trainable parameter. Its floating-point tensors and those
+        of the data share one dtype, float32 or float64.
+    loss : callable
+        ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
+    train : (Tensor, Tensor)
+        Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
+    test : (Tensor, Tensor), optional
+        Held-out samples, shaped like `train`.
+    forward : callable, optional
+        ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``. It also accepts any
+        other callable in the place of the network.
+    batch_size : int, optional
+        Default number of samples in a batch; None means all of them.
+    epochs : int
+        Default number of passes through the training samples (iterations, for full batches).
+    accuracy : bool
+        The targets are int64 class indices and the last dimension of the outputs holds the scores of the
+        classes, so that an accuracy can be reported.
+    metrics : mapping of str to callable
+        ``metric(network)`` returns a float, such as an error against an exact solution.
+
+    Raises
+    ------
+    InvalidInput
+        When a value has a wrong type, shape or dtype.
+    """
+
+    name: str
+    network: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor] | None = None
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    batch_size: int | None = None
+    epochs: int = 10
+    accuracy: bool = False
+    metrics: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
+        require(isinstance(self.network, nn.Module), "network", self.network, "give a torch.nn.Module")
+        require(callable(self.loss), "loss", self.loss, "give a function of (outputs, targets)")
+        require(
+            self.forward is None or callable(self.forward),
+            "forward",
+            self.forward,
+            "give a function of (network, inputs), or None",
+        )
+        require(
+            self.batch_size is None or _is_count(self.batch_size),
+            "batch_size",
+            self.batch_size,
+            "give 1 or more, or None for the full batch",
+        )
+        require(_is_count(self.epochs), "epochs", self.epochs, "give 1 or more")
+        require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
+        require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
+        dtype = _parameter_dtype(self.network)
+        _check_samples("train", self.train, dtype, self.accuracy)
+        if self.test is not None:
+            _check_samples("test", self.test, dtype, self.accuracy)
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_metrics(value):
+    return isinstance(value, Mapping) and all(isinstance(key, str) and callable(value[key]) for key in value)
+
+
+def _parameter_dtype(network):
+    dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    trainable = any(parameter.requires_grad for parameter in network.parameters())
+    require(trainable, "network", type(network).__name__, "it has no parameter that requires a gradient")
+    dtype = next(iter(dtypes.values()))
+    for name, found in dtypes.items():
+        option = f"dtype of the network's {name}"
+        require(found in _DTYPES, option, found, "convert the network to torch.float32 or torch.float64")
+        require(found == dtype, option, found, f"other parameters are {dtype}; convert the network to one dtype")
+    return dtype
+
+
+def _check_samples(option, samples, dtype, accuracy):
+    is_pair = isinstance(samples, tuple) and len(samples) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in samples):
+        raise InvalidInput(f"{option}: {_describe(samples)} is not allowed; give a tuple of tensors (inputs, targets)")
+    inputs, targets = samples
+    _check_tensor(f"{option} inputs", inputs, dtype)
+    _check_tensor(f"{option} targets", targets, dtype)
+    counts = f"{len(inputs)} inputs and {len(targets)} targets"
+    require(len(inputs) == len(targets), option, counts, "give one target for each input")
+    if accuracy:
+        require(targets.dtype == torch.int64, f"dtype of {option} targets", targets.dtype,
+                "accuracy needs class indices in torch.int64")
+
+
+def _describe(value):
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of ({', '.join(type(part).__name__ for part in value)})"
+    return type(value).__name__
+
+
+def _check_tensor(option, tensor, dtype):
+    require(
+        tensor.dim() > 0 and len(tensor) > 0,
+        f"shape of {option}",
+        tuple(tensor.shape),
+        "give at least one sample along the first dimension",
+    )
+    is_other_float = tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != dtype)
+    require(
+        not is_other_float,
+        f"dtype of {option}",
+        tensor.dtype,
+        f"the network is {dtype}; convert one of them",
+    )

@@ -1,0 +1,89 @@
+"""A problem that a function of the user's returns, named ``MODULE:FUNCTION``."""
+
+import dataclasses
+import importlib
+import os
+import sys
+
+import torch
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.problems.problem import Problem
+
+_EXPECTED = (
+    "the function takes no arguments and returns a Problem or a tuple (network, loss, data), with data "
+    "(inputs, targets) or ((inputs, targets), (test_inputs, test_targets))"
+)
+
+
+def load(name: str, dtype: torch.dtype) -> Problem:
+    """Call the user's function and make a `Problem` of what it returns.
+
+    The module is looked for in the current directory first. It is imported, and the function called, with `dtype` as
+    torch's default dtype; what they give an explicit dtype keeps it. Of a tuple, int64 targets are taken for class
+    indices, whose accuracy is reported.
+
+    Parameters
+    ----------
+    name : str
+        ``MODULE:FUNCTION``.
+    dtype : torch.dtype
+
+    Raises
+    ------
+    InvalidInput
+        When the module or the function is missing or fails, or returns something else.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        returned = _call(name, _function(name))
+    finally:
+        torch.set_default_dtype(default)
+    return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
+
+
+def _function(name):
+    module_name, _, function_name = name.partition(":")
+    # For the rest of the run: the function may import its own modules late.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InvalidInput(
+            f"--problem {name}: importing {module_name!r} failed with {_quote(error)}; give MODULE:FUNCTION, a module "
+            "of the current directory or of the Python path and a function in it"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InvalidInput(f"--problem {name}: {module_name!r} has no function {function_name!r}; {_EXPECTED}")
+    return function
+
+
+def _call(name, function):
+    try:
+        return function()
+    except Exception as error:
+        raise InvalidInput(f"--problem {name}: the function raised {_quote(error)}; {_EXPECTED}") from error
+
+
+def _quote(error):
+    return f"{type(error).__name__}: {error}"
+
+
+def _from_tuple(name, returned):
+    if not isinstance(returned, tuple) or len(returned) != 3:
+        raise InvalidInput(f"--problem {name}: the function returned {_describe(returned)}; {_EXPECTED}")
+    network, loss, data = returned
+    is_split = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, tuple) for part in data)
+    train, test = data if is_split else (data, None)
+    try:
+        problem = Problem(name=name, network=network, loss=loss, train=train, test=test)
+        return dataclasses.replace(problem, accuracy=problem.train[1].dtype == torch.int64)
+    except InvalidInput as error:
+        raise InvalidInput(f"--problem {name}: the function returned a wrong tuple: {error}; {_EXPECTED}") from error
+
+
+def _describe(value):
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r:.60}"

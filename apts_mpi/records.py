@@ -1,0 +1,86 @@
+"""What a run leaves behind: the run directory and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apts_mpi.errors import InvalidInput
+
+CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
+
+
+class RunDirectory:
+    """Directory of one run: ``config.yaml``, ``history.jsonl`` and ``summary.json``. For rank 0 alone.
+
+    Parameters
+    ----------
+    path
+        Made if it does not exist.
+    overwrite
+        Whether the records of an earlier run may be replaced.
+
+    Raises
+    ------
+    InvalidInput
+        If the directory holds a run already, or cannot be written.
+    """
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self.path = path
+        earlier = [name for name in (CONFIG, HISTORY, SUMMARY) if (path / name).exists()]
+        if earlier and not overwrite:
+            raise InvalidInput(
+                f"run_dir: {str(path)!r} already holds a run ({', '.join(earlier)}); "
+                "give another directory, or --overwrite to replace it"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in earlier:
+                (path / name).unlink()
+            self._history: IO[str] = open(path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
+
+    def write_config(self, text: str) -> None:
+        """Keep the configuration, in a form that ``--config`` reads."""
+        (self.path / CONFIG).write_text(text, encoding="utf-8")
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append one object to the history."""
+        self._history.write(json.dumps(finite(values)) + "\n")
+
+    def flush(self) -> None:
+        """Let readers see the history so far."""
+        self._history.flush()
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary and end the history."""
+        self._history.close()
+        (self.path / SUMMARY).write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same value with None for numbers that JSON cannot hold (infinities, not a number)."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print the table at the end of a run."""
+    table = Table(title=f"{summary['problem']}, {summary['optimizer']}, {summary['ranks']} ranks")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    for name, value in summary.items():
+        if value is not None and not isinstance(value, (Mapping, str)):
+            table.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)

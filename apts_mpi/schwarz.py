@@ -1,0 +1,166 @@
+"""Additive Schwarz over the parameters: local solves in parallel, and their corrections put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from apts_mpi.comm import Communicator, Pending
+from apts_mpi.events import Events
+from apts_mpi.local import ensure_descent, make_local_solver
+from apts_mpi.objective import Cache, LocalObjective, Objective
+from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.partition import Layout, Subdomain, multiplicity
+from apts_mpi.reduction import BUCKET_BYTES
+from apts_mpi.transport import Mirror
+from apts_mpi.trust_region import subdomain_radius
+
+
+class AdditiveSchwarz:
+    """The preconditioner: s = sum over d of R_d^T W_d (theta_d* - R_d theta_k).
+
+    Parameters
+    ----------
+    options, local_options, trust_region
+        Its options, those of the local solvers and of the ball.
+    objective
+        The global objective.
+    subdomains, layout
+        All subdomains, and the ranks that carry them.
+    comm, team
+        All ranks, and those that carry the same subdomains as this one.
+    events
+        Where work and messages are counted.
+
+    Attributes
+    ----------
+    correction : Tensor, shape (n,)
+        The assembled correction, once the pending operation has completed.
+    solvers : dict of int to LocalSolver
+        Local solvers of the subdomains that this rank carries, with their state.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: SchwarzOptions,
+        local_options: LocalOptions,
+        trust_region: TrustRegionOptions,
+        objective: Objective,
+        subdomains: Sequence[Subdomain],
+        layout: Layout,
+        comm: Communicator,
+        team: Communicator,
+        events: Events,
+    ) -> None:
+        self._objective = objective
+        self._comm = comm
+        self._team = team
+        self._events = events
+        self._damping = options.damping
+        self._norm = trust_region.norm
+        self._count = len(subdomains)
+        self._values = objective.vector.values
+        own_team = layout.team_of(comm.rank)
+        self.carried = tuple(subdomains[index] for index in layout.subdomains_of(own_team))
+        self.solvers = {
+            subdomain.index: make_local_solver(
+                local_options, trust_region, self._values[subdomain.start : subdomain.stop]
+            )
+            for subdomain in self.carried
+        }
+        self.correction = torch.zeros_like(self._values)
+        self._mirror = Mirror(self.correction)
+        self._disjoint = options.overlap == 0 or options.type == "restrict"
+        self._weights = {} if self._disjoint else _weights(subdomains, self.carried, self._values)
+        self._leads = team.rank == 0
+        self._ranges = [_led_range(layout, subdomains, rank) for rank in range(comm.size)]
+
+    def start_correction(
+        self, caches: Sequence[Sequence[Cache]], samples: Sequence[float], gradient: torch.Tensor, radius: float
+    ) -> Pending:
+        """Solve this rank's local problems and start to assemble the corrections. Collective.
+
+        The network's parameters are afterwards as before.
+
+        Parameters
+        ----------
+        caches
+            Caches of each pass of this rank.
+        samples
+            This rank's share of its team's samples in each pass.
+        gradient : Tensor, shape (n,)
+            The global gradient.
+        radius
+            Radius of the ball that will hold the assembled correction.
+        """
+        local_radius = subdomain_radius(radius, self._count, self._norm)
+        if not self._disjoint:
+            self.correction.zero_()
+        with self._events.timed("local solves"):
+            for weight, of_pass in zip(samples, caches, strict=True):
+                for cache in of_pass:
+                    self._solve(cache, weight, gradient, local_radius)
+        with self._events.timed("assembly"):
+            return self._start_assembly()
+
+    def _solve(self, cache: Cache, weight: float, gradient: torch.Tensor, radius: float) -> None:
+        subdomain = cache.subdomain
+        local = LocalObjective(
+            self._objective,
+            cache,
+            gradient[subdomain.start : subdomain.stop],
+            self._team,
+            weight,
+            self._events,
+        )
+        start = local.block.clone()
+        self.solvers[subdomain.index].solve(local, radius, self._norm)
+        displacement = local.block - start
+        local.block.copy_(start)
+        if self._disjoint:
+            owned = slice(subdomain.owned_start, subdomain.owned_stop)
+            inner = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
+            self.correction[owned] = ensure_descent(gradient[owned], inner, radius, self._norm)
+        elif self._leads:
+            weights = self._weights[subdomain.index]
+            weighted = ensure_descent(local.gradient * weights, displacement * weights, radius, self._norm)
+            self.correction[subdomain.start : subdomain.stop] += weighted
+
+    def _start_assembly(self) -> Pending:
+        """Gather disjoint corrections, which moves half of what a sum does; sum overlapping ones bucket by bucket."""
+        pending = self._comm.pending()
+        if self._damping != 1.0:
+            self.correction.mul_(self._damping)
+        if self._disjoint:
+            self._comm.start_gather(pending, self._mirror, self._ranges)
+            return pending
+        bucket = BUCKET_BYTES // self.correction.element_size()
+        size = self.correction.numel()
+        for start in range(0, size, bucket):
+            stop = min(start + bucket, size)
+            self._comm.start_sum(pending, self._mirror, self._mirror, start, stop)
+        return pending
+
+
+def _weights(
+    subdomains: Sequence[Subdomain], carried: Sequence[Subdomain], like: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """W_d of the carried subdomains: one over the number of subdomains that share an index."""
+    weights = {}
+    for subdomain in carried:
+        weight = torch.empty(subdomain.stop - subdomain.start, dtype=like.dtype, device=like.device)
+        for start, stop, count in multiplicity(subdomains, subdomain):
+            weight[start - subdomain.start : stop - subdomain.start] = 1.0 / count
+        weights[subdomain.index] = weight
+    return weights
+
+
+def _led_range(layout: Layout, subdomains: Sequence[Subdomain], rank: int) -> tuple[int, int]:
+    """Range of the vector whose correction a rank hands out: its team's if it leads the team, else none."""
+    team = layout.team_of(rank)
+    carried = layout.subdomains_of(team)
+    start = subdomains[carried[0]].owned_start
+    leads = layout.ranks_of(team).start == rank
+    return start, subdomains[carried[-1]].owned_stop if leads else start

@@ -1,0 +1,112 @@
+"""A network as a sequence of segments, and the layers and the shares of work that follow from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from apts_mpi.partition import Layer
+from apts_mpi.vector import FlatParameters
+
+Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+
+
+class SegmentedNetwork:
+    """The modules that a network runs one after another.
+
+    Nested ``nn.Sequential`` are flattened. Any other network, and one that is called through ``forward``, is one
+    segment: its subdomains then have nothing to leave out, and every local evaluation runs all of it.
+
+    Parameters
+    ----------
+    network
+        The network.
+    forward
+        Function of (network, inputs) that returns the outputs; None stands for ``network(inputs)``.
+
+    Attributes
+    ----------
+    segments : tuple of callable
+        Each takes what the one before returned: a tensor whose first dimension is the samples.
+    """
+
+    def __init__(self, network: torch.nn.Module, forward: Forward | None) -> None:
+        self._modules = [network] if forward is not None else _flatten(network)
+        self.segments: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = tuple(self._modules)
+        if forward is not None:
+            self.segments = (lambda inputs: forward(network, inputs),)
+        self._shares: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def layers(self, vector: FlatParameters) -> tuple[Layer, ...]:
+        """The layers that `make_subdomains` cuts between: modules that hold parameters of their own.
+
+        A layer extends over the segments without parameters that follow it. A tensor that several segments share
+        makes its layer extend to the last of them.
+        """
+        users: dict[int, list[int]] = {}
+        for index, module in enumerate(self._modules):
+            for parameter in module.parameters():
+                users.setdefault(id(parameter), []).append(index)
+        layers: list[Layer] = []
+        owners: list[str] = []
+        for entry, parameter in zip(vector.entries, vector.parameters, strict=True):
+            owner = entry.name.rpartition(".")[0]
+            used = users[id(parameter)]
+            if owners and owners[-1] == owner:
+                before = layers.pop()
+                used = [*used, before.first_segment, before.last_segment]
+                layers.append(Layer(before.start, entry.stop, min(used), max(used)))
+            else:
+                owners.append(owner)
+                layers.append(Layer(entry.start, entry.stop, min(used), max(used)))
+        nexts = [layer.first_segment for layer in layers[1:]] + [len(self)]
+        return tuple(
+            Layer(layer.start, layer.stop, layer.first_segment, max(layer.last_segment, following - 1))
+            for layer, following in zip(layers, nexts, strict=True)
+        )
+
+    def measure(self, inputs: torch.Tensor) -> None:
+        """Count the multiplications of each segment on a few samples, once, for `share`.
+
+        Those with weights count, whose number is the outputs' times the weights of one output. (torch's own counter
+        of floating-point operations takes seconds to import.)
+        """
+        if self._shares is not None:
+            return
+        counts = [0.0] * len(self)
+        handles = [
+            module.register_forward_hook(functools.partial(_count_multiplications, counts, index))
+            for index, segment in enumerate(self._modules)
+            for module in segment.modules()
+            if len(self) > 1 and isinstance(getattr(module, "weight", None), torch.Tensor)
+        ]
+        if handles:
+            with torch.no_grad():
+                for segment in self.segments:
+                    inputs = segment(inputs)
+        for handle in handles:
+            handle.remove()
+        total = sum(counts)
+        self._shares = [count / total if total else 1.0 / len(counts) for count in counts]
+
+    def share(self, first: int, last: int) -> float:
+        """Share of the network's multiplications in segments ``first`` to ``last``."""
+        assert self._shares is not None
+        return sum(self._shares[first : last + 1])
+
+
+def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:
+    if type(module) is not torch.nn.Sequential:
+        return [module]
+    return [segment for child in module for segment in _flatten(child)]
+
+
+def _count_multiplications(
+    counts: list[float], index: int, module: torch.nn.Module, inputs: object, outputs: torch.Tensor
+) -> None:
+    counts[index] += outputs.numel() * module.weight[0].numel()

@@ -1,0 +1,222 @@
+"""``python -m apts_mpi.train``: the command line of a training run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from mpi4py import MPI
+from rich.console import Console
+from rich.progress import Progress
+
+from apts_mpi import environment
+from apts_mpi.comm import Communicator
+from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.events import Events
+from apts_mpi.problems import build
+from apts_mpi.records import RunDirectory, print_summary
+from apts_mpi.training import Training
+from apts_mpi.training_options import TrainingOptions
+from apts_mpi.transport import choose_device
+
+# Exit status after input that cannot be used, as shells and argparse have it.
+USAGE = 2
+
+# Groups of which the first option is named by the group's own name: --global-step first-order.
+SHORT_FORMS = {"--global_step": "--global_step.model"}
+
+# Options that need no value.
+SWITCHES = ("--overwrite", "--view", "--monitor")
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    """The parser: one option a field of `TrainingOptions`, nested groups with dots, ``--config FILE.yaml``."""
+    parser = jsonargparse.ArgumentParser(
+        prog="apts_mpi.train",
+        description="Train a network over MPI ranks. Hyphens in names of options may be written for underscores.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="Read options from a YAML file.")
+    parser.add_class_arguments(TrainingOptions, as_group=False)
+    return parser
+
+
+def spell(arguments: Sequence[str]) -> list[str]:
+    """Options as the parser knows them: underscores for hyphens, short forms and switches written out."""
+    spelled = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if match := re.match(r"--([A-Za-z][^=]*)", argument):
+            name = "--" + match.group(1).replace("-", "_")
+            argument = SHORT_FORMS.get(name, name) + argument[match.end() :]
+            if argument in SWITCHES and following not in ("true", "false"):
+                argument += "=true"
+        spelled.append(argument)
+    return spelled
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainingOptions, str]:
+    """The options, and the configuration as YAML that makes the same run again in a new directory.
+
+    Raises
+    ------
+    InvalidInput
+        For an option or a value that is not known.
+    """
+    parser = make_parser()
+    try:
+        parsed = parser.parse_args(spell(arguments))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise InvalidInput(f"{error}; --help lists the options and their values") from error
+    values = dict(vars(parser.instantiate(parsed)))
+    del values["config"]
+    parsed.run_dir, parsed.overwrite = None, False
+    return TrainingOptions(**values), parser.dump(parsed)
+
+
+def check_launcher(world: MPI.Comm) -> None:
+    """End the process with a message if the launcher started more processes than MPI knows of.
+
+    Every process then takes itself for rank 0 of 1, and would train by itself.
+    """
+    launched = environment.launcher()
+    if launched is None or launched[0] == world.size:
+        return
+    size, number = launched
+    if number == 0:
+        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+        print(
+            f"apts_mpi.train: error: the launcher started {size} processes, but MPI has {world.size}: mpirun belongs "
+            f"to another MPI than the library in use ({library}). Call the mpirun of that library (its full path), "
+            "or choose the library of the launcher by MPI4PY_MPIABI=mpich or openmpi",
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, on all ranks of ``MPI.COMM_WORLD``; the process ends with a status that says how it went."""
+    world = MPI.COMM_WORLD
+    try:
+        check_launcher(world)
+        train(sys.argv[1:] if arguments is None else arguments, world)
+    except SharedInvalidInput as error:
+        if world.rank == 0:
+            print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USAGE)
+    except Exception as error:
+        # The other ranks are waiting for this one, or soon will be: end them all.
+        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:", file=sys.stderr)
+        if isinstance(error, InvalidInput):
+            print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        world.Abort(1)
+
+
+def train(arguments: Sequence[str], world: MPI.Comm) -> None:
+    """Set up, train and report. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        On every rank, before any work, for input that cannot be used.
+    """
+    comm = Communicator(world, Events())
+    # --help and --print_config print and exit, on every rank.
+    quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(open(os.devnull, "w"))
+    with comm.shared_errors(), quiet:
+        options, config = parse(arguments)
+    local_rank = comm.local_rank()
+    with comm.shared_errors():
+        device = choose_device(options.device, local_rank)
+        problem = build(
+            options.problem,
+            data_dir=options.data_dir,
+            train_samples=options.train_samples,
+            seed=options.seed,
+            dtype=getattr(torch, options.dtype),
+        )
+    training = Training(problem, options, device, world)
+    console = Console()
+    if options.view and comm.rank == 0:
+        console.print(training.solver.describe(), markup=False, highlight=False, soft_wrap=True)
+    default = Path("runs") / f"{problem.name.replace(':', '.')}-{options.optimizer}-{environment.timestamp()}"
+    path = Path(comm.agree_on_text(options.run_dir or str(default)))
+    directory = None
+    with comm.shared_errors():
+        if comm.rank == 0:
+            directory = RunDirectory(path, options.overwrite)
+            directory.write_config(config)
+    with Reporter(training, directory, console, options.monitor) as reporter:
+        metrics = training.run(reporter.record)
+    summary = training.summary(metrics)
+    if directory is not None:
+        directory.close(summary)
+        print_summary(console, summary)
+        console.print(f"records: {path}", highlight=False, soft_wrap=True)
+
+
+class Reporter:
+    """Shows and keeps the progress of a run, on rank 0: a bar on a terminal, plain lines elsewhere.
+
+    Parameters
+    ----------
+    training
+        The run.
+    directory
+        Where records go; None on the other ranks, which report nothing.
+    console
+        Where to print.
+    monitor
+        Whether to print a line an iteration.
+    """
+
+    def __init__(self, training: Training, directory: RunDirectory | None, console: Console, monitor: bool) -> None:
+        self._directory = directory
+        self._console = console
+        self._monitor = monitor
+        self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
+        self._task = self._progress.add_task("training", total=training.epochs * training.batches)
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Take in one iteration or one epoch."""
+        if self._directory is None:
+            return
+        self._directory.record(values)
+        if "train_loss" in values:
+            self._directory.flush()
+            self._print(values)
+        else:
+            if self._monitor:
+                self._print(values)
+            self._progress.update(self._task, advance=float(values["accepted"]))
+
+    def _print(self, values: dict[str, Any]) -> None:
+        parts = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in values.items()
+            if not isinstance(value, dict)
+        ]
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The flat parameter and gradient buffers that the tensors of a network alias, and operations on flat vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.transport import ADMITTED_DTYPES
+
+
+def norm(vector: torch.Tensor, kind: Literal["2", "inf"]) -> torch.Tensor:
+    """Norm of a flat vector, shape (), without waiting for the device."""
+    return torch.linalg.vector_norm(vector, ord=2.0 if kind == "2" else torch.inf)
+
+
+def clip_to_ball(vector: torch.Tensor, radius: float | torch.Tensor, kind: Literal["2", "inf"]) -> None:
+    """Scale ``vector`` in place so that its norm is at most ``radius``."""
+    vector.mul_((radius / norm(vector, kind)).clamp(max=1.0).nan_to_num(nan=1.0))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a parameter lies in the flat vector: elements ``start`` to ``stop``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class FlatParameters:
+    """The trainable parameters of a network as one flat vector; they keep their names and shapes as views of it.
+
+    Parameters
+    ----------
+    network
+        Its trainable parameters, all float32 or all float64 on one device, become views.
+
+    Attributes
+    ----------
+    values : Tensor, shape (n,)
+        The parameters.
+    gradients : Tensor, shape (n,)
+        Where a backward pass accumulates; the parameters' ``grad`` are views of it.
+    entries : tuple of Entry
+        The parameters in the order of the vector.
+    parameters : tuple of Parameter
+        The same, as tensors.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no trainable parameter, or they differ in dtype or device, or have another dtype.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        if not named:
+            raise InvalidInput("network: it has no trainable parameter; give a network with requires_grad parameters")
+        first = named[0][1]
+        for name, parameter in named:
+            if parameter.dtype not in ADMITTED_DTYPES:
+                raise InvalidInput(
+                    f"network: parameter {name} has dtype {parameter.dtype}, which MPI cannot reduce; "
+                    "convert the network with network.float() or network.double()"
+                )
+            if parameter.dtype != first.dtype or parameter.device != first.device:
+                raise InvalidInput(
+                    f"network: parameter {name} is {parameter.dtype} on {parameter.device}, {named[0][0]} is "
+                    f"{first.dtype} on {first.device}; convert the network to one dtype and device"
+                )
+        self.parameters = tuple(parameter for _, parameter in named)
+        size = sum(parameter.numel() for parameter in self.parameters)
+        self.values = torch.empty(size, dtype=first.dtype, device=first.device)
+        self.gradients = torch.zeros_like(self.values)
+        entries = []
+        start = 0
+        for name, parameter in named:
+            entry = Entry(name, start, start + parameter.numel())
+            view = self.values[entry.start : entry.stop].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            entries.append(entry)
+            start = entry.stop
+        self.entries = tuple(entries)
+        self._gradient_views = tuple(
+            self.gradients[entry.start : entry.stop].view(parameter.shape)
+            for entry, parameter in zip(self.entries, self.parameters, strict=True)
+        )
+        self.alias_gradients()
+
+    def alias_gradients(self) -> None:
+        """Make the parameters' ``grad`` views of `gradients`; ``network.zero_grad()`` takes them away."""
+        if self.parameters[0].grad is not self._gradient_views[0]:
+            for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+                parameter.grad = view
+
+    def check_alias(self) -> None:
+        """Raise `InvalidInput` if the network's parameters were moved away from the flat vector."""
+        if self.parameters[0].data_ptr() != self.values.data_ptr():
+            raise InvalidInput(
+                "network: its parameters were replaced after the solver was made (by network.to(...)?); "
+                "convert the network first, then make the solver"
+            )
+
+    def touching(self, start: int, stop: int) -> slice:
+        """The parameters that have elements in ``start`` to ``stop``, as a slice of `entries`."""
+        touched = [index for index, entry in enumerate(self.entries) if entry.start < stop and start < entry.stop]
+        return slice(touched[0], touched[-1] + 1)

@@ -1,0 +1,124 @@
+# Shared by local_train.sh and local_test.sh, which source it: the Python environment .venv and the MPI that runs it.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+stamp=$venv/set_up # what .venv was made from; empty until the set-up is complete
+constraints=$root/jobs/constraints.txt
+
+# The Python and the MPI sought below are the user's, even where .venv is activated.
+kept=
+while read -r -d : directory; do
+    [ "$directory" -ef "$venv/bin" ] || kept+=:$directory
+done <<<"$PATH:"
+PATH=${kept#:}
+
+# Open MPI refuses root, and more ranks than cores, unless told; the other launchers ignore these variables.
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+
+say() {
+    printf '%s\n' "$*" >&2
+}
+
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+# Make .venv where it is missing or out of date, put it first on PATH and set `launcher`.
+prepare_environment() {
+    local active wanted
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "Python 3.10 or newer is needed as python3: load its module or activate its environment"
+    active=$(type -P mpirun || type -P mpiexec || true)
+    wanted=$(describe_set_up "$active")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        empty_environment "$wanted"
+        fill_environment "$active"
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+    PATH=$venv/bin:$PATH
+    launcher=$active
+    if [ -x "$venv/bin/mpirun" ]; then launcher=$venv/bin/mpirun; fi
+    say "MPI: $(python -m mpi4py --mpi-lib-version | sed -n 1p), started by $launcher"
+}
+
+# All that .venv depends on, a line each.
+describe_set_up() {
+    python3 -c 'import sys; print("Python:", sys.version.split()[0], "in", sys.prefix)'
+    if [ -n "$1" ]; then
+        echo "active MPI: $(readlink -f "$1"), $("$1" --version 2>&1 | sed -n 1,2p | tr -s '[:space:]' ' ')"
+    else
+        echo "active MPI: none"
+    fi
+    echo "place: $root"
+    echo "requirements: $(cd "$root" && cat setup.cfg jobs/constraints.txt | cksum)"
+}
+
+empty_environment() {
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+        [ -e "$stamp" ] || fail "$venv was not made by this script: move it away and call again"
+        if [ -s "$stamp" ]; then
+            say "Making .venv again, as something changed (< then, > now):"
+            diff "$stamp" - <<<"$1" | grep '^[<>]' >&2 || true
+        else
+            say "Making .venv again, as its set-up was interrupted"
+        fi
+    fi
+    mkdir -p "$venv"
+    : >"$stamp"
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name "$(basename "$stamp")" -exec rm -rf {} +
+}
+
+fill_environment() {
+    say "Setting up $venv, once: this takes some minutes"
+    # Debian's Python may have pip but not the ensurepip that venv needs; virtualenv brings a pip of its own.
+    python3 -m venv "$venv" >/dev/null || {
+        python3 -m pip install --quiet --target "$venv/virtualenv" virtualenv
+        PYTHONPATH=$venv/virtualenv python3 -m virtualenv --quiet "$venv"
+    }
+    # torch comes first and alone. PyTorch's own index has the CPU build, 2.13.0+cpu, which pip prefers to 2.13.0, the
+    # CUDA build of several GB; where that index cannot be reached pip soon takes what its other sources have.
+    pip_install --no-deps --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu torch
+    pip_install --editable "${root}[plot,test]"
+    install_mpi "$1"
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"
+}
+
+# Use the active MPI where mpi4py can, else MPICH from its wheel.
+install_mpi() {
+    local active=$1
+    if [ -n "$active" ]; then
+        if starts_two_ranks "$active" || build_mpi4py "$active"; then return; fi
+        say "$active is active, but mpi4py finds no MPI library that fits it:"
+        tail -n 5 "$venv/mpi_check.txt" >&2
+        say "Using MPICH from its wheel instead"
+        pip_install --force-reinstall --no-deps mpi4py
+    fi
+    pip_install mpich
+    starts_two_ranks "$venv/bin/mpirun" || {
+        cat "$venv/mpi_check.txt" >&2
+        fail "mpirun -n 2 does not start two ranks that reach each other"
+    }
+}
+
+# The wheel of mpi4py does not find every MPI; built with the MPI's own compiler it does. No cache: pip would take an
+# earlier build for another MPI from it.
+build_mpi4py() {
+    local mpicc
+    mpicc=$(dirname "$1")/mpicc
+    [ -x "$mpicc" ] || return
+    say "Building mpi4py with $mpicc"
+    MPICC=$mpicc pip_install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py && starts_two_ranks "$1"
+}
+
+# Where launcher and library are of two kinds, every rank believes to be alone.
+starts_two_ranks() {
+    timeout --kill-after=10 60 "$1" -n 2 "$venv/bin/python" -c \
+        'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.allreduce(1) != 2)' \
+        </dev/null >"$venv/mpi_check.txt" 2>&1
+}
