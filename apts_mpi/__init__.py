@@ -4,6 +4,7 @@ from apts_mpi.apts import APTS, StepResult
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import (
     APTSOptions,
+    CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
     SchwarzOptions,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APTS",
     "APTSOptions",
+    "CoarseOptions",
     "GlobalStepOptions",
     "InvalidInput",
     "LocalOptions",

@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.batch import passes_of_batch, team_shares
+from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import seconds
 from apts_mpi.errors import InvalidInput
@@ -18,7 +19,7 @@ from apts_mpi.events import Events
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layout, make_subdomains, most_subdomains
+from apts_mpi.partition import Layer, Layout, make_subdomains, most_subdomains
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.trust_region import judge, steepest_descent
@@ -162,6 +163,7 @@ class APTS:
             loss=loss,
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
+            recorded=self._recorded(layers) if options.local.solver == "kfac" else (),
             comm=self.comm,
             events=self.events,
         )
@@ -171,11 +173,22 @@ class APTS:
             trust_region=options.trust_region,
             objective=self.objective,
             subdomains=self.subdomains,
+            layers=layers,
             layout=self.layout,
             comm=self.comm,
             team=team,
             events=self.events,
         )
+        self.coarse = None
+        if options.coarse.model != "none":
+            self.coarse = CoarseLevel(
+                options=options.coarse,
+                objective=self.objective,
+                subdomains=self.subdomains,
+                comm=self.comm,
+                events=self.events,
+                kind=options.trust_region.norm,
+            )
         self.state = State(radius=options.trust_region.initial_radius)
         self._team = team
         self._accepted_values = self.vector.values.clone()
@@ -212,8 +225,9 @@ class APTS:
         self._evaluate()
         if self.state.radius is None:
             self.state.radius = self._cauchy_length()
-        self._correct()
-        schwarz = self._judge(self.schwarz.correction, keep_graph=repeated)
+        schwarz = self._judge(*self._correct(), keep_graph=repeated)
+        if schwarz.accepted and self.coarse is not None:
+            self.coarse.accept()
         global_step = self._global_step(repeated) if self.options.global_step.model != "none" else None
         self.state.iteration += 1
         moved = schwarz.accepted or (global_step is not None and global_step.accepted)
@@ -260,20 +274,39 @@ class APTS:
     def _gradient(self) -> torch.Tensor:
         return self.objective.reduction.total
 
-    def _correct(self) -> None:
-        """Have the Schwarz correction, within the ball of the present radius."""
+    def _correct(self) -> tuple[torch.Tensor, float | None]:
+        """The Schwarz step within the ball of the present radius, and its predicted reduction if a model gave it."""
+        correction = self.schwarz.correction
         if not self._has_correction:
             pending = self.schwarz.start_correction(
-                self._run.caches, self._team_shares, self._gradient, self.state.radius
+                self._run.caches, self._team_shares, self._batch_size, self._gradient, self.state.radius
             )
             with self.events.timed("assembly"):
                 pending.wait()
+            if self.coarse is not None:
+                self.coarse.prepare(self._passes, correction, self._gradient)
             self._has_correction = True
+        if self.coarse is not None:
+            predicted = self.coarse.recombine(self.state.radius, self.options.coarse.damping)
+            return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
-        clip_to_ball(self.schwarz.correction, self.state.radius, self.options.trust_region.norm)
+        clip_to_ball(correction, self.state.radius, self.options.trust_region.norm)
+        return correction, None
 
-    def _judge(self, step: torch.Tensor, keep_graph: bool) -> Judged:
-        """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point."""
+    def _recorded(self, layers: Sequence[Layer]) -> list[torch.nn.Module]:
+        """The layers of the subdomains that this rank carries."""
+        carried = [self.subdomains[index] for index in self.layout.subdomains_of(self.layout.team_of(self.comm.rank))]
+        return [
+            self.network.get_submodule(layer.name)
+            for layer in layers
+            if any(part.start < layer.stop and layer.start < part.stop for part in carried)
+        ]
+
+    def _judge(self, step: torch.Tensor, predicted_reduction: float | None, keep_graph: bool) -> Judged:
+        """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point.
+
+        Without a ``predicted_reduction`` the model is the first-order one.
+        """
         options, radius = self.options.trust_region, self.state.radius
         self._accepted_values.copy_(self.vector.values)
         self.vector.values.add_(step)
@@ -282,7 +315,9 @@ class APTS:
 
             def decide(table: np.ndarray) -> Sequence[float]:
                 loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-                predicted = -float(torch.dot(self._gradient, step))
+                predicted = predicted_reduction
+                if predicted is None:
+                    predicted = -float(torch.dot(self._gradient, step))
                 step_norm = float(norm(step, options.norm))
                 decision = judge(
                     options,
@@ -328,7 +363,7 @@ class APTS:
         """First-order trust-region step at the point that the Schwarz step led to."""
         self._evaluate()
         step = steepest_descent(self._gradient, self.state.radius, self.options.trust_region.norm)
-        return self._judge(step, keep_graph=repeated)
+        return self._judge(step, None, keep_graph=repeated)
 
     def _cauchy_length(self) -> float:
         """Length of the Cauchy step of the first batch: first derivative over curvature, down the gradient.

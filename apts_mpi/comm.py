@@ -160,7 +160,19 @@ class Communicator:
         self._events.message("agree", own.nbytes)
         with self._events.timed("wait"):
             self._mpi.Gather(own, table, root=0)
-        record = tuple(map(float, decide(table))) if self.rank == 0 else None
+        return self.decide(lambda: decide(table))
+
+    def sum_on_root(self, values: np.ndarray) -> np.ndarray | None:
+        """Sum of float64 ``values`` over the ranks; None on all ranks but rank 0. Collective."""
+        total = np.empty_like(values) if self.rank == 0 else None
+        self._events.message("reduce", values.nbytes)
+        with self._events.timed("wait"):
+            self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
+        return total
+
+    def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
+        """What ``decide``, called on rank 0 alone, returns. Collective."""
+        record = tuple(map(float, decide())) if self.rank == 0 else None
         with self._events.timed("wait"):
             return self._mpi.bcast(record, root=0)
 

@@ -5,12 +5,16 @@ None waits for the device: what depends on values is written with tensors, so th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 
+from apts_mpi.comm import Communicator
+from apts_mpi.curvature import Curvature, LayerBatch
 from apts_mpi.objective import LocalObjective
 from apts_mpi.options import LocalOptions, TrustRegionOptions
+from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
 
@@ -71,6 +75,94 @@ class Adam:
             local.block.add_(direction.mul_(-radius / self._iterations / length))
 
 
+class KFAC:
+    """Steps along the natural gradient by Kronecker-factored curvature of each layer, clipped to the ball.
+
+    Costs no evaluation and no communication: it uses the inputs and output gradients recorded while the global
+    gradient was evaluated. See `apts_mpi.curvature`.
+
+    Parameters
+    ----------
+    options
+        Damping, decay of the running means, iterations between factorisations.
+    layers
+        The subdomain's layers: their curvature, module and range within the block.
+    team
+        The ranks that share the subdomain's samples.
+
+    Attributes
+    ----------
+    statistics : list of list of Tensor
+        Running means of each layer.
+    count : int
+        Batches in them.
+    """
+
+    def __init__(
+        self,
+        options: LocalOptions,
+        layers: Sequence[tuple[Curvature, torch.nn.Module, slice]],
+        team: Communicator,
+    ) -> None:
+        self._options = options
+        self._layers = layers
+        self._team = team
+        self.statistics: list[list[torch.Tensor]] = []
+        self.count = 0
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `LocalSolver`."""
+        self._update(local)
+        start = local.block.clone()
+        for gradient in _gradients(local, self._options.iterations):
+            for curvature, _, part in self._layers:
+                local.block[part] += curvature.direction(gradient[part])
+            displacement = local.block - start
+            clip_to_ball(displacement, radius, kind)
+            torch.add(start, displacement, out=local.block)
+
+    def _update(self, local: LocalObjective) -> None:
+        """Take in the statistics of this batch, and factorise when it is time."""
+        fresh = [
+            [
+                # What is not finite leads to a rejected step; it must not stay in the running means.
+                statistic.mul_(local.weight).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                for statistic in curvature.measure(
+                    LayerBatch(
+                        [record for record in local.records if record.module is module],
+                        local.samples,
+                        local.gradient[part],
+                        local.batch_size,
+                    )
+                )
+            ]
+            for curvature, module, part in self._layers
+        ]
+        self._sum_over_team(fresh)
+        self.count += 1
+        keep = min(1.0 - 1.0 / self.count, self._options.decay)
+        if not self.statistics:
+            self.statistics = fresh
+        else:
+            for means, statistics in zip(self.statistics, fresh, strict=True):
+                for mean, statistic in zip(means, statistics, strict=True):
+                    mean.lerp_(statistic, 1.0 - keep)
+        if (self.count - 1) % self._options.refresh == 0:
+            for (curvature, _, _), means in zip(self._layers, self.statistics, strict=True):
+                curvature.refresh(means, self._options.damping)
+
+    def _sum_over_team(self, fresh: list[list[torch.Tensor]]) -> None:
+        if self._team.size == 1:
+            return
+        flat = [statistic for statistics in fresh for statistic in statistics]
+        packed = Mirror(torch.cat([statistic.flatten() for statistic in flat]))
+        self._team.sum(packed)
+        start = 0
+        for statistic in flat:
+            statistic.copy_(packed.tensor[start : start + statistic.numel()].view(statistic.shape))
+            start += statistic.numel()
+
+
 class TrustRegion:
     """First-order trust region on the local objective; its own radius starts at the ball's.
 
@@ -123,8 +215,28 @@ def needs_evaluations(options: LocalOptions) -> bool:
     return options.solver == "tr" or options.iterations > 1
 
 
-def make_local_solver(options: LocalOptions, trust_region: TrustRegionOptions, block: torch.Tensor) -> LocalSolver:
-    """The local solver of one subdomain with parameters ``block``, shape (stop - start,)."""
+def make_local_solver(
+    options: LocalOptions,
+    trust_region: TrustRegionOptions,
+    block: torch.Tensor,
+    layers: Sequence[tuple[Curvature, torch.nn.Module, slice]],
+    team: Communicator,
+) -> LocalSolver:
+    """The local solver of one subdomain.
+
+    Parameters
+    ----------
+    options, trust_region
+        Its options, and those of the ball.
+    block : Tensor, shape (stop - start,)
+        The subdomain's parameters.
+    layers
+        The subdomain's layers: curvature, module and range within the block.
+    team
+        The ranks that share the subdomain's samples.
+    """
+    if options.solver == "kfac":
+        return KFAC(options, layers, team)
     if options.solver == "tr":
         return TrustRegion(options.iterations, trust_region)
     if options.solver == "adam":

@@ -12,6 +12,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.partition import Subdomain
+from apts_mpi.recorder import LayerRecord, LayerRecorder
 from apts_mpi.reduction import GradientReduction
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.transport import Mirror
@@ -42,6 +43,8 @@ class Cache:
         The local objective at theta_k, without the first-order correction.
     gradient : Tensor, shape (stop - start,), or None
         Its gradient with respect to the subdomain; kept where local solvers evaluate.
+    records : list of LayerRecord
+        Calls of the layers that the objective was asked to record, in the whole pass.
     """
 
     subdomain: Subdomain
@@ -52,6 +55,7 @@ class Cache:
     output_gradient: torch.Tensor | None = None
     value: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    records: list[LayerRecord] = field(default_factory=list)
 
 
 @dataclass
@@ -114,6 +118,8 @@ class Objective:
         Whether the subdomains' outputs and their gradients are cached.
     keep_gradients
         Whether the caches keep the passes' own gradients; local solvers with more than one iteration need them.
+    recorded
+        Layers whose inputs and output gradients are recorded.
     comm, events
         The ranks, and where work is counted.
     """
@@ -127,6 +133,7 @@ class Objective:
         loss: Loss,
         inexact: bool,
         keep_gradients: bool,
+        recorded: Sequence[torch.nn.Module] = (),
         comm: Communicator,
         events: Events,
     ) -> None:
@@ -138,6 +145,7 @@ class Objective:
         self.buffers = Buffers(network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
         self._keep_gradients = keep_gradients
+        self._recorder = LayerRecorder(recorded)
         self._events = events
         self._device = vector.values.device
 
@@ -159,8 +167,14 @@ class Objective:
             with self.buffers.copied():
                 self.segmented.measure(passes[0].inputs[:8])
             for part in passes:
-                with torch.set_grad_enabled(keep_graph), self.buffers.noted(part.weight):
+                with (
+                    torch.set_grad_enabled(keep_graph),
+                    self.buffers.noted(part.weight),
+                    self._recorder.recording() as records,
+                ):
                     loss, caches = self._run_pass(part, keep_graph)
+                for cache in caches:
+                    cache.records = records
                 run.loss += loss.detach().double() * part.weight
                 if keep_graph:
                     run.losses.append(loss)
@@ -208,6 +222,8 @@ class Objective:
             if index == len(passes) - 1:
                 self.reduction.begin()
             (loss * part.weight).backward()
+            for record in caches[0].records if caches else ():
+                record.complete(part.weight)
             for cache in caches:
                 self._complete(cache, loss.detach(), part.weight)
             self._events.count_work(part.samples, 1.0, BACKWARD)
@@ -244,8 +260,21 @@ class LocalObjective:
         The ranks that share the subdomain's samples.
     weight
         This rank's share of the team's samples.
+    batch_size
+        Number of samples of the whole batch.
     events
         Where work is counted.
+
+    Attributes
+    ----------
+    block : Tensor, shape (stop - start,)
+        The subdomain's parameters, in place.
+    gradient : Tensor, shape (stop - start,)
+        R_d g.
+    records : list of LayerRecord
+        Calls of the recorded layers on this rank's samples.
+    samples : int
+        Their number.
     """
 
     def __init__(
@@ -255,6 +284,7 @@ class LocalObjective:
         gradient: torch.Tensor,
         team: Communicator,
         weight: float,
+        batch_size: int,
         events: Events,
     ) -> None:
         subdomain = cache.subdomain
@@ -264,7 +294,10 @@ class LocalObjective:
         self._objective = objective
         self._cache = cache
         self._team = team
-        self._weight = weight
+        self.weight = weight
+        self.batch_size = batch_size
+        self.records = cache.records
+        self.samples = len(cache.targets)
         self._events = events
         touched = vector.touching(subdomain.start, subdomain.stop)
         self._parameters = vector.parameters[touched]
@@ -333,6 +366,6 @@ class LocalObjective:
         """Mean over the team's samples, of a block and a scalar in one message."""
         if self._team.size == 1:
             return gradient, value
-        packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self._weight))
+        packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self.weight))
         self._team.sum(packed)
         return packed.tensor[:-1], packed.tensor[-1].double()

@@ -71,11 +71,14 @@ class LocalOptions:
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     """
 
-    solver: Literal["tr", "sgd", "adam"] = "adam"
+    solver: Literal["kfac", "tr", "sgd", "adam"] = "kfac"
     iterations: int = 1
+    damping: float = 1e-2
+    decay: float = 0.95
+    refresh: int = 1
 
     def __post_init__(self) -> None:
-        require_choice("local.solver", self.solver, ("tr", "sgd", "adam"))
+        require_choice("local.solver", self.solver, ("kfac", "tr", "sgd", "adam"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
 
 
@@ -167,6 +170,37 @@ class GlobalStepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoarseOptions:
+    """How the coarse level recombines the corrections of the subdomains.
+
+    Parameters
+    ----------
+    model
+        ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
+    columns
+        What each subdomain gives to the span: its ``correction``, its part of the ``last_step`` that was accepted,
+        its part of the ``gradient``.
+    samples
+        Share of the batch on which the curvature is measured, in (0, 1].
+    damping
+        Of the reduced model, relative to its largest eigenvalue.
+    """
+
+    model: Literal["none", "gauss-newton"] = "gauss-newton"
+    columns: tuple[Literal["correction", "last_step", "gradient"], ...] = ("correction", "last_step")
+    samples: float = 1.0
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_choice("coarse.model", self.model, ("none", "gauss-newton"))
+        for column in self.columns:
+            require_choice("coarse.columns", column, ("correction", "last_step", "gradient"))
+        require("correction" in self.columns, "coarse.columns", self.columns, "include correction")
+        require(0.0 < self.samples <= 1.0, "coarse.samples", self.samples, "give a number in (0, 1]")
+        require(self.damping >= 0.0, "coarse.damping", self.damping, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class APTSOptions:
     """The whole configuration of `apts_mpi.APTS`.
 
@@ -180,7 +214,7 @@ class APTSOptions:
         What each rank passes to `step`: the ``whole`` batch, or its own ``shard`` of it.
     seed
         Seed of the random numbers that the network draws while it trains (dropout).
-    schwarz, local, trust_region, global_step
+    schwarz, local, coarse, trust_region, global_step
         Options of the parts.
     """
 
@@ -190,6 +224,7 @@ class APTSOptions:
     seed: int = 0
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
+    coarse: CoarseOptions = field(default_factory=CoarseOptions)
     trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
     global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
 

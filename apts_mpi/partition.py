@@ -67,12 +67,15 @@ class Layer:
         Range of the flat parameter vector.
     first_segment, last_segment
         First and last segment of the network that uses these parameters.
+    name
+        Name of the module that owns them.
     """
 
     start: int
     stop: int
     first_segment: int
     last_segment: int
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from apts_mpi.comm import Communicator, Pending
+from apts_mpi.curvature import Curvature, make_curvature
+from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
 from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.objective import Cache, LocalObjective, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
-from apts_mpi.partition import Layout, Subdomain, multiplicity
+from apts_mpi.partition import Layer, Layout, Subdomain, multiplicity
 from apts_mpi.reduction import BUCKET_BYTES
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import subdomain_radius
@@ -26,8 +28,8 @@ class AdditiveSchwarz:
         Its options, those of the local solvers and of the ball.
     objective
         The global objective.
-    subdomains, layout
-        All subdomains, and the ranks that carry them.
+    subdomains, layers, layout
+        All subdomains, the layers of the network, and the ranks that carry them.
     comm, team
         All ranks, and those that carry the same subdomains as this one.
     events
@@ -49,6 +51,7 @@ class AdditiveSchwarz:
         trust_region: TrustRegionOptions,
         objective: Objective,
         subdomains: Sequence[Subdomain],
+        layers: Sequence[Layer],
         layout: Layout,
         comm: Communicator,
         team: Communicator,
@@ -66,7 +69,11 @@ class AdditiveSchwarz:
         self.carried = tuple(subdomains[index] for index in layout.subdomains_of(own_team))
         self.solvers = {
             subdomain.index: make_local_solver(
-                local_options, trust_region, self._values[subdomain.start : subdomain.stop]
+                local_options,
+                trust_region,
+                self._values[subdomain.start : subdomain.stop],
+                _curvatures(objective.network, layers, subdomain) if local_options.solver == "kfac" else (),
+                team,
             )
             for subdomain in self.carried
         }
@@ -78,7 +85,12 @@ class AdditiveSchwarz:
         self._ranges = [_led_range(layout, subdomains, rank) for rank in range(comm.size)]
 
     def start_correction(
-        self, caches: Sequence[Sequence[Cache]], samples: Sequence[float], gradient: torch.Tensor, radius: float
+        self,
+        caches: Sequence[Sequence[Cache]],
+        samples: Sequence[float],
+        batch_size: int,
+        gradient: torch.Tensor,
+        radius: float,
     ) -> Pending:
         """Solve this rank's local problems and start to assemble the corrections. Collective.
 
@@ -90,6 +102,8 @@ class AdditiveSchwarz:
             Caches of each pass of this rank.
         samples
             This rank's share of its team's samples in each pass.
+        batch_size
+            Number of samples of the batch.
         gradient : Tensor, shape (n,)
             The global gradient.
         radius
@@ -101,11 +115,11 @@ class AdditiveSchwarz:
         with self._events.timed("local solves"):
             for weight, of_pass in zip(samples, caches, strict=True):
                 for cache in of_pass:
-                    self._solve(cache, weight, gradient, local_radius)
+                    self._solve(cache, weight, batch_size, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
 
-    def _solve(self, cache: Cache, weight: float, gradient: torch.Tensor, radius: float) -> None:
+    def _solve(self, cache: Cache, weight: float, batch_size: int, gradient: torch.Tensor, radius: float) -> None:
         subdomain = cache.subdomain
         local = LocalObjective(
             self._objective,
@@ -113,6 +127,7 @@ class AdditiveSchwarz:
             gradient[subdomain.start : subdomain.stop],
             self._team,
             weight,
+            batch_size,
             self._events,
         )
         start = local.block.clone()
@@ -142,6 +157,31 @@ class AdditiveSchwarz:
             stop = min(start + bucket, size)
             self._comm.start_sum(pending, self._mirror, self._mirror, start, stop)
         return pending
+
+
+def _curvatures(
+    network: torch.nn.Module, layers: Sequence[Layer], subdomain: Subdomain
+) -> list[tuple[Curvature, torch.nn.Module, slice]]:
+    """The layers of a subdomain with their curvature and their range within its block.
+
+    Raises
+    ------
+    InvalidInput
+        If the subdomain cuts a layer.
+    """
+    found = []
+    for layer in layers:
+        if layer.stop <= subdomain.start or subdomain.stop <= layer.start:
+            continue
+        if layer.start < subdomain.start or subdomain.stop < layer.stop:
+            raise InvalidInput(
+                f"local.solver: 'kfac' needs whole layers, but subdomain {subdomain.index} cuts {layer.name!r}; "
+                "use --schwarz.partition layer or another local solver"
+            )
+        module = network.get_submodule(layer.name)
+        part = slice(layer.start - subdomain.start, layer.stop - subdomain.start)
+        found.append((make_curvature(module, layer.stop - layer.start), module, part))
+    return found
 
 
 def _weights(

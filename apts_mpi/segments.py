@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -28,15 +29,12 @@ class SegmentedNetwork:
 
     Attributes
     ----------
-    segments : tuple of callable
+    segments : tuple of nn.Module
         Each takes what the one before returned: a tensor whose first dimension is the samples.
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None) -> None:
-        self._modules = [network] if forward is not None else _flatten(network)
-        self.segments: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = tuple(self._modules)
-        if forward is not None:
-            self.segments = (lambda inputs: forward(network, inputs),)
+        self.segments = tuple(_flatten(network)) if forward is None else (_Called(network, forward),)
         self._shares: list[float] | None = None
 
     def __len__(self) -> int:
@@ -49,24 +47,22 @@ class SegmentedNetwork:
         makes its layer extend to the last of them.
         """
         users: dict[int, list[int]] = {}
-        for index, module in enumerate(self._modules):
+        for index, module in enumerate(self.segments):
             for parameter in module.parameters():
                 users.setdefault(id(parameter), []).append(index)
         layers: list[Layer] = []
-        owners: list[str] = []
         for entry, parameter in zip(vector.entries, vector.parameters, strict=True):
             owner = entry.name.rpartition(".")[0]
             used = users[id(parameter)]
-            if owners and owners[-1] == owner:
+            if layers and layers[-1].name == owner:
                 before = layers.pop()
                 used = [*used, before.first_segment, before.last_segment]
-                layers.append(Layer(before.start, entry.stop, min(used), max(used)))
+                layers.append(Layer(before.start, entry.stop, min(used), max(used), owner))
             else:
-                owners.append(owner)
-                layers.append(Layer(entry.start, entry.stop, min(used), max(used)))
+                layers.append(Layer(entry.start, entry.stop, min(used), max(used), owner))
         nexts = [layer.first_segment for layer in layers[1:]] + [len(self)]
         return tuple(
-            Layer(layer.start, layer.stop, layer.first_segment, max(layer.last_segment, following - 1))
+            dataclasses.replace(layer, last_segment=max(layer.last_segment, following - 1))
             for layer, following in zip(layers, nexts, strict=True)
         )
 
@@ -81,7 +77,7 @@ class SegmentedNetwork:
         counts = [0.0] * len(self)
         handles = [
             module.register_forward_hook(functools.partial(_count_multiplications, counts, index))
-            for index, segment in enumerate(self._modules)
+            for index, segment in enumerate(self.segments)
             for module in segment.modules()
             if len(self) > 1 and isinstance(getattr(module, "weight", None), torch.Tensor)
         ]
@@ -98,6 +94,18 @@ class SegmentedNetwork:
         """Share of the network's multiplications in segments ``first`` to ``last``."""
         assert self._shares is not None
         return sum(self._shares[first : last + 1])
+
+
+class _Called(torch.nn.Module):
+    """A network as ``forward`` calls it."""
+
+    def __init__(self, network: torch.nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.network = network
+        self._function = forward
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._function(self.network, inputs)
 
 
 def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:

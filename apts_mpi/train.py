@@ -32,7 +32,7 @@ from apts_mpi.transport import choose_device
 USAGE = 2
 
 # Groups of which the first option is named by the group's own name: --global-step first-order.
-SHORT_FORMS = {"--global_step": "--global_step.model"}
+SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"}
 
 # Options that need no value.
 SWITCHES = ("--overwrite", "--view", "--monitor")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from apts_mpi.options import (
     APTSOptions,
+    CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
     SchwarzOptions,
@@ -56,7 +57,7 @@ class TrainingOptions:
         Print the composed solver before training.
     monitor
         Print one line an iteration.
-    schwarz, local, trust_region, global_step
+    schwarz, local, coarse, trust_region, global_step
         Options of the solver's parts.
     """
 
@@ -79,6 +80,7 @@ class TrainingOptions:
     monitor: bool = False
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
+    coarse: CoarseOptions = field(default_factory=CoarseOptions)
     trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
     global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
 

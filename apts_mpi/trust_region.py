@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from apts_mpi.options import TrustRegionOptions
@@ -92,3 +93,48 @@ def subdomain_radius(radius: float, subdomains: int, kind: Literal["2", "inf"]) 
     r sum to one of length sqrt(N) r.
     """
     return radius if kind == "inf" else radius / math.sqrt(subdomains)
+
+
+def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np.ndarray:
+    """Minimiser of ``slope . x + 1/2 x . matrix x`` over ``|x| <= radius``, by eigen-decomposition.
+
+    Solves ``(matrix + mu I) x = -slope`` for the least mu >= 0 with a positive semi-definite left-hand side and x in
+    the ball; in the hard case a multiple of the lowest eigenvector completes x (Conn, Gould and Toint, Trust-Region
+    Methods, section 7.3).
+
+    Parameters
+    ----------
+    matrix : ndarray, shape (m, m), float64
+        Symmetric, of any definiteness.
+    slope : ndarray, shape (m,)
+        The linear term.
+    radius
+        Radius of the ball.
+    """
+    values, vectors = np.linalg.eigh(matrix)
+    coefficients = vectors.T @ slope
+    scale = max(abs(values[0]), abs(values[-1]), np.finfo(float).tiny)
+
+    def solve(mu: float) -> np.ndarray:
+        shifted = values + mu
+        regular = shifted > np.finfo(float).eps * scale
+        return -np.divide(coefficients, shifted, out=np.zeros_like(coefficients), where=regular)
+
+    low = max(0.0, -values[0])
+    point = solve(low)
+    if np.linalg.norm(point) <= radius:
+        flat = np.abs(coefficients) > np.finfo(float).eps * np.linalg.norm(slope)
+        unbounded = flat & (values + low <= np.finfo(float).eps * scale)
+        if not unbounded.any():
+            if values[0] < -np.finfo(float).eps * scale:
+                point[0] += math.sqrt(max(radius**2 - point @ point, 0.0))
+            return vectors @ point
+    # |x(mu)| falls from above the radius to below it between low and this.
+    high = low + np.linalg.norm(slope) / radius
+    for _ in range(200):  # bisection to rounding
+        middle = 0.5 * (low + high)
+        if np.linalg.norm(solve(middle)) > radius:
+            low = middle
+        else:
+            high = middle
+    return vectors @ solve(high)

@@ -59,12 +59,15 @@ def _find(directory, name):
 def _read_pair(images_path, labels_path):
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
-        raise InvalidInput(f"{images_path} has {len(images)} images and {labels_path} has {len(labels)} labels: "
-                           "take both from the same data set")
+        raise InvalidInput(
+            f"{images_path} has {len(images)} images and {labels_path} has {len(labels)} labels: "
+            "take both from the same data set"
+        )
     wrong = np.flatnonzero(labels >= CLASSES)
     if wrong.size:
-        raise InvalidInput(f"{labels_path}: label {wrong[0]} is {labels[wrong[0]]}, outside 0..{CLASSES - 1}: "
-                           "fetch the file again")
+        raise InvalidInput(
+            f"{labels_path}: label {wrong[0]} is {labels[wrong[0]]}, outside 0..{CLASSES - 1}: fetch the file again"
+        )
     return images, labels
 
 
@@ -91,14 +94,16 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     header = 4 + 4 * dimensions
     _check_magic(path, content, _MAGIC[dimensions])
     if len(content) < header:
-        raise InvalidInput(f"{path} is truncated: its header takes {header} bytes, the file has {len(content)}: "
-                           "fetch it again")
+        raise InvalidInput(
+            f"{path} is truncated: its header takes {header} bytes, the file has {len(content)}: fetch it again"
+        )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     expected = header + math.prod(shape)
     if len(content) != expected:
         fault = "is truncated" if len(content) < expected else "is too long"
-        raise InvalidInput(f"{path} {fault}: its header announces {expected} bytes, the file has {len(content)}: "
-                           "fetch it again")
+        raise InvalidInput(
+            f"{path} {fault}: its header announces {expected} bytes, the file has {len(content)}: fetch it again"
+        )
     if math.prod(shape) == 0:
         raise InvalidInput(f"{path} is empty: its header announces the shape {shape}: fetch it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -116,10 +121,13 @@ def _read_bytes(path):
 
 def _check_magic(path, content, expected):
     if len(content) < 4:
-        raise InvalidInput(f"{path} is truncated: its magic number takes 4 bytes, the file has {len(content)}: "
-                           "fetch it again")
+        raise InvalidInput(
+            f"{path} is truncated: its magic number takes 4 bytes, the file has {len(content)}: fetch it again"
+        )
     found = struct.unpack(">I", content[:4])[0]
     if found != expected:
         held = _CONTENT.get(found, "no images or labels of unsigned bytes")
-        raise InvalidInput(f"{path} should hold {_CONTENT[expected]} but holds {held} (magic number {found}, "
-                           f"not {expected}): give each file its own name")
+        raise InvalidInput(
+            f"{path} should hold {_CONTENT[expected]} but holds {held} (magic number {found}, "
+            f"not {expected}): give each file its own name"
+        )

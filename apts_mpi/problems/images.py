@@ -34,10 +34,16 @@ def digits_cnn(dtype: torch.dtype) -> Problem:
     """Handwritten digits of 8x8 pixels with three 3x3 convolutions."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 2 * 2, 10),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, 10),
     )
     return _digits("digits-cnn", network, dtype)
 
@@ -52,11 +58,20 @@ def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype) -> Problem:
     """Fashion-MNIST with four 3x3 convolutions and two linear layers."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
     )
     return _fashion_mnist("fashion-mnist-cnn", network, data_dir, dtype, batch_size=1000, epochs=6)
 
@@ -65,11 +80,15 @@ def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype) -> Problem:
     """Fashion-MNIST with a small residual network with batch normalisation."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
         ResidualBlock(16, 16, stride=1),
         ResidualBlock(16, 32, stride=2),
         ResidualBlock(32, 64, stride=2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
     return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, batch_size=500, epochs=6)
 
@@ -98,10 +117,10 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(channels_out)
         self.convolution2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Identity()
+        self.shortcut = nn.Sequential()
         if channels_in != channels_out or stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False),
-                                          nn.BatchNorm2d(channels_out))
+            self.shortcut.append(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(channels_out))
 
     def forward(self, inputs):
         hidden = torch.relu(self.norm1(self.convolution1(inputs)))
@@ -136,8 +155,10 @@ def _fashion_mnist_directory(data_dir):
         return data_dir
     if Path(FASHION_MNIST_DIRECTORY).is_dir():
         return FASHION_MNIST_DIRECTORY
-    raise InvalidInput(f"Fashion-MNIST is not in {FASHION_MNIST_DIRECTORY}: install the Debian package "
-                       f"dataset-fashion-mnist, or give --data-dir, a directory that holds {', '.join(idx.FILES)}")
+    raise InvalidInput(
+        f"Fashion-MNIST is not in {FASHION_MNIST_DIRECTORY}: install the Debian package "
+        f"dataset-fashion-mnist, or give --data-dir, a directory that holds {', '.join(idx.FILES)}"
+    )
 
 
 def _classification(name, network, train, test, dtype, batch_size, epochs):
@@ -147,5 +168,13 @@ def _classification(name, network, train, test, dtype, batch_size, epochs):
         pixels = torch.tensor(images.reshape(len(images), -1), dtype=dtype)
         return (pixels - mean) / std, torch.tensor(labels, dtype=torch.int64)
 
-    return Problem(name=name, network=network.to(dtype), loss=cross_entropy, train=tensors(*train),
-                   test=tensors(*test), batch_size=batch_size, epochs=epochs, accuracy=True)
+    return Problem(
+        name=name,
+        network=network.to(dtype),
+        loss=cross_entropy,
+        train=tensors(*train),
+        test=tensors(*test),
+        batch_size=batch_size,
+        epochs=epochs,
+        accuracy=True,
+    )

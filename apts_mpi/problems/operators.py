@@ -22,8 +22,7 @@ _TRAIN_SEED, _TEST_SEED = 0, 1
 
 def deeponet_sine(dtype: torch.dtype) -> Problem:
     """1,000 functions with 10 points each to train on, 200 others to test."""
-    train, test = antiderivative_samples(1000, 10, _TRAIN_SEED), antiderivative_samples(200, 10, _TEST_SEED)
-    train, test = (tuple(torch.from_numpy(part).to(dtype) for part in samples) for samples in (train, test))
+    train, test = _tensors(1000, 10, _TRAIN_SEED, dtype), _tensors(200, 10, _TEST_SEED, dtype)
     return Problem(
         name="deeponet-sine",
         network=DeepONet(width=40, features=40).to(dtype),
@@ -84,6 +83,11 @@ def antiderivative_samples(functions: int, points: int, seed: int) -> tuple[np.n
     basis = (1.0 - np.cos(np.pi * modes * y[..., None])) / (np.pi * modes)
     u = (basis @ coefficients[..., None]).reshape(-1, 1)
     return np.column_stack([np.repeat(v, points, axis=0), y.ravel()]), u
+
+
+def _tensors(functions, points, seed, dtype):
+    inputs, targets = antiderivative_samples(functions, points, seed)
+    return torch.from_numpy(inputs).to(dtype), torch.from_numpy(targets).to(dtype)
 
 
 def _test_error(inputs, targets):

@@ -66,10 +66,12 @@ def least_squares_problem(
     """
     samples = len(interior[0]) + len(boundary[0])
     inputs = np.concatenate([_rows(interior[0], INTERIOR), _rows(boundary[0], BOUNDARY)])
-    targets = np.concatenate([
-        _rows(interior[1][:, None], samples / len(interior[0])),
-        _rows(boundary[1][:, None], coefficient * samples / len(boundary[0])),
-    ])
+    targets = np.concatenate(
+        [
+            _rows(interior[1][:, None], samples / len(interior[0])),
+            _rows(boundary[1][:, None], coefficient * samples / len(boundary[0])),
+        ]
+    )
     # Mixed, so that a batch or a shard of consecutive samples has interior and boundary points.
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(_POINTS_SEED))
     return Problem(
@@ -121,12 +123,14 @@ def derivatives(
     second_derivatives : Tensor, (b, len(second))
     """
 
+    # The annotation of vjp allows for three results, which come with has_aux only.
     def gradients_and_values(points):
-        values, pull_back = vjp(function, points)
+        values, pull_back = vjp(function, points)  # type: ignore[misc]
         return pull_back(torch.ones_like(values))[0], values
 
-    gradients, pull_back, values = vjp(gradients_and_values, coordinates, has_aux=True)
-    along = [pull_back(_unit_vectors(coordinates, axis))[0][:, axis] for axis in second]
+    (gradients, values), pull_back = vjp(gradients_and_values, coordinates)  # type: ignore[misc]
+    no_values = torch.zeros_like(values)
+    along = [pull_back((_unit_vectors(coordinates, axis), no_values))[0][:, axis] for axis in second]
     return values, gradients, torch.stack(along, dim=1)
 
 
@@ -136,7 +140,7 @@ def _unit_vectors(coordinates, axis):
 
 
 def tanh_network(widths: list[int]) -> nn.Sequential:
-    """Multilayer perceptron of tanh with Xavier-normal weights (Glorot and Bengio 2010) and zero biases."""
+    """A multilayer perceptron with tanh, Xavier-normal weights (Glorot and Bengio 2010) and zero biases."""
     network = mlp(widths, nn.Tanh)
     for layer in network:
         if isinstance(layer, nn.Linear):

@@ -35,7 +35,7 @@ class Problem:
     batch_size : int, optional
         Default number of samples in a batch; None means all of them.
     epochs : int
-        Default number of passes through the training samples (iterations, for full batches).
+        Default number of passes through the training samples: of iterations, where the batch is full.
     accuracy : bool
         The targets are int64 class indices and the last dimension of the outputs holds the scores of the
         classes, so that an accuracy can be reported.
@@ -114,8 +114,12 @@ def _check_samples(option, samples, dtype, accuracy):
     counts = f"{len(inputs)} inputs and {len(targets)} targets"
     require(len(inputs) == len(targets), option, counts, "give one target for each input")
     if accuracy:
-        require(targets.dtype == torch.int64, f"dtype of {option} targets", targets.dtype,
-                "accuracy needs class indices in torch.int64")
+        require(
+            targets.dtype == torch.int64,
+            f"dtype of {option} targets",
+            targets.dtype,
+            "accuracy needs class indices in torch.int64",
+        )
 
 
 def _describe(value):

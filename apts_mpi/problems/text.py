@@ -132,8 +132,9 @@ def _text_file(data_dir):
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InvalidInput(f"--data-dir: {data_dir!r} does not exist; give a text file, or a directory with exactly "
-                           "one .txt file")
+        raise InvalidInput(
+            f"--data-dir: {data_dir!r} does not exist; give a text file, or a directory with exactly one .txt file"
+        )
     found = sorted(path.glob("*.txt"))
     if len(found) != 1:
         raise InvalidInput(f"--data-dir: {data_dir!r} holds {len(found)} .txt files; give the file itself")
@@ -144,10 +145,14 @@ def _read_tokens(path):
     try:
         characters = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--data-dir: {path} cannot be read as text in UTF-8 ({error}); give another file") from error
+        raise InvalidInput(
+            f"--data-dir: {path} cannot be read as text in UTF-8 ({error}); give another file"
+        ) from error
     if len(characters) // 10 <= CONTEXT:
-        raise InvalidInput(f"--data-dir: {path} has {len(characters)} characters; give a text of at least "
-                           f"{10 * (CONTEXT + 1)}, so that its last tenth makes a test sample")
+        raise InvalidInput(
+            f"--data-dir: {path} has {len(characters)} characters; give a text of at least "
+            f"{10 * (CONTEXT + 1)}, so that its last tenth makes a test sample"
+        )
     vocabulary = {character: index for index, character in enumerate(sorted(set(characters)))}
     return torch.tensor([vocabulary[character] for character in characters]), len(vocabulary)
 

@@ -1,0 +1,164 @@
+"""The coarse level: subdomain corrections recombined by the Gauss-Newton model in their span."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from apts_mpi.comm import Communicator
+from apts_mpi.events import Events
+from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.objective import Objective, Pass
+from apts_mpi.options import CoarseOptions
+from apts_mpi.partition import Subdomain
+from apts_mpi.trust_region import minimise_in_ball
+from apts_mpi.vector import norm
+
+# Columns whose part outside the span of the others is below this share of their length are dropped.
+DEPENDENT = 1e-6
+
+
+@dataclass(frozen=True)
+class ReducedModel:
+    """``slope . a + 1/2 a . curvature a`` for the coefficients a of m columns; ``gram`` are their inner products."""
+
+    slope: np.ndarray
+    curvature: np.ndarray
+    gram: np.ndarray
+
+    def reduction(self, coefficients: np.ndarray) -> float:
+        """Predicted reduction of a step."""
+        return -float(self.slope @ coefficients + 0.5 * coefficients @ self.curvature @ coefficients)
+
+    def minimise(self, radius: float, damping: float) -> np.ndarray:
+        """Coefficients of the minimiser of the damped model in the ball ``|S a| <= radius``, shape (m,).
+
+        In an orthonormal basis of the span the damping is ``damping`` times the largest eigenvalue of the
+        curvature, times the identity.
+        """
+        basis = orthonormal_coefficients(self.gram)
+        if basis.shape[1] == 0:
+            return np.zeros(len(self.slope))
+        curvature = basis.T @ self.curvature @ basis
+        curvature = 0.5 * (curvature + curvature.T)
+        largest = np.linalg.eigvalsh(curvature)[-1]
+        damped = curvature + damping * max(largest, 0.0) * np.eye(len(curvature))
+        return basis @ minimise_in_ball(damped, basis.T @ self.slope, radius)
+
+
+def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
+    """Coefficients of an orthonormal basis of the columns with this Gram matrix, shape (m, rank).
+
+    Zero and nearly dependent columns are left out.
+    """
+    lengths = np.sqrt(np.clip(np.diag(gram), 0.0, None))
+    scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0.0)
+    values, vectors = np.linalg.eigh(gram * scale[:, None] * scale)
+    kept = values > DEPENDENT
+    return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
+
+
+class CoarseLevel:
+    """Finds the best combination of the subdomains' columns within the trust region.
+
+    Parameters
+    ----------
+    options
+        Which columns, on which share of the samples, with what damping.
+    objective
+        The global objective.
+    subdomains
+        All subdomains.
+    comm, events
+        The ranks, and where work is counted.
+    kind
+        Norm of the ball.
+
+    Attributes
+    ----------
+    step : Tensor, shape (n,)
+        The step of the last `recombine`.
+    last_step : Tensor, shape (n,)
+        The last accepted step.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: CoarseOptions,
+        objective: Objective,
+        subdomains: Sequence[Subdomain],
+        comm: Communicator,
+        events: Events,
+        kind: str,
+    ) -> None:
+        self._options = options
+        self._subdomains = subdomains
+        self._comm = comm
+        self._events = events
+        self._kind = kind
+        self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
+        self.step = torch.zeros_like(objective.vector.values)
+        self.last_step = torch.zeros_like(self.step)
+        self._columns: list[Column] = []
+        self._model: ReducedModel | None = None
+
+    def prepare(self, passes: Sequence[Pass], correction: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Form the reduced model of a correction. Collective."""
+        vectors = {"correction": correction, "last_step": self.last_step, "gradient": gradient}
+        with self._events.timed("coarse"):
+            self._columns = [
+                Column(part.owned_start, part.owned_stop, vectors[name][part.owned_start : part.owned_stop])
+                for name in self._options.columns
+                for part in self._subdomains
+            ]
+            curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
+            for part in passes:
+                samples = max(1, math.ceil(self._options.samples * part.samples))
+                curvature += part.weight * self._linearisation.reduced(part, samples, self._columns).cpu()
+            total = self._comm.sum_on_root(curvature.numpy())
+            if total is not None:
+                slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
+                self._model = ReducedModel(slope.double().cpu().numpy(), total, self._gram())
+
+    def _gram(self) -> np.ndarray:
+        """Inner products of the columns; those of different subdomains are zero."""
+        count = len(self._columns)
+        gram = np.zeros((count, count))
+        for first, left in enumerate(self._columns):
+            for second in range(first, count, len(self._subdomains)):
+                gram[first, second] = gram[second, first] = float(torch.dot(left.values, self._columns[second].values))
+        return gram
+
+    def recombine(self, radius: float, damping: float) -> float:
+        """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective."""
+        count = len(self._columns)
+
+        def decide() -> list[float]:
+            model = self._model
+            if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
+                return [0.0] * count + [math.nan]
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping)
+            if self._kind == "inf":
+                self._combine(coefficients)
+                length = float(norm(self.step, "inf"))
+                coefficients *= min(1.0, radius / length) if length > 0.0 else 1.0
+            return [*coefficients, model.reduction(coefficients)]
+
+        with self._events.timed("coarse"):
+            *coefficients, predicted = self._comm.decide(decide)
+            self._combine(coefficients)
+        return predicted
+
+    def _combine(self, coefficients: Sequence[float]) -> None:
+        self.step.zero_()
+        for coefficient, column in zip(coefficients, self._columns, strict=True):
+            self.step[column.start : column.stop].add_(column.values, alpha=float(coefficient))
+
+    def accept(self) -> None:
+        """The step was taken."""
+        self.last_step.copy_(self.step)
