@@ -13,8 +13,8 @@ from mpi4py import MPI
 from apts_mpi.batch import passes_of_batch, team_shares
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
+from apts_mpi.composition import compose
 from apts_mpi.environment import seconds
-from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
@@ -117,7 +117,7 @@ class APTS:
     comm
         Any mpi4py intracommunicator; None is ``MPI.COMM_WORLD``.
     options
-        The configuration.
+        The configuration; the attribute has what its ``auto`` values stand for.
     forward
         Function of (network, inputs) that returns the outputs, for a loss that needs more of the network than its
         values (derivatives, several calls). None is ``network(inputs)``.
@@ -142,7 +142,7 @@ class APTS:
         options: APTSOptions | None = None,
         forward: Forward | None = None,
     ) -> None:
-        self.options = options = options or APTSOptions()
+        options = options or APTSOptions()
         self.network = network
         self.events = Events()
         self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, self.events)
@@ -154,6 +154,10 @@ class APTS:
             count = options.subdomains or max(most, 1)
             self.subdomains = make_subdomains(layers, count, options.schwarz.partition, options.schwarz.overlap)
             self.layout = Layout(self.comm.size, count, options.replicas)
+            options = compose(
+                options, network=network, called=forward is not None, layers=layers, subdomains=self.subdomains
+            )
+        self.options = options
         self.comm.share_tensors([self.vector.values, *network.buffers()])
         team = self.comm.group(self.layout.team_of(self.comm.rank))
         self.objective = Objective(

@@ -133,7 +133,7 @@ class Communicator:
         pending.wait()
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank rank 0's contents of ``tensors``, of any dtype. Collective; for set-up, not for iterations."""
+        """Give every rank rank 0's contents of ``tensors``, of any dtype; for set-up. Collective."""
         contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
         for tensor, content in zip(tensors, contents, strict=True):
             tensor.copy_(torch.from_numpy(content))

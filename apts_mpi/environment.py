@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-# What launchers tell each process about the size of its job and its number in it (Hydra and other PMI launchers; Open MPI; Slurm steps).
+# What launchers tell each process about the size of its job and its number in it (Hydra and others, Open MPI, Slurm).
 LAUNCHER_VARIABLES = (
     ("PMI_SIZE", "PMI_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, jvp, vmap
 
 from apts_mpi.environment import preserved_random_state, seed_stream
 from apts_mpi.events import FORWARD, Events
@@ -77,11 +77,16 @@ class Linearisation:
             outputs, tangents = self.tangents(part.inputs[:samples], columns)
         targets = part.targets[:samples]
 
-        def hessian_product(tangent: torch.Tensor) -> torch.Tensor:
-            return jvp(grad(lambda point: self._loss(point, targets)), (outputs,), (tangent,))[1]
+        return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
 
-        curved = vmap(hessian_product)(tangents)
-        return tangents.flatten(1).double() @ curved.flatten(1).double().T
+    def _curved(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+        """H times each tangent, by differentiating the gradient of the loss alone."""
+        with torch.enable_grad():
+            point = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self._loss(point, targets), point, create_graph=True)
+            if not slope.requires_grad:  # a loss linear in the outputs
+                return torch.zeros_like(tangents)
+            return torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
 
     def tangents(self, inputs: torch.Tensor, columns: Sequence[Column]) -> tuple[torch.Tensor, torch.Tensor]:
         """The outputs, shape (samples, ...), and J S, shape (m, samples, ...)."""
@@ -95,8 +100,7 @@ class Linearisation:
                 if any(column.start < entry.stop and entry.start < column.stop for entry in self._own[index].values())
             ]
             moved = self._along_parameters(index, activations, [columns[number] for number in moving])
-            carried = None if tangents is None else _along_inputs(segment, activations, tangents)
-            activations = segment(activations)
+            activations, carried = _along_inputs(segment, activations, tangents)
             self._events.count_work(
                 len(inputs), self._segmented.share(index, index), FORWARD * (1 + len(joined) + len(moving))
             )
@@ -141,13 +145,36 @@ def _direction(column: Column, entry: Entry) -> torch.Tensor:
     return nn.functional.pad(inside, (start - entry.start, entry.stop - stop))
 
 
-def _along_inputs(segment: nn.Module, activations: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-    """Tangents of a segment's outputs along its inputs, shape (columns, samples, ...)."""
+def _along_inputs(
+    segment: nn.Module, activations: torch.Tensor, tangents: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...)."""
+    if tangents is None:
+        return segment(activations), None
     if isinstance(segment, BILINEAR):
         values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
         moved = functional_call(segment, values, (tangents.flatten(0, 1),))
-        return moved.unflatten(0, tangents.shape[:2])
-    return vmap(lambda tangent: jvp(segment, (activations,), (tangent,))[1], randomness="same")(tangents)
+        return segment(activations), moved.unflatten(0, tangents.shape[:2])
+    if next(segment.parameters(), None) is None:
+        return _along_inputs_by_transposes(segment, activations, tangents)
+    moved = vmap(lambda tangent: jvp(segment, (activations,), (tangent,))[1], randomness="same")(tangents)
+    return segment(activations), moved
+
+
+def _along_inputs_by_transposes(
+    segment: nn.Module, activations: torch.Tensor, tangents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for activation functions and the like: the derivative of ``v -> J^T v``, transposed.
+
+    Forward mode would do as well, but its first use imports for seconds, and it runs the segment once more.
+    """
+    with torch.enable_grad():
+        point = activations.detach().requires_grad_()
+        outputs = segment(point)
+        weights = torch.zeros_like(outputs, requires_grad=True)
+        (transposed,) = torch.autograd.grad(outputs, point, weights, create_graph=True)
+        moved = torch.autograd.grad(transposed, weights, tangents, is_grads_batched=True)[0]
+    return outputs.detach(), moved
 
 
 def _merge(

@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.curvature import Curvature, LayerBatch
-from apts_mpi.objective import LocalObjective
+from apts_mpi.curvature import TINY, Curvature, LayerBatch
+from apts_mpi.local_objective import LocalObjective
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import steepest_descent
@@ -94,8 +94,8 @@ class KFAC:
     ----------
     statistics : list of list of Tensor
         Running means of each layer.
-    count : int
-        Batches in them.
+    count, updates : int
+        Iterations, and those whose statistics were taken in.
     """
 
     def __init__(
@@ -108,11 +108,14 @@ class KFAC:
         self._layers = layers
         self._team = team
         self.statistics: list[list[torch.Tensor]] = []
-        self.count = 0
+        self.count = self.updates = 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `LocalSolver`."""
-        self._update(local)
+        # At first the running means move fast, and every iteration counts.
+        if self.count < self._options.refresh or self.count % self._options.refresh == 0:
+            self._update(local)
+        self.count += 1
         start = local.block.clone()
         for gradient in _gradients(local, self._options.iterations):
             for curvature, _, part in self._layers:
@@ -122,7 +125,7 @@ class KFAC:
             torch.add(start, displacement, out=local.block)
 
     def _update(self, local: LocalObjective) -> None:
-        """Take in the statistics of this batch, and factorise when it is time."""
+        """Take in the statistics of this batch, and factorise."""
         fresh = [
             [
                 # What is not finite leads to a rejected step; it must not stay in the running means.
@@ -139,17 +142,14 @@ class KFAC:
             for curvature, module, part in self._layers
         ]
         self._sum_over_team(fresh)
-        self.count += 1
-        keep = min(1.0 - 1.0 / self.count, self._options.decay)
+        self.updates += 1
+        keep = min(1.0 - 1.0 / self.updates, self._options.decay)
         if not self.statistics:
             self.statistics = fresh
-        else:
-            for means, statistics in zip(self.statistics, fresh, strict=True):
-                for mean, statistic in zip(means, statistics, strict=True):
-                    mean.lerp_(statistic, 1.0 - keep)
-        if (self.count - 1) % self._options.refresh == 0:
-            for (curvature, _, _), means in zip(self._layers, self.statistics, strict=True):
-                curvature.refresh(means, self._options.damping)
+        for means, statistics, (curvature, _, _) in zip(self.statistics, fresh, self._layers, strict=True):
+            for mean, statistic in zip(means, statistics, strict=True):
+                mean.lerp_(statistic, 1.0 - keep)
+            curvature.refresh(means, self._options.damping)
 
     def _sum_over_team(self, fresh: list[list[torch.Tensor]]) -> None:
         if self._team.size == 1:
@@ -161,6 +161,35 @@ class KFAC:
         for statistic in flat:
             statistic.copy_(packed.tensor[start : start + statistic.numel()].view(statistic.shape))
             start += statistic.numel()
+
+
+class GaussNewton:
+    """Dense Gauss-Newton step of the block: ``-(J^T H J + mu I)^-1`` times the gradient, clipped to the ball.
+
+    mu is `damping` times the mean diagonal of ``J^T H J``. The matrix is formed in float64: it has the square of the
+    Jacobian's condition.
+    """
+
+    def __init__(self, iterations: int, damping: float, team: Communicator) -> None:
+        self._iterations = iterations
+        self._damping = damping
+        self._team = team
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `LocalSolver`."""
+        start = local.block.clone()
+        for gradient in _gradients(local, self._iterations):
+            rows = local.gauss_newton_rows().double().mul_(local.weight**0.5)
+            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            matrix = rows.T @ rows
+            if self._team.size > 1:
+                self._team.sum(Mirror(matrix.view(-1)))
+            matrix.diagonal().add_(self._damping * matrix.diagonal().mean() + TINY)
+            factor, _ = torch.linalg.cholesky_ex(matrix)
+            local.block -= torch.cholesky_solve(gradient.double()[:, None], factor).squeeze(1)
+            displacement = local.block - start
+            clip_to_ball(displacement, radius, kind)
+            torch.add(start, displacement, out=local.block)
 
 
 class TrustRegion:
@@ -237,6 +266,8 @@ def make_local_solver(
     """
     if options.solver == "kfac":
         return KFAC(options, layers, team)
+    if options.solver == "gauss-newton":
+        return GaussNewton(options.iterations, options.damping, team)
     if options.solver == "tr":
         return TrustRegion(options.iterations, trust_region)
     if options.solver == "adam":

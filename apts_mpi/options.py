@@ -28,7 +28,8 @@ class SchwarzOptions:
     ----------
     variant
         Local objective. ``exact`` runs the network from the subdomain's first layer to the loss. ``inexact`` runs the
-        subdomain's own layers only, against the cached gradient of the loss with respect to their output.
+        subdomain's own layers only, against the cached gradient of the loss with respect to their output. ``auto``:
+        inexact where the network is called for its outputs alone.
     partition
         ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges.
     overlap
@@ -37,24 +38,25 @@ class SchwarzOptions:
         Prolongation with overlap: ``restrict`` adds a correction on the indices that the subdomain owns alone,
         ``basic`` adds it everywhere, weighted by the number of subdomains that share an index.
     local_data
-        Samples of a local objective: the subdomain's ``shard`` of the batch, or the ``full`` batch.
+        Samples of a local objective: the subdomain's ``shard`` of the batch, or the ``full`` batch. ``auto``: full
+        for dense Gauss-Newton, which has no running means, else shard.
     damping
         Factor of the sum of the corrections, in (0, 1].
     """
 
-    variant: Literal["exact", "inexact"] = "inexact"
+    variant: Literal["auto", "exact", "inexact"] = "auto"
     partition: Literal["layer", "index"] = "layer"
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
-    local_data: Literal["shard", "full"] = "shard"
+    local_data: Literal["auto", "shard", "full"] = "auto"
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choice("schwarz.variant", self.variant, ("exact", "inexact"))
+        require_choice("schwarz.variant", self.variant, ("auto", "exact", "inexact"))
         require_choice("schwarz.partition", self.partition, ("layer", "index"))
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
         require_choice("schwarz.type", self.type, ("basic", "restrict"))
-        require_choice("schwarz.local_data", self.local_data, ("shard", "full"))
+        require_choice("schwarz.local_data", self.local_data, ("auto", "shard", "full"))
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
 
 
@@ -65,21 +67,36 @@ class LocalOptions:
     Parameters
     ----------
     solver
-        ``tr``: first-order trust region. ``sgd``: steepest descent. ``adam``: Adam directions whose moments last from
-        one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
+        ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``gauss-newton``: dense
+        Gauss-Newton matrix of the block. ``tr``: first-order trust region. ``sgd``: steepest descent. ``adam``: Adam
+        directions whose moments last from one iteration to the next. The last two have steps of 1/iterations of the
+        ball's radius. ``auto``: gauss-newton where the network is called for more than its outputs and the blocks are
+        small, kfac where subdomains are whole layers, else adam.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
+    damping
+        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 1e-3 and
+        1e-7.
+    decay
+        Of the running means of kfac, an update.
+    refresh
+        Iterations between updates of kfac's running means and factorisations, after as many at the start.
     """
 
-    solver: Literal["kfac", "tr", "sgd", "adam"] = "kfac"
+    solver: Literal["auto", "kfac", "gauss-newton", "tr", "sgd", "adam"] = "auto"
     iterations: int = 1
-    damping: float = 1e-2
-    decay: float = 0.95
-    refresh: int = 1
+    damping: float | None = None
+    decay: float = 0.9
+    refresh: int = 5
 
     def __post_init__(self) -> None:
-        require_choice("local.solver", self.solver, ("kfac", "tr", "sgd", "adam"))
+        require_choice("local.solver", self.solver, ("auto", "kfac", "gauss-newton", "tr", "sgd", "adam"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
+        require(
+            self.damping is None or self.damping > 0.0, "local.damping", self.damping, "give a number above 0, or null"
+        )
+        require(0.0 <= self.decay < 1.0, "local.decay", self.decay, "give a number in [0, 1)")
+        require(self.refresh >= 1, "local.refresh", self.refresh, "give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +205,7 @@ class CoarseOptions:
 
     model: Literal["none", "gauss-newton"] = "gauss-newton"
     columns: tuple[Literal["correction", "last_step", "gradient"], ...] = ("correction", "last_step")
-    samples: float = 1.0
+    samples: float = 0.5
     damping: float = 0.1
 
     def __post_init__(self) -> None:

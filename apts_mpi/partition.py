@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,7 +179,7 @@ def multiplicity(subdomains: Sequence[Subdomain], subdomain: Subdomain) -> list[
     ordered = sorted(edges)
     return [
         (start, stop, sum(other.start <= start and stop <= other.stop for other in subdomains))
-        for start, stop in zip(ordered, ordered[1:], strict=False)
+        for start, stop in itertools.pairwise(ordered)
     ]
 
 

@@ -8,10 +8,10 @@ import torch
 
 from apts_mpi.comm import Communicator, Pending
 from apts_mpi.curvature import Curvature, make_curvature
-from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
 from apts_mpi.local import ensure_descent, make_local_solver
-from apts_mpi.objective import Cache, LocalObjective, Objective
+from apts_mpi.local_objective import LocalObjective
+from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.partition import Layer, Layout, Subdomain, multiplicity
 from apts_mpi.reduction import BUCKET_BYTES
@@ -162,22 +162,11 @@ class AdditiveSchwarz:
 def _curvatures(
     network: torch.nn.Module, layers: Sequence[Layer], subdomain: Subdomain
 ) -> list[tuple[Curvature, torch.nn.Module, slice]]:
-    """The layers of a subdomain with their curvature and their range within its block.
-
-    Raises
-    ------
-    InvalidInput
-        If the subdomain cuts a layer.
-    """
+    """The layers of a subdomain with their curvature and their range within its block."""
     found = []
     for layer in layers:
         if layer.stop <= subdomain.start or subdomain.stop <= layer.start:
             continue
-        if layer.start < subdomain.start or subdomain.stop < layer.stop:
-            raise InvalidInput(
-                f"local.solver: 'kfac' needs whole layers, but subdomain {subdomain.index} cuts {layer.name!r}; "
-                "use --schwarz.partition layer or another local solver"
-            )
         module = network.get_submodule(layer.name)
         part = slice(layer.start - subdomain.start, layer.stop - subdomain.start)
         found.append((make_curvature(module, layer.stop - layer.start), module, part))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import io
 import re
 import sys
 import traceback
@@ -134,7 +134,7 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> None:
     """
     comm = Communicator(world, Events())
     # --help and --print_config print and exit, on every rank.
-    quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(open(os.devnull, "w"))
+    quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
     local_rank = comm.local_rank()

@@ -85,7 +85,7 @@ class Training:
         self.gradient_evaluations = self.seconds = 0.0
 
     def _check_batch(self) -> None:
-        local_data = self.options.schwarz.local_data if self.options.optimizer == "apts" else "shard"
+        local_data = self.solver.options.schwarz.local_data if isinstance(self.solver, APTS) else "shard"
         least = self.solver.layout.smallest_batch(local_data)
         if self.batch_size < least:
             raise SharedInvalidInput(

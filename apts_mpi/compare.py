@@ -1,0 +1,108 @@
+"""``python -m apts_mpi.compare``: APTS beside tuned optimizers, in tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+import jsonargparse
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from apts_mpi.comparison import GRIDS, Comparison, ComparisonOptions, Grids, Plan, Run, check_launcher, execute
+from apts_mpi.errors import InvalidInput
+from apts_mpi.train import USAGE, spell
+
+# Exit status after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
+
+def parse(arguments: Sequence[str]) -> ComparisonOptions:
+    """The options.
+
+    Raises
+    ------
+    InvalidInput
+        For an option or a value that is not known.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="apts_mpi.compare", description=ComparisonOptions.__doc__, exit_on_error=False
+    )
+    parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
+    parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
+    parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})
+    try:
+        values = dict(vars(parser.parse_args(spell(arguments))))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise InvalidInput(f"{error}; --help lists the options and their values") from error
+    return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
+
+
+def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) -> list[Comparison]:
+    """Run what is missing, and write tables and plots of each problem.
+
+    Raises
+    ------
+    InvalidInput
+        Before work starts, for options that cannot be used or if matplotlib is not installed.
+    """
+    from apts_mpi.comparison_plots import plot_losses, plot_robustness
+
+    check_launcher(options.ranks)
+    comparisons = []
+    for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
+        failures = run_all([*plan.runs, *plan.sweep], options.jobs, console)
+        failures |= run_all(plan.swept_radii(), options.jobs, console)
+        comparison = Comparison(plan, failures)
+        plan.path.mkdir(parents=True, exist_ok=True)
+        (plan.path / "table.md").write_text(comparison.markdown(), encoding="utf-8")
+        plot_losses(comparison, plan.path)
+        if options.robustness:
+            plot_robustness(comparison, plan.path)
+        show(comparison, console)
+        comparisons.append(comparison)
+    return comparisons
+
+
+def run_all(runs: Iterable[Run], jobs: int, console: Console) -> dict[Run, str]:
+    """Do the runs, with a line for each that ends and, on a terminal, a bar."""
+    missing = [run for run in dict.fromkeys(runs) if not run.is_finished()]
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("runs", total=len(missing))
+
+        def report(run: Run, failure: str | None) -> None:
+            outcome = f"failed: {failure}" if failure else f"loss {run.history().column('train_loss')[-1]:.4g}"
+            console.print(f"{run.path}  {outcome}", markup=False, highlight=False, soft_wrap=True)
+            progress.advance(task)
+
+        return execute(missing, jobs, report)
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print the table and what belongs to it."""
+    table = Table(title=comparison.plan.problem, caption=comparison.note())
+    for index, heading in enumerate(comparison.header()):
+        table.add_column(heading, justify="left" if index < 2 else "right")
+    for cells in comparison.table():
+        table.add_row(*cells, style="bold" if "best" in cells[1] else None)
+    console.print(table)
+    for line in [comparison.verdict(), *comparison.reasons(), f"table and plots: {comparison.plan.path}"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare; the process ends with a status that says how it went."""
+    try:
+        compare(parse(sys.argv[1:] if arguments is None else arguments), Console())
+    except InvalidInput as error:
+        print(f"apts_mpi.compare: error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        print("apts_mpi.compare: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Plots of a comparison, for screen and print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apts_mpi.comparison import METHODS, Comparison, Row
+from apts_mpi.errors import InvalidInput
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise InvalidInput("the plots need matplotlib, which is not installed; pip install apts_mpi[plot]") from error
+
+# Colours of Okabe and Ito, which the colour-blind can tell apart; line styles and markers for prints without colour.
+STYLES = {
+    "apts": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "adam": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "sgd": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    "lbfgs": {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
+}
+
+AXES = {
+    "epoch": "epochs",
+    "gradient_evaluations": "gradient evaluations on the critical path",
+    "seconds": "seconds",
+}
+
+# A horizontal axis is logarithmic if the longest curve is that many times as long as the shortest, which a linear one
+# would squeeze.
+SQUEEZED = 4.0
+
+# Losses above the highest initial one times this are drawn at the upper edge, as diverged.
+DIVERGED = 3.0
+
+
+def plot_losses(comparison: Comparison, path: Path) -> None:
+    """Write ``loss.png`` and ``loss.svg``: training loss of each method with its best step size.
+
+    Lines are means over the seeds, bands reach from the least to the greatest.
+    """
+    figure = Figure(figsize=(12.0, 4.0), layout="constrained")
+    best = comparison.best()
+    panels = figure.subplots(1, len(AXES), sharey=True)
+    for axes, (name, label) in zip(panels, AXES.items(), strict=True):
+        for row in best.values():
+            _curve(axes, row, name)
+        lengths = [row.mean(name)[-1] for row in best.values()]
+        if lengths and max(lengths) > SQUEEZED * min(lengths):
+            axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("training loss")
+    _finish(figure, panels[0], comparison, path / "loss")
+
+
+def _curve(axes: Axes, row: Row, name: str) -> None:
+    losses = list(zip(*(history.column("train_loss") for history in row.histories), strict=True))
+    style = {key: value for key, value in STYLES[row.setting.method].items() if key != "marker"}
+    label = METHODS[row.setting.method]
+    if row.setting.learning_rate is not None:
+        label += f", step size {row.setting.step_size}"
+    places = row.mean(name)
+    axes.plot(places, row.mean("train_loss"), label=label, linewidth=1.8, **style)
+    axes.fill_between(
+        places, [min(seeds) for seeds in losses], [max(seeds) for seeds in losses], color=style["color"], alpha=0.2
+    )
+
+
+def plot_robustness(comparison: Comparison, path: Path) -> None:
+    """Write ``robustness.png`` and ``robustness.svg``: final training loss against initial radius or learning rate."""
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    initial = [history.first["loss"] for row in comparison.sweep for history in row.histories]
+    ceiling = DIVERGED * max((loss for loss in initial if loss is not None), default=1.0)
+    for method in dict.fromkeys(row.setting.method for row in comparison.sweep):
+        rows = [row for row in comparison.sweep if row.setting.method == method and row.histories]
+        axes = panels[0 if method == "apts" else 1]
+        places = [row.setting.learning_rate or row.setting.factor for row in rows]
+        losses = [row.final("train_loss")[0] for row in rows]
+        # Comparisons with what is not a number are false.
+        heights = [loss if loss < ceiling else ceiling for loss in losses]
+        axes.plot(places, heights, label=METHODS[method], linewidth=1.8, **STYLES[method])
+    for axes, label in zip(panels, ("initial radius / automatic radius", "learning rate"), strict=True):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.axhline(ceiling, color="0.5", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("final training loss (top: diverged)")
+    panels[1].legend()
+    _finish(figure, panels[0], comparison, path / "robustness")
+
+
+def _finish(figure: Figure, axes: Axes, comparison: Comparison, path: Path) -> None:
+    if axes.lines:
+        axes.legend()
+    figure.suptitle(comparison.plan.problem)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"))

@@ -1,0 +1,86 @@
+"""What ``auto`` stands for, and which parts do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.options import APTSOptions
+from apts_mpi.partition import Layer, Subdomain
+
+# A dense matrix of this size takes 128 MB and a few seconds to factorise.
+LARGEST_DENSE_BLOCK = 4096
+
+DAMPING = {"kfac": 1e-3, "gauss-newton": 1e-7}
+
+
+def compose(
+    options: APTSOptions,
+    *,
+    network: torch.nn.Module,
+    called: bool,
+    layers: Sequence[Layer],
+    subdomains: Sequence[Subdomain],
+) -> APTSOptions:
+    """The options with every ``auto`` replaced by what it stands for.
+
+    Parameters
+    ----------
+    options
+        As the user gave them.
+    network
+        The network.
+    called
+        Whether a function calls the network, for more than its outputs.
+    layers, subdomains
+        How it is split.
+
+    Raises
+    ------
+    InvalidInput
+        If the parts cannot work together, naming the option and another choice.
+    """
+    largest = max(part.stop - part.start for part in subdomains)
+    edges = {layer.start for layer in layers} | {layers[-1].stop}
+    whole = all(part.start in edges and part.stop in edges for part in subdomains)
+    normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    solver, variant = options.local.solver, options.schwarz.variant
+    if solver == "auto":
+        dense = called and not normalised and largest <= LARGEST_DENSE_BLOCK
+        solver = "gauss-newton" if dense else "kfac" if whole and not called else "adam"
+    if variant == "auto":
+        variant = "exact" if called else "inexact"
+    if called and variant == "inexact":
+        raise InvalidInput(
+            "schwarz.variant: 'inexact' needs layers whose outputs alone lead to the loss, but this network is called "
+            "by a function of its own; choose exact"
+        )
+    if called and solver == "kfac":
+        raise InvalidInput(
+            "local.solver: 'kfac' needs layers that are called once with the samples, but this network is called by a "
+            "function of its own; choose gauss-newton, tr, sgd or adam"
+        )
+    if not whole and solver == "kfac":
+        raise InvalidInput(
+            "local.solver: 'kfac' needs whole layers, but subdomains cut them; choose --schwarz.partition layer, or "
+            "another local solver"
+        )
+    if solver == "gauss-newton" and (normalised or largest > LARGEST_DENSE_BLOCK):
+        reason = (
+            "batch normalisation ties samples together"
+            if normalised
+            else f"a subdomain of {largest} parameters exceeds {LARGEST_DENSE_BLOCK}"
+        )
+        raise InvalidInput(f"local.solver: 'gauss-newton' cannot be used: {reason}; choose kfac or another one")
+    local_data = options.schwarz.local_data
+    if local_data == "auto":
+        local_data = "full" if solver == "gauss-newton" else "shard"
+    damping = options.local.damping if options.local.damping is not None else DAMPING.get(solver)
+    return replace(
+        options,
+        local=replace(options.local, solver=solver, damping=damping),
+        schwarz=replace(options.schwarz, variant=variant, local_data=local_data),
+    )

@@ -1,0 +1,64 @@
+"""Dense Gauss-Newton matrix of one block, for small blocks on small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+
+from apts_mpi.objective import Loss
+
+
+class BlockJacobian:
+    """Derivatives of every sample's outputs with respect to the parameters of a block.
+
+    Parameters
+    ----------
+    segments
+        The segments from the block's first to the network's last.
+    parameters
+        The tensors that hold the block, in the order of the flat vector.
+    loss
+        The loss.
+    """
+
+    def __init__(self, segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], loss: Loss) -> None:
+        self._chain = nn.Sequential(*segments)
+        names = {id(value): name for name, value in self._chain.named_parameters()}
+        self._names = [names[id(value)] for value in parameters]
+        self._parameters = parameters
+        self._loss = loss
+
+    def rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """R with ``R^T R = J^T H J``, the Gauss-Newton matrix of the mean loss; shape (samples * outputs, size).
+
+        Parameters
+        ----------
+        inputs, targets : Tensor
+            What enters the first segment, and the targets.
+        """
+        values = {name: value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
+
+        def outputs_of_sample(values: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+            return functional_call(self._chain, values, (sample[None],)).flatten()
+
+        with torch.no_grad():
+            outputs = self._chain(inputs)
+            derivatives = vmap(jacrev(outputs_of_sample), in_dims=(None, 0))(values, inputs)
+            jacobian = torch.cat([derivatives[name].flatten(2) for name in self._names], dim=2)
+        return (self._roots(outputs, targets) @ jacobian).flatten(0, 1)
+
+    def _roots(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Square roots of each sample's Hessian of the mean loss with respect to its outputs, (samples, o, o)."""
+        samples, size = len(outputs), outputs[0].numel()
+        with torch.enable_grad():
+            point = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self._loss(point, targets), point, create_graph=True)
+            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+            directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
+            (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True)
+        values, vectors = torch.linalg.eigh(curved.reshape(size, samples, size).transpose(0, 1))
+        # A loss that is not convex in the outputs has negative curvature there, which is left out.
+        return values.clamp_min(0.0).sqrt()[:, :, None] * vectors.transpose(1, 2)

@@ -1,0 +1,154 @@
+"""The local objectives of the subdomains, which start from the caches of the global evaluation."""
+
+from __future__ import annotations
+
+import torch
+
+from apts_mpi.comm import Communicator
+from apts_mpi.dense import BlockJacobian
+from apts_mpi.environment import preserved_random_state, set_random_state
+from apts_mpi.events import BACKWARD, FORWARD, Events
+from apts_mpi.objective import Cache, Objective
+from apts_mpi.transport import Mirror
+
+
+class LocalObjective:
+    """The first-order consistent local objective of a subdomain (arXiv 2512.14286).
+
+    ``f~(theta) = f_d(theta) + <R_d g - grad f_d(R_d theta_k), theta - R_d theta_k>``, with f_d as the caches have it:
+    exact (to the true loss) or inexact (``<output gradient, outputs>``). Its gradient at theta_k is R_d g, whatever
+    samples f_d sees. Evaluations are collective over the team.
+
+    Parameters
+    ----------
+    objective
+        The global objective.
+    cache
+        The subdomain's cache on this rank's samples.
+    gradient : Tensor, shape (stop - start,)
+        R_d g, the subdomain's part of the global gradient.
+    team
+        The ranks that share the subdomain's samples.
+    weight
+        This rank's share of the team's samples.
+    batch_size
+        Number of samples of the whole batch.
+    events
+        Where work is counted.
+
+    Attributes
+    ----------
+    block : Tensor, shape (stop - start,)
+        The subdomain's parameters, in place.
+    gradient : Tensor, shape (stop - start,)
+        R_d g.
+    records : list of LayerRecord
+        Calls of the recorded layers on this rank's samples.
+    samples : int
+        Their number.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        cache: Cache,
+        gradient: torch.Tensor,
+        team: Communicator,
+        weight: float,
+        batch_size: int,
+        events: Events,
+    ) -> None:
+        subdomain = cache.subdomain
+        vector = objective.vector
+        self.gradient = gradient
+        self.block = vector.values[subdomain.start : subdomain.stop]
+        self._objective = objective
+        self._cache = cache
+        self._team = team
+        self.weight = weight
+        self.batch_size = batch_size
+        self.records = cache.records
+        self.samples = len(cache.targets)
+        self._events = events
+        touched = vector.touching(subdomain.start, subdomain.stop)
+        self._parameters = vector.parameters[touched]
+        entries = vector.entries[touched]
+        # A range cut by index touches tensors that reach beyond it; their gradient accumulates there as well.
+        self._accumulated = vector.gradients[entries[0].start : entries[-1].stop]
+        self._inside = slice(subdomain.start - entries[0].start, subdomain.stop - entries[0].start)
+        self._block_gradient = vector.gradients[subdomain.start : subdomain.stop]
+        self._last_segment = len(objective.segmented) - 1
+        if objective.ends_before_loss(subdomain):
+            self._last_segment = subdomain.last_segment
+
+    def begin(self) -> None:
+        """Form the first-order correction at theta_k; before the first evaluation. Collective over the team."""
+        assert self._cache.gradient is not None and self._cache.value is not None
+        self._start = self.block.clone()
+        own, value = self._over_team(self._cache.gradient, self._cache.value)
+        self.start_value = value
+        self._correction = self.gradient - own
+
+    def value_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Local objective and gradient at the block's present values. Collective over the team.
+
+        Returns
+        -------
+        value : Tensor, shape (), float64
+        gradient : Tensor, shape (stop - start,)
+            Valid until the next evaluation.
+        """
+        self._objective.vector.alias_gradients()
+        self._accumulated.zero_()
+        value = self._run(backward=True)
+        own, value = self._over_team(self._block_gradient, value)
+        return value + self._first_order(), own + self._correction
+
+    def value(self) -> torch.Tensor:
+        """Local objective at the block's present values, shape (), float64. Collective over the team."""
+        with torch.no_grad():
+            value = self._run(backward=False)
+        if self._team.size > 1:
+            _, value = self._over_team(self._block_gradient[:0], value)
+        return value + self._first_order()
+
+    def gauss_newton_rows(self) -> torch.Tensor:
+        """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start)."""
+        objective, first = self._objective, self._cache.subdomain.first_segment
+        jacobian = BlockJacobian(objective.segmented.segments[first:], self._parameters, objective.loss)
+        with preserved_random_state(self.block.device), objective.buffers.copied():
+            set_random_state(self._cache.random_state, self.block.device)
+            rows = jacobian.rows(self._cache.inputs, self._cache.targets)
+        share = objective.segmented.share(first, len(objective.segmented) - 1)
+        self._events.count_work(self.samples, share, FORWARD + BACKWARD)
+        return rows[:, self._inside]
+
+    def _first_order(self) -> torch.Tensor:
+        return torch.dot(self._correction, self.block - self._start).double()
+
+    def _run(self, backward: bool) -> torch.Tensor:
+        objective, cache = self._objective, self._cache
+        device = self.block.device
+        first = cache.subdomain.first_segment
+        with preserved_random_state(device), objective.buffers.copied():
+            set_random_state(cache.random_state, device)
+            outputs = cache.inputs
+            for segment in objective.segmented.segments[first : self._last_segment + 1]:
+                outputs = segment(outputs)
+            if cache.output_gradient is None:
+                value = objective.loss(outputs, cache.targets)
+            else:
+                value = (outputs * cache.output_gradient).sum()
+            if backward:
+                torch.autograd.backward(value, inputs=self._parameters)
+        share = objective.segmented.share(first, self._last_segment)
+        self._events.count_work(cache.inputs.shape[0], share, FORWARD + BACKWARD if backward else FORWARD)
+        return value.detach().double()
+
+    def _over_team(self, gradient: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the team's samples, of a block and a scalar in one message."""
+        if self._team.size == 1:
+            return gradient, value
+        packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self.weight))
+        self._team.sum(packed)
+        return packed.tensor[:-1], packed.tensor[-1].double()
