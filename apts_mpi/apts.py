@@ -230,8 +230,8 @@ class APTS:
         if self.state.radius is None:
             self.state.radius = self._cauchy_length()
         schwarz = self._judge(*self._correct(), keep_graph=repeated)
-        if schwarz.accepted and self.coarse is not None:
-            self.coarse.accept()
+        if self.coarse is not None:
+            self.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
         global_step = self._global_step(repeated) if self.options.global_step.model != "none" else None
         self.state.iteration += 1
         moved = schwarz.accepted or (global_step is not None and global_step.accepted)
@@ -291,7 +291,7 @@ class APTS:
                 self.coarse.prepare(self._passes, correction, self._gradient)
             self._has_correction = True
         if self.coarse is not None:
-            predicted = self.coarse.recombine(self.state.radius, self.options.coarse.damping)
+            predicted = self.coarse.recombine(self.state.radius)
             return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
         clip_to_ball(correction, self.state.radius, self.options.trust_region.norm)

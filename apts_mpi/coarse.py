@@ -18,6 +18,10 @@ from apts_mpi.partition import Subdomain
 from apts_mpi.trust_region import minimise_in_ball
 from apts_mpi.vector import norm
 
+# A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
+# ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
+RAISE, LOWER = 4.0, 0.5
+
 # Columns whose part outside the span of the others is below this share of their length are dropped.
 DEPENDENT = 1e-6
 
@@ -84,6 +88,8 @@ class CoarseLevel:
         The step of the last `recombine`.
     last_step : Tensor, shape (n,)
         The last accepted step.
+    raised : float
+        Factor of the damping, 1 or more.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class CoarseLevel:
         self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
         self.step = torch.zeros_like(objective.vector.values)
         self.last_step = torch.zeros_like(self.step)
+        self.raised = 1.0
         self._columns: list[Column] = []
         self._model: ReducedModel | None = None
 
@@ -126,7 +133,7 @@ class CoarseLevel:
                 self._model = ReducedModel(slope.double().cpu().numpy(), total, self._gram())
 
     def _gram(self) -> np.ndarray:
-        """Inner products of the columns; those of different subdomains are zero."""
+        """Inner products of the columns; zero for those that share no index."""
         count = len(self._columns)
         gram = np.zeros((count, count))
         for first, left in enumerate(self._columns):
@@ -134,19 +141,20 @@ class CoarseLevel:
                 gram[first, second] = gram[second, first] = float(torch.dot(left.values, self._columns[second].values))
         return gram
 
-    def recombine(self, radius: float, damping: float) -> float:
+    def recombine(self, radius: float) -> float:
         """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective."""
         count = len(self._columns)
+        damping = self._options.damping * self.raised
 
         def decide() -> list[float]:
             model = self._model
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
-                return [0.0] * count + [math.nan]
+                return [0.0] * count + [math.nan]  # which is judged a rejection
             coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping)
-            if self._kind == "inf":
-                self._combine(coefficients)
-                length = float(norm(self.step, "inf"))
-                coefficients *= min(1.0, radius / length) if length > 0.0 else 1.0
+            # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
+            self._combine(coefficients)
+            length = float(norm(self.step, self._kind))
+            coefficients *= min(1.0, radius / length) if length > 0.0 else 1.0
             return [*coefficients, model.reduction(coefficients)]
 
         with self._events.timed("coarse"):
@@ -159,6 +167,11 @@ class CoarseLevel:
         for coefficient, column in zip(coefficients, self._columns, strict=True):
             self.step[column.start : column.stop].add_(column.values, alpha=float(coefficient))
 
-    def accept(self) -> None:
-        """The step was taken."""
-        self.last_step.copy_(self.step)
+    def follow(self, accepted: bool, poor: bool) -> None:
+        """Take note of how the step was judged."""
+        if poor:
+            self.raised *= RAISE
+        elif accepted:
+            self.raised = max(1.0, LOWER * self.raised)
+        if accepted:
+            self.last_step.copy_(self.step)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.comparison import GRIDS, Comparison, ComparisonOptions, Grids, Plan, Run, check_launcher, execute
+from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan, Run, check_launcher, execute, missing
+from apts_mpi.comparison_table import Comparison
 from apts_mpi.errors import InvalidInput
 from apts_mpi.train import USAGE, spell
 
@@ -28,7 +29,10 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
         For an option or a value that is not known.
     """
     parser = jsonargparse.ArgumentParser(
-        prog="apts_mpi.compare", description=ComparisonOptions.__doc__, exit_on_error=False
+        prog="apts_mpi.compare",
+        description="Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over "
+        "grids of step sizes. Runs that have ended are kept: the same command goes on where it stopped.",
+        exit_on_error=False,
     )
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
@@ -54,7 +58,7 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     comparisons = []
     for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
         failures = run_all([*plan.runs, *plan.sweep], options.jobs, console)
-        failures |= run_all(plan.swept_radii(), options.jobs, console)
+        failures |= run_all(plan.add_radii(), options.jobs, console)
         comparison = Comparison(plan, failures)
         plan.path.mkdir(parents=True, exist_ok=True)
         (plan.path / "table.md").write_text(comparison.markdown(), encoding="utf-8")
@@ -68,16 +72,16 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
 
 def run_all(runs: Iterable[Run], jobs: int, console: Console) -> dict[Run, str]:
     """Do the runs, with a line for each that ends and, on a terminal, a bar."""
-    missing = [run for run in dict.fromkeys(runs) if not run.is_finished()]
+    to_do = missing(runs)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("runs", total=len(missing))
+        task = progress.add_task("runs", total=len(to_do))
 
         def report(run: Run, failure: str | None) -> None:
             outcome = f"failed: {failure}" if failure else f"loss {run.history().column('train_loss')[-1]:.4g}"
             console.print(f"{run.path}  {outcome}", markup=False, highlight=False, soft_wrap=True)
             progress.advance(task)
 
-        return execute(missing, jobs, report)
+        return execute(to_do, jobs, report)
 
 
 def show(comparison: Comparison, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""APTS beside tuned optimizers on one problem: the runs, how they resume, and what they came to."""
+"""APTS beside tuned optimizers on one problem: which runs there are, and how they are done and resumed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import json
 import math
 import re
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +24,11 @@ from apts_mpi.problems import build
 from apts_mpi.records import CONFIG, HISTORY, SUMMARY
 from apts_mpi.train import parse
 
-METHODS = {"apts": "APTS", "adam": "Adam", "sgd": "SGD with momentum", "lbfgs": "L-BFGS"}
-
 # What a run printed, in its directory.
 OUTPUT = "output.txt"
 
 # Seconds between two looks at the running processes, and how long one that was told to end may take.
 POLL, PATIENCE = 0.1, 10.0
-
-# Entries of an epoch's record that say where it was, not how good.
-POSITIONS = ("epoch", "iteration", "gradient_evaluations", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +49,16 @@ class ComparisonOptions:
         Passes over the training samples. null: the problem's own number.
     baseline_epochs_factor
         Give the baselines that many times the epochs, where epochs of equal number are no fair measure.
-    batch_size, train_samples, data_dir, dtype, subdomains
-        As for apts_mpi.train.
+    batch_size
+        Samples a batch, over all ranks. null: the problem's own number.
+    train_samples
+        Use the first that many training samples. null: all.
+    data_dir
+        Directory (or text file) of the data, for problems that read some.
+    dtype
+        Of the networks and their inputs.
+    subdomains
+        Number of subdomains of APTS. null: its default.
     ranks
         Ranks of each run; more than 1 are started by mpirun.
     jobs
@@ -126,7 +126,7 @@ class Setting:
     Attributes
     ----------
     method
-        Key of `METHODS`.
+        ``apts``, ``adam``, ``sgd`` or ``lbfgs``.
     learning_rate
         Of a baseline.
     factor, radius
@@ -165,11 +165,8 @@ class Run:
         Its run directory.
     arguments
         Of apts_mpi.train.
-
-    Raises
-    ------
-    InvalidInput
-        For arguments that apts_mpi.train would refuse.
+    config
+        The configuration that the run directory will hold.
     """
 
     setting: Setting
@@ -177,35 +174,26 @@ class Run:
     ranks: int
     path: Path
     arguments: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self.config  # noqa: B018
-
-    @cached_property
-    def config(self) -> str:
-        """The configuration that the run directory will hold."""
-        return parse(self.arguments)[1]
+    config: str
 
     def is_finished(self) -> bool:
-        """Whether the run directory holds this run, to its end.
+        """Whether the run directory holds a run that came to its end."""
+        return self._summary() is not None
 
-        Raises
-        ------
-        InvalidInput
-            If it holds another run, which took its time and shall not be lost.
-        """
+    def check(self) -> None:
+        """Raise `InvalidInput` if the directory holds another run that is finished: its results shall not be lost."""
         summary = self._summary()
         if summary is None:
-            return False
-        ranks, config = summary.get("ranks"), (self.path / CONFIG).read_text(encoding="utf-8")
-        if config == self.config and ranks == self.ranks:
-            return True
-        there, here = f"{config}ranks: {ranks}\n".splitlines(), f"{self.config}ranks: {self.ranks}\n".splitlines()
-        changes = [line for line in difflib.ndiff(there, here) if line[0] in "-+"]
-        raise InvalidInput(
-            f"out: {str(self.path)!r} holds a finished run with other options than now (- there, + now: "
-            f"{'; '.join(changes)}); give another --out, or delete that directory"
-        )
+            return
+        there = f"{(self.path / CONFIG).read_text(encoding='utf-8')}ranks: {summary.get('ranks')}"
+        here = f"{self.config}ranks: {self.ranks}"
+        if there != here:
+            lines = difflib.ndiff(there.splitlines(), here.splitlines())
+            changes = [" ".join(line.split()) for line in lines if line[0] in "-+"]
+            raise InvalidInput(
+                f"out: {str(self.path)!r} holds a finished run with other options (- there, + now: "
+                f"{'; '.join(changes)}); give another --out, or delete that directory"
+            )
 
     def _summary(self) -> dict[str, Any] | None:
         """What the run came to; None for a run that did not write all of it."""
@@ -274,31 +262,40 @@ class Plan:
         for method, rates in grids.learning_rates.items():
             settings += [Setting(method, rate) for rate in rates]
         self.runs = [self._run(setting, seed) for setting in settings for seed in range(options.seeds)]
-        self.sweep = [self._run(setting, 0) for setting in self._swept_baselines()] if options.robustness else []
-        for run in self.runs + self.sweep:
-            run.is_finished()
+        self.sweep: list[Run] = []
+        if options.robustness:
+            swept = [Setting(method, rate) for method in grids.learning_rates for rate in grids.sweep_rates]
+            self.sweep = [self._run(setting, 0) for setting in swept]
 
     def _own_epochs(self) -> int:
         options = self.options
         dtype = getattr(torch, options.dtype)
         return build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype).epochs
 
-    def _swept_baselines(self) -> list[Setting]:
-        return [Setting(method, rate) for method in self.grids.learning_rates for rate in self.grids.sweep_rates]
+    def add_radii(self) -> list[Run]:
+        """Add other initial radii than the automatic one to the sweep, now that a finished run tells that one.
 
-    def swept_radii(self) -> list[Run]:
-        """Runs with other initial radii than the automatic one, once that is known from a finished run."""
+        Returns
+        -------
+        list of Run
+            What was added.
+
+        Raises
+        ------
+        InvalidInput
+            If their directories hold other runs.
+        """
         automatic = self.runs[0]
         if not self.options.robustness or not automatic.is_finished():
             return []
-        bounds = TrustRegionOptions()
+        unit, bounds = automatic.history().first["radius"], TrustRegionOptions()
         runs = []
         for factor in self.grids.sweep_factors:
-            radius = factor * automatic.history().first["radius"]
             if factor == 1.0:
                 runs.append(automatic)
-            elif bounds.min_radius <= radius <= bounds.max_radius:
-                runs.append(self._run(Setting("apts", factor=factor, radius=radius), 0))
+            elif bounds.min_radius <= factor * unit <= bounds.max_radius:
+                runs.append(self._run(Setting("apts", factor=factor, radius=factor * unit), 0))
+        self.sweep += runs
         return runs
 
     def _run(self, setting: Setting, seed: int) -> Run:
@@ -321,7 +318,10 @@ class Plan:
             values["learning_rate"] = setting.learning_rate
             values["epochs"] *= options.baseline_epochs_factor
         arguments = tuple(f"--{name}={value}" for name, value in values.items() if value is not None)
-        return Run(setting, seed, options.ranks, self.path / f"{setting.name}-seed{seed}", arguments)
+        path = self.path / f"{setting.name}-seed{seed}"
+        run = Run(setting, seed, options.ranks, path, arguments, parse(arguments)[1])
+        run.check()
+        return run
 
 
 def check_launcher(ranks: int) -> None:
@@ -329,13 +329,17 @@ def check_launcher(ranks: int) -> None:
     launched = environment.launcher()
     if launched is not None and launched[0] > 1:
         raise InvalidInput("apts_mpi.compare starts mpirun itself; start it as one process, and give --ranks")
-    require(
-        ranks == 1 or shutil.which("mpirun") is not None, "ranks", ranks, "mpirun is not in PATH; add it, or give 1"
-    )
+    can_start = ranks == 1 or shutil.which("mpirun") is not None
+    require(can_start, "ranks", ranks, "mpirun is not in PATH; add it, or give 1")
+
+
+def missing(runs: Iterable[Run]) -> list[Run]:
+    """The runs that are not finished, each once."""
+    return [run for run in dict.fromkeys(runs) if not run.is_finished()]
 
 
 def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], None]) -> dict[Run, str]:
-    """Do the runs that are not finished, and return why some failed.
+    """Do the runs, and return why some failed.
 
     However this function is left, the processes that it started have ended.
 
@@ -348,7 +352,7 @@ def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], 
     report
         Called with each run as it ends, and why it failed or None.
     """
-    waiting = deque(run for run in dict.fromkeys(runs) if not run.is_finished())
+    waiting = deque(runs)
     running: dict[Run, subprocess.Popen] = {}
     failures: dict[Run, str] = {}
     try:
@@ -356,7 +360,7 @@ def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], 
             while waiting and len(running) < jobs:
                 run = waiting.popleft()
                 running[run] = run.start()
-            time.sleep(POLL)
+            environment.pause(POLL)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 if running.pop(run).returncode != 0:
                     failures[run] = run.failure()
@@ -370,149 +374,3 @@ def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], 
             except subprocess.TimeoutExpired:
                 process.kill()
     return failures
-
-
-@dataclass(frozen=True)
-class Row:
-    """The finished runs of one setting, over the seeds.
-
-    Attributes
-    ----------
-    setting
-        The method and its step size.
-    histories
-        Of the runs that finished.
-    failures
-        How many did not.
-    """
-
-    setting: Setting
-    histories: tuple[History, ...]
-    failures: int
-
-    def final(self, name: str) -> list[float]:
-        """A metric at the end of each run."""
-        return [history.column(name)[-1] for history in self.histories]
-
-    def mean(self, name: str) -> list[float]:
-        """The mean over the runs, one value an epoch."""
-        columns = [history.column(name) for history in self.histories]
-        return [statistics.fmean(values) for values in zip(*columns, strict=True)]
-
-    @property
-    def rank(self) -> float:
-        """The mean final training loss; infinite if a run failed or diverged."""
-        loss = statistics.fmean(self.final("train_loss")) if self.histories and not self.failures else math.nan
-        return loss if math.isfinite(loss) else math.inf
-
-
-class Comparison:
-    """What the runs on one problem came to.
-
-    Parameters
-    ----------
-    plan
-        The runs, done.
-    failures
-        Why some failed.
-    """
-
-    def __init__(self, plan: Plan, failures: Mapping[Run, str]) -> None:
-        self.plan = plan
-        self.failures = failures
-        self.rows = self._rows(plan.runs)
-        self.sweep = self._rows([*plan.swept_radii(), *plan.sweep])
-
-    def _rows(self, runs: Sequence[Run]) -> list[Row]:
-        rows = []
-        for setting in dict.fromkeys(run.setting for run in runs):
-            own = [run for run in runs if run.setting == setting]
-            finished = tuple(run.history() for run in own if run.is_finished())
-            rows.append(Row(setting, finished, len(own) - len(finished)))
-        return rows
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the losses and of the problem's other metrics."""
-        records = [history.epochs[-1] for row in self.rows for history in row.histories]
-        return [name for name in records[0] if name not in POSITIONS] if records else []
-
-    def best(self) -> dict[str, Row]:
-        """Of each method, the step size with the least training loss; without methods that never came to an end."""
-        best: dict[str, Row] = {}
-        for row in sorted(self.rows, key=lambda row: row.rank):
-            if row.rank < math.inf:
-                best.setdefault(row.setting.method, row)
-        return {method: best[method] for method in METHODS if method in best}
-
-    def note(self) -> str:
-        """What the numbers of the table mean."""
-        options, epochs = self.plan.options, self.plan.epochs
-        return (
-            f"{epochs} epochs of APTS, {epochs * options.baseline_epochs_factor} of the baselines; {options.ranks} "
-            f"rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at the end. Gradient "
-            "evaluations are those on the critical path. A step size is best by its training loss."
-        )
-
-    def header(self) -> list[str]:
-        """Headings of the table."""
-        names = [*self.metrics, "gradient_evaluations", "seconds"]
-        return ["method", "step size", *(name.replace("_", " ") for name in names)]
-
-    def table(self) -> list[list[str]]:
-        """Cells of the table, a line a setting."""
-        best = self.best().values()
-        lines = []
-        for row in self.rows:
-            mark = " (best)" if row in best and row.setting.method != "apts" else ""
-            cells = [cell(row, name) for name in [*self.metrics, "gradient_evaluations", "seconds"]]
-            lines.append([METHODS[row.setting.method], row.setting.step_size + mark, *cells])
-        return lines
-
-    def verdict(self) -> str:
-        """When APTS passes what the best baseline comes to."""
-        best = self.best()
-        apts = best.pop("apts", None)
-        if apts is None or not best:
-            return "APTS and the baselines cannot be compared: too many runs failed or diverged."
-        rival = min(best.values(), key=lambda row: row.rank)
-        name = f"{METHODS[rival.setting.method]} at {rival.setting.step_size}"
-        end = f"{rival.mean('gradient_evaluations')[-1]:.4g} evaluations and {rival.mean('seconds')[-1]:.4g} s"
-        target = f"the final training loss of the best baseline ({name}: {rival.rank:.4g} after {end})"
-        passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
-        if not passed:
-            return f"APTS does not pass {target}; its own is {apts.rank:.4g}."
-        first = passed[0]
-        return (
-            f"APTS first passes {target} in epoch {first + 1} of {self.plan.epochs}, after "
-            f"{apts.mean('gradient_evaluations')[first]:.4g} gradient evaluations and "
-            f"{apts.mean('seconds')[first]:.4g} s."
-        )
-
-    def reasons(self) -> list[str]:
-        """A line for each run that failed."""
-        return [f"{run.path} failed: {reason} (see {OUTPUT} there)" for run, reason in self.failures.items()]
-
-    def markdown(self) -> str:
-        """The table and what belongs to it."""
-        lines = [self.header(), ["---"] * 2 + ["---:"] * (len(self.header()) - 2), *self.table()]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        failures = "\n".join(f"- {reason}" for reason in self.reasons())
-        parts = [f"# {self.plan.problem}", self.note(), table, self.verdict(), failures]
-        return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def cell(row: Row, name: str) -> str:
-    """Mean and standard deviation of a metric at the end, and how many runs have none."""
-    values = row.final(name)
-    diverged = sum(math.isnan(value) for value in values)
-    parts = []
-    if values and not diverged:
-        parts.append(f"{statistics.fmean(values):.4g}")
-        if len(values) > 1:
-            parts[0] += f" ± {statistics.stdev(values):.2g}"
-    elif diverged:
-        parts.append(f"{diverged} diverged")
-    if row.failures:
-        parts.append(f"{row.failures} failed")
-    return ", ".join(parts)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from apts_mpi.comparison import METHODS, Comparison, Row
+from apts_mpi.comparison_table import METHODS, Comparison, Row
 from apts_mpi.errors import InvalidInput
 
 try:
@@ -14,7 +15,7 @@ except ModuleNotFoundError as error:
     raise InvalidInput("the plots need matplotlib, which is not installed; pip install apts_mpi[plot]") from error
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart; line styles and markers for prints without colour.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "apts": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "adam": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "sgd": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
@@ -58,15 +59,13 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
 
 def _curve(axes: Axes, row: Row, name: str) -> None:
     losses = list(zip(*(history.column("train_loss") for history in row.histories), strict=True))
-    style = {key: value for key, value in STYLES[row.setting.method].items() if key != "marker"}
+    style = STYLES[row.setting.method]
     label = METHODS[row.setting.method]
     if row.setting.learning_rate is not None:
         label += f", step size {row.setting.step_size}"
-    places = row.mean(name)
-    axes.plot(places, row.mean("train_loss"), label=label, linewidth=1.8, **style)
-    axes.fill_between(
-        places, [min(seeds) for seeds in losses], [max(seeds) for seeds in losses], color=style["color"], alpha=0.2
-    )
+    places, color = row.mean(name), style["color"]
+    axes.plot(places, row.mean("train_loss"), label=label, linewidth=1.8, color=color, linestyle=style["linestyle"])
+    axes.fill_between(places, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2)
 
 
 def plot_robustness(comparison: Comparison, path: Path) -> None:

@@ -22,6 +22,11 @@ def seconds() -> float:
     return time.perf_counter()
 
 
+def pause(duration: float) -> None:
+    """Sleep for ``duration`` seconds."""
+    time.sleep(duration)
+
+
 def timestamp() -> str:
     """Local date and time as ``20260131-235959``, for names of run directories."""
     return time.strftime("%Y%m%d-%H%M%S")

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+from pytest import ExitCode
+
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
-NO_TESTS_STATUS = 5  # of pytest
 TIME_LIMIT_STATUSES = (124, 137)  # of the command `timeout`: ended, or killed after it did not end
 
 
@@ -66,7 +67,10 @@ def main():
                 problems.append(f"failed in {run.name}: {test}")
         status = int((run / "status").read_text())
         failures = any(outcome == FAILED for outcome, _ in outcomes.values())
-        if status not in (0, NO_TESTS_STATUS) and (status != 1 or not failures):
+        accounted_for = status in (ExitCode.OK, ExitCode.NO_TESTS_COLLECTED) or (
+            failures and status in (ExitCode.TESTS_FAILED, ExitCode.INTERRUPTED)
+        )
+        if not accounted_for:
             counts[FAILED] += 1
             end = "at the time limit" if status in TIME_LIMIT_STATUSES else f"with status {status}"
             problems.append(f"failed in {run.name}: the run ended {end}")

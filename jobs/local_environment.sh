@@ -3,6 +3,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+python=$venv/bin/python # by its path, as some launchers put a Python of theirs first on PATH
 stamp=$venv/set_up # what .venv was made from; empty until the set-up is complete
 constraints=$root/jobs/constraints.txt
 
@@ -13,9 +14,11 @@ while read -r -d : directory; do
 done <<<"$PATH:"
 PATH=${kept#:}
 
-# Open MPI refuses root, and more ranks than cores, unless told; the other launchers ignore these variables.
+# Open MPI refuses root and more ranks than cores unless told, and then wastes the cores on waiting ranks unless told to
+# yield; the other launchers ignore these variables.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+export OMPI_MCA_mpi_yield_when_idle=1
 
 say() {
     printf '%s\n' "$*" >&2
@@ -41,19 +44,23 @@ prepare_environment() {
     PATH=$venv/bin:$PATH
     launcher=$active
     if [ -x "$venv/bin/mpirun" ]; then launcher=$venv/bin/mpirun; fi
-    say "MPI: $(python -m mpi4py --mpi-lib-version | sed -n 1p), started by $launcher"
+    say "MPI: $(describe_launcher "$launcher")"
 }
 
 # All that .venv depends on, a line each.
 describe_set_up() {
     python3 -c 'import sys; print("Python:", sys.version.split()[0], "in", sys.prefix)'
     if [ -n "$1" ]; then
-        echo "active MPI: $(readlink -f "$1"), $("$1" --version 2>&1 | sed -n 1,2p | tr -s '[:space:]' ' ')"
+        echo "active MPI: $(describe_launcher "$(readlink -f "$1")")"
     else
         echo "active MPI: none"
     fi
     echo "place: $root"
     echo "requirements: $(cd "$root" && cat setup.cfg jobs/constraints.txt | cksum)"
+}
+
+describe_launcher() {
+    echo "$1, $("$1" --version 2>&1 | tr -d '\0' | sed -n 1,2p | tr -s '[:space:]' ' ')"
 }
 
 empty_environment() {
@@ -86,23 +93,23 @@ fill_environment() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"
+    "$python" -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"
 }
 
 # Use the active MPI where mpi4py can, else MPICH from its wheel.
 install_mpi() {
     local active=$1
     if [ -n "$active" ]; then
-        if starts_two_ranks "$active" || build_mpi4py "$active"; then return; fi
+        if mpi_works "$active" || build_mpi4py "$active"; then return; fi
         say "$active is active, but mpi4py finds no MPI library that fits it:"
         tail -n 5 "$venv/mpi_check.txt" >&2
         say "Using MPICH from its wheel instead"
         pip_install --force-reinstall --no-deps mpi4py
     fi
     pip_install mpich
-    starts_two_ranks "$venv/bin/mpirun" || {
+    mpi_works "$venv/bin/mpirun" || {
         cat "$venv/mpi_check.txt" >&2
-        fail "mpirun -n 2 does not start two ranks that reach each other"
+        fail "$venv/bin/mpirun does not start two ranks that reach each other"
     }
 }
 
@@ -112,13 +119,16 @@ build_mpi4py() {
     local mpicc
     mpicc=$(dirname "$1")/mpicc
     [ -x "$mpicc" ] || return
-    say "Building mpi4py with $mpicc"
-    MPICC=$mpicc pip_install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py && starts_two_ranks "$1"
+    say "Building mpi4py with $mpicc, which takes some minutes more"
+    MPICC=$mpicc pip_install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py && mpi_works "$1"
 }
 
-# Where launcher and library are of two kinds, every rank believes to be alone.
-starts_two_ranks() {
-    timeout --kill-after=10 60 "$1" -n 2 "$venv/bin/python" -c \
-        'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.allreduce(1) != 2)' \
-        </dev/null >"$venv/mpi_check.txt" 2>&1
+# Whether two ranks reach each other: where launcher and library are of two kinds, every rank is alone. One process
+# without launcher must work too, as a launcher may find the library for its ranks only.
+mpi_works() {
+    {
+        timeout 60 "$python" -c 'from mpi4py import MPI' &&
+            timeout --kill-after=10 60 "$1" -n 2 "$python" -c \
+                'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.allreduce(1) != 2)'
+    } </dev/null >"$venv/mpi_check.txt" 2>&1
 }

@@ -5,15 +5,11 @@ set -euo pipefail
 # shellcheck source=jobs/local_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/local_environment.sh"
 
-limit=600 # seconds a run: when one rank fails the others may wait for ever
-child=
-results=$(mktemp -d)
-
 # Leave no rank behind, whatever ends this script; keep the results of a failure.
 finish() {
     local status=$?
     if [ -n "$child" ]; then
-        kill "$child"
+        kill "$child" || true
         wait "$child" || true
     fi
     if [ "$status" -eq 0 ]; then
@@ -22,8 +18,6 @@ finish() {
         say "Reports and the output of every rank: $results"
     fi
 }
-trap finish EXIT
-
 # Run a command under the time limit, in a process group of its own, and keep its exit status in DIRECTORY.
 run() {
     local directory=$1 status=0
@@ -39,17 +33,23 @@ run() {
 cd "$root"
 prepare_environment
 export OMP_NUM_THREADS=1
+limit=600 # seconds a run: when one rank fails the others may wait for ever
+results=$(mktemp -d)
+child=
+trap finish EXIT
 
 echo "=== without mpirun"
 mkdir "$results/plain"
-run "$results/plain" python -m pytest -m "not mpi" --junit-xml="$results/plain/rank_0.xml" "$@" || true
+run "$results/plain" "$python" -m pytest -m "not mpi" --junit-xml="$results/plain/rank_0.xml" "$@" || true
 
 for size in ${SIZES:-1 2 3 4 8}; do
     echo "=== $size ranks"
     directory=$results/ranks_$size
     mkdir "$directory"
-    run "$directory" "$launcher" -n "$size" python jobs/pytest_on_rank.py "$directory" "$@" ||
+    run "$directory" "$launcher" -n "$size" "$python" jobs/pytest_on_rank.py "$directory" "$@" ||
+        # What rank 0 printed tells why, unless it passed or never came to its report.
+        grep -Eqs '<(failure|error)[ >]' "$directory/rank_0.xml" ||
         tail -v -n 60 "$directory"/rank_*.txt 2>/dev/null || true # there may be none
 done
 
-python jobs/check_every_test_ran.py "$results"
+"$python" jobs/check_every_test_ran.py "$results"

@@ -14,4 +14,4 @@ if [ "$ranks" -gt "$cores" ]; then
 else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / ranks))}"
 fi
-exec "$launcher" -n "$ranks" python -m apts_mpi.train "$@"
+exec "$launcher" -n "$ranks" "$python" -m apts_mpi.train "$@"

@@ -1,0 +1,161 @@
+"""What the runs of a comparison came to, in a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from apts_mpi.comparison import OUTPUT, History, Plan, Run, Setting
+
+METHODS = {"apts": "APTS", "adam": "Adam", "sgd": "SGD with momentum", "lbfgs": "L-BFGS"}
+
+# Entries of an epoch's record that say where it was, not how good.
+POSITIONS = ("epoch", "iteration", "gradient_evaluations", "seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The finished runs of one setting, over the seeds.
+
+    Attributes
+    ----------
+    setting
+        The method and its step size.
+    histories
+        Of the runs that finished.
+    failures
+        How many did not.
+    """
+
+    setting: Setting
+    histories: tuple[History, ...]
+    failures: int
+
+    def final(self, name: str) -> list[float]:
+        """A metric at the end of each run."""
+        return [history.column(name)[-1] for history in self.histories]
+
+    def mean(self, name: str) -> list[float]:
+        """The mean over the runs, one value an epoch."""
+        columns = [history.column(name) for history in self.histories]
+        return [statistics.fmean(values) for values in zip(*columns, strict=True)]
+
+    @property
+    def rank(self) -> float:
+        """The mean final training loss; infinite if a run failed or diverged."""
+        loss = statistics.fmean(self.final("train_loss")) if self.histories and not self.failures else math.nan
+        return loss if math.isfinite(loss) else math.inf
+
+
+class Comparison:
+    """What the runs on one problem came to.
+
+    Parameters
+    ----------
+    plan
+        The runs, done.
+    failures
+        Why some failed.
+    """
+
+    def __init__(self, plan: Plan, failures: Mapping[Run, str]) -> None:
+        self.plan = plan
+        self.failures = failures
+        self.rows = self._rows(plan.runs)
+        self.sweep = self._rows(plan.sweep)
+
+    def _rows(self, runs: Sequence[Run]) -> list[Row]:
+        rows = []
+        for setting in dict.fromkeys(run.setting for run in runs):
+            own = [run for run in runs if run.setting == setting]
+            finished = tuple(run.history() for run in own if run.is_finished())
+            rows.append(Row(setting, finished, len(own) - len(finished)))
+        return rows
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the losses and of the problem's other metrics."""
+        records = [history.epochs[-1] for row in self.rows for history in row.histories]
+        return [name for name in records[0] if name not in POSITIONS] if records else []
+
+    def best(self) -> dict[str, Row]:
+        """Of each method, the step size with the least training loss; without methods that never came to an end."""
+        best: dict[str, Row] = {}
+        for row in sorted(self.rows, key=lambda row: row.rank):
+            if row.rank < math.inf:
+                best.setdefault(row.setting.method, row)
+        return {method: best[method] for method in METHODS if method in best}
+
+    def note(self) -> str:
+        """What the numbers of the table mean."""
+        options, epochs = self.plan.options, self.plan.epochs
+        return (
+            f"{epochs} epochs of APTS, {epochs * options.baseline_epochs_factor} of the baselines; {options.ranks} "
+            f"rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at the end. "
+            "Gradient evaluations are those on the critical path. A step size is best by its training loss."
+        )
+
+    def header(self) -> list[str]:
+        """Headings of the table."""
+        names = [*self.metrics, "gradient_evaluations", "seconds"]
+        return ["method", "step size", *(name.replace("_", " ") for name in names)]
+
+    def table(self) -> list[list[str]]:
+        """Cells of the table, a line a setting."""
+        best = self.best().values()
+        lines = []
+        for row in self.rows:
+            mark = " (best)" if row in best and row.setting.method != "apts" else ""
+            cells = [cell(row, name) for name in [*self.metrics, "gradient_evaluations", "seconds"]]
+            lines.append([METHODS[row.setting.method], row.setting.step_size + mark, *cells])
+        return lines
+
+    def verdict(self) -> str:
+        """When APTS passes what the best baseline comes to."""
+        best = self.best()
+        apts = best.pop("apts", None)
+        if apts is None or not best:
+            return "APTS and the baselines cannot be compared: too many runs failed or diverged."
+        rival = min(best.values(), key=lambda row: row.rank)
+        name = f"{METHODS[rival.setting.method]} at {rival.setting.step_size}"
+        end = f"{rival.mean('gradient_evaluations')[-1]:.4g} evaluations and {rival.mean('seconds')[-1]:.4g} s"
+        target = f"the final training loss of the best baseline ({name}: {rival.rank:.4g} after {end})"
+        passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
+        if not passed:
+            return f"APTS does not pass {target}; its own is {apts.rank:.4g}."
+        first = passed[0]
+        return (
+            f"APTS first passes {target} in epoch {first + 1} of {self.plan.epochs}, after "
+            f"{apts.mean('gradient_evaluations')[first]:.4g} gradient evaluations and "
+            f"{apts.mean('seconds')[first]:.4g} s."
+        )
+
+    def reasons(self) -> list[str]:
+        """A line for each run that failed."""
+        return [f"{run.path} failed: {reason} (see {OUTPUT} there)" for run, reason in self.failures.items()]
+
+    def markdown(self) -> str:
+        """The table and what belongs to it."""
+        lines = [self.header(), ["---"] * 2 + ["---:"] * (len(self.header()) - 2), *self.table()]
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        failures = "\n".join(f"- {reason}" for reason in self.reasons())
+        parts = [f"# {self.plan.problem}", self.note(), table, self.verdict(), failures]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def cell(row: Row, name: str) -> str:
+    """Mean and standard deviation of a metric at the end, and how many runs have none."""
+    values = row.final(name)
+    diverged = sum(math.isnan(value) for value in values)
+    parts = []
+    if values and not diverged:
+        parts.append(f"{statistics.fmean(values):.4g}")
+        if len(values) > 1:
+            parts[0] += f" ± {statistics.stdev(values):.2g}"
+    elif diverged:
+        parts.append(f"{diverged} diverged")
+    if row.failures:
+        parts.append(f"{row.failures} failed")
+    return ", ".join(parts)

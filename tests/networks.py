@@ -1,0 +1,120 @@
+"""Networks, batches and options that the tests share. All float64, so that tolerances can be tight."""
+
+import torch
+from torch import nn
+
+from apts_mpi import (
+    APTS,
+    APTSOptions,
+    CoarseOptions,
+    GlobalStepOptions,
+    LocalOptions,
+    SchwarzOptions,
+    TrustRegionOptions,
+)
+
+SAMPLES = 121  # not divisible by 2, 3, 4, 6 or 8
+FEATURES, CLASSES = 10, 3
+
+cross_entropy = nn.functional.cross_entropy
+squared_error = nn.functional.mse_loss
+
+
+def options(
+    *,
+    subdomains=6,
+    replicas=1,
+    batch="whole",
+    seed=0,
+    variant="exact",
+    partition="layer",
+    overlap=0,
+    type="restrict",
+    local_data="shard",
+    damping=1.0,
+    solver="sgd",
+    iterations=1,
+    initial_radius=0.3,
+    min_radius=1e-8,
+    max_radius=1e4,
+    eta1=1e-4,
+    eta2=0.75,
+    shrink_below=0.25,
+    decrease_factor=0.25,
+    increase_factor=2.0,
+    norm="2",
+    window=0,
+    global_step="none",
+):
+    """Every option by its own name, whatever the defaults of the package; no coarse level."""
+    return APTSOptions(
+        subdomains=subdomains,
+        replicas=replicas,
+        batch=batch,
+        seed=seed,
+        schwarz=SchwarzOptions(
+            variant=variant,
+            partition=partition,
+            overlap=overlap,
+            type=type,
+            local_data=local_data,
+            damping=damping,
+        ),
+        local=LocalOptions(solver=solver, iterations=iterations),
+        coarse=CoarseOptions(model="none"),
+        trust_region=TrustRegionOptions(
+            initial_radius=initial_radius,
+            min_radius=min_radius,
+            max_radius=max_radius,
+            eta1=eta1,
+            eta2=eta2,
+            shrink_below=shrink_below,
+            decrease_factor=decrease_factor,
+            increase_factor=increase_factor,
+            norm=norm,
+            window=window,
+        ),
+        global_step=GlobalStepOptions(model=global_step),
+    )
+
+
+def classifier(seed=0, *, batch_norm=False, dropout=0.0, width=16):
+    """Six layers with parameters (eleven with batch normalisation) of different sizes."""
+    torch.manual_seed(seed)
+    modules = []
+    for index in range(5):
+        modules.append(nn.Linear(width if index else FEATURES, width))
+        if batch_norm:
+            modules.append(nn.BatchNorm1d(width))
+        modules.append(nn.Tanh())
+        if dropout:
+            modules.append(nn.Dropout(dropout))
+    return nn.Sequential(*modules, nn.Linear(width, CLASSES)).double()
+
+
+def classified(samples=SAMPLES, seed=1):
+    """Inputs and class indices."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, CLASSES, (samples,), generator=generator)
+
+
+def make_solver(comm, chosen, network=None, loss=cross_entropy):
+    return APTS(classifier() if network is None else network, loss, comm=comm, options=chosen)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def loss_and_gradient(network, loss, batch):
+    """Loss on a batch and its flat gradient, by torch alone; the network's own gradients are left alone."""
+    value = loss(network(batch[0]), batch[1])
+    gradient = torch.autograd.grad(value, list(network.parameters()))
+    return value.item(), flat(gradient)
+
+
+def numbers(result):
+    """What a step found, without the times."""
+    judged = [step for step in (result.schwarz, result.global_step) if step is not None]
+    return [tuple(vars(step).values()) for step in judged]

@@ -1,0 +1,250 @@
+"""The coarse level against dense formulas: reduced matrices, steps, predictions, and degenerate input."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import nn
+
+import networks
+from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, TrustRegionOptions
+from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
+from apts_mpi.events import Events
+from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.objective import Pass
+from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.trust_region import minimise_in_ball
+from apts_mpi.vector import FlatParameters
+
+
+def dense_jacobian(network, outputs_of, inputs):
+    """d outputs / d parameters, shape (outputs, parameters), one reverse pass an output."""
+    outputs = outputs_of(network, inputs).flatten()
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(value, list(network.parameters()), retain_graph=True)])
+        for value in outputs
+    ]
+    return torch.stack(rows)
+
+
+def dense_hessian(loss, outputs, targets):
+    shape = outputs.shape
+    return torch.autograd.functional.hessian(
+        lambda point: loss(point.view(shape), targets), outputs.detach().flatten()
+    )
+
+
+def huber_targets(outputs):
+    return torch.zeros_like(outputs)
+
+
+LOSSES = {
+    "cross entropy": (nn.functional.cross_entropy, lambda outputs: torch.arange(len(outputs)) % 3),
+    "squared error": (nn.functional.mse_loss, lambda outputs: torch.ones_like(outputs)),
+    "binary cross entropy": (
+        nn.functional.binary_cross_entropy_with_logits,
+        lambda outputs: (outputs > 0).to(outputs.dtype),
+    ),
+    "log cosh": (lambda outputs, targets: (outputs - targets).cosh().log().mean(), torch.zeros_like),
+}
+
+NETWORKS = {
+    "multilayer": lambda: nn.Sequential(
+        nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)
+    ),
+    "convolutional": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 2, 3), nn.Sigmoid(), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, 3)
+    ),
+    "normalised": lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reduced_matrix_equals_the_dense_one(name, loss):
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double()
+    inputs = torch.randn(9, 5, dtype=torch.float64)
+    function, make_targets = LOSSES[loss]
+    outputs = network(inputs)
+    targets = make_targets(outputs.detach())
+    vector = FlatParameters(network)
+    size = vector.values.numel()
+    # Ranges that overlap, cut tensors, and leave the first layers out.
+    ranges = [(0, size), (3, 20), (size // 2, size - 1), (size - 4, size)]
+    columns = [Column(a, b, torch.randn(b - a, dtype=torch.float64)) for a, b in ranges]
+    dense = torch.zeros(size, len(columns), dtype=torch.float64)
+    for number, column in enumerate(columns):
+        dense[column.start : column.stop, number] = column.values
+    product = dense_jacobian(network, lambda net, x: net(x), inputs) @ dense
+    expected = product.T @ dense_hessian(function, outputs, targets) @ product
+
+    segmented = SegmentedNetwork(network, None)
+    segmented.measure(inputs)
+    linearisation = Linearisation(segmented, vector, function, Events())
+    found = linearisation.reduced(Pass(inputs, targets, 1.0, (0,), ()), len(inputs), columns)
+    # Both are sums of a few hundred float64 products.
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_linearising_leaves_running_statistics_alone():
+    network = NETWORKS["normalised"]().double()
+    before = [buffer.clone() for buffer in network.buffers()]
+    vector, segmented = FlatParameters(network), SegmentedNetwork(network, None)
+    inputs = torch.randn(9, 5, dtype=torch.float64)
+    segmented.measure(inputs[:2])
+    before = [buffer.clone() for buffer in network.buffers()]
+    column = Column(0, vector.values.numel(), torch.randn_like(vector.values))
+    Linearisation(segmented, vector, nn.functional.mse_loss, Events()).reduced(
+        Pass(inputs, torch.zeros(9, 3, dtype=torch.float64), 1.0, (0,), ()), 9, [column]
+    )
+    for buffer, saved in zip(network.buffers(), before, strict=True):
+        assert torch.equal(buffer, saved)
+    assert network[1].track_running_stats
+
+
+def test_one_column_a_parameter_gives_the_dense_gauss_newton_step():
+    """A subdomain a parameter, and no damping: the span is everything."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    inputs, targets = torch.randn(20, 2, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    jacobian = dense_jacobian(network, lambda net, x: net(x), inputs)
+    residual = (network(inputs) - targets).flatten().detach()
+    gradient = 2.0 / 20.0 * jacobian.T @ residual
+    matrix = 2.0 / 20.0 * jacobian.T @ jacobian
+    before = torch.cat([value.detach().flatten().clone() for value in network.parameters()])
+    for radius in (1e-2, 0.3):
+        expected = minimise_in_ball(matrix.numpy(), gradient.numpy(), radius)
+        copy = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        copy.load_state_dict(network.state_dict())
+        base = networks.options(
+            subdomains=len(gradient), partition="index", solver="sgd", initial_radius=radius, eta1=0.0, shrink_below=0.0
+        )
+        chosen = dataclasses.replace(
+            base, coarse=CoarseOptions(model="gauss-newton", columns=("correction",), samples=1.0, damping=0.0)
+        )
+        solver = APTS(copy, nn.functional.mse_loss, comm=MPI.COMM_SELF, options=chosen)
+        result = solver.step((inputs, targets))
+        step = solver.coarse.step.numpy()
+        np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-9)
+        predicted = -(gradient.numpy() @ step + 0.5 * step @ matrix.numpy() @ step)
+        assert result.schwarz.predicted_reduction == pytest.approx(predicted, rel=1e-8)
+    assert torch.equal(before, torch.cat([value.detach().flatten() for value in network.parameters()]))
+
+
+def test_model_value_and_orthonormal_basis():
+    generator = np.random.default_rng(0)
+    columns = generator.normal(size=(30, 5))
+    columns[:, 3] = 2.0 * columns[:, 1]  # dependent
+    columns[:, 4] = 0.0
+    gram = columns.T @ columns
+    basis = columns @ orthonormal_coefficients(gram)
+    assert basis.shape == (30, 3)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-10)
+    half = generator.normal(size=(30, 30))
+    curvature = half @ half.T
+    slope = generator.normal(size=30)
+    model = ReducedModel(columns.T @ slope, columns.T @ curvature @ columns, gram)
+    coefficients = model.minimise(0.1, damping=0.0)
+    step = columns @ coefficients
+    assert np.linalg.norm(step) <= 0.1 * (1 + 1e-12)
+    assert model.reduction(coefficients) == pytest.approx(-(slope @ step + 0.5 * step @ curvature @ step), rel=1e-10)
+    for _ in range(200):  # no point of the span in the ball is better
+        other = columns @ generator.normal(size=5)
+        other *= 0.1 * generator.random() / np.linalg.norm(other)
+        assert slope @ step + 0.5 * step @ curvature @ step <= slope @ other + 0.5 * other @ curvature @ other + 1e-12
+
+
+def gauss_newton(**changes):
+    base = networks.options(**{"solver": "kfac", "variant": "inexact", **changes})
+    return dataclasses.replace(base, coarse=CoarseOptions(samples=0.5, damping=0.1))
+
+
+@pytest.mark.parametrize("norm", ["2", "inf"])
+def test_steps_stay_in_the_ball(norm):
+    solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(norm=norm, initial_radius=1e-3))
+    for _ in range(8):
+        judged = solver.step(networks.classified()).schwarz
+        assert judged.step_norm <= judged.radius * (1 + 1e-12)
+
+
+def test_zero_gradient_and_zero_corrections_are_a_rejection():
+    network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    inputs = torch.randn(12, 3, dtype=torch.float64)
+    targets = network(inputs).detach()
+    solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(subdomains=2), network, nn.functional.mse_loss)
+    before = solver.vector.values.clone()
+    result = solver.step((inputs, targets))
+    assert not result.accepted
+    assert torch.equal(solver.vector.values, before)
+
+
+def test_a_linearisation_that_is_not_a_number_is_a_rejection():
+    """The loss and its gradient are finite, its second derivative is not: |x|^1.5 at 0."""
+
+    def loss(outputs, targets):
+        return (outputs - targets).abs().clamp_min(0.0).pow(1.5).mean()
+
+    network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    inputs = torch.randn(12, 3, dtype=torch.float64)
+    targets = network(inputs).detach()
+    targets[6:] += 1.0
+    solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(subdomains=2), network, loss)
+    before, radius = solver.vector.values.clone(), solver.state.radius
+    result = solver.step((inputs, targets))
+    assert not result.accepted and solver.state.radius < radius
+    assert torch.equal(solver.vector.values, before)
+
+
+def test_a_loss_not_convex_in_the_outputs_still_goes_down():
+    def loss(outputs, targets):
+        return torch.sin(outputs - targets).mean()
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    batch = torch.randn(30, 3, dtype=torch.float64), torch.zeros(30, 1, dtype=torch.float64)
+    solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(subdomains=2), network, loss)
+    results = [solver.step(batch).schwarz for _ in range(20)]
+    assert results[-1].trial_loss < results[0].loss - 0.5
+    assert all(judged.predicted_reduction > 0.0 for judged in results)
+
+
+def test_a_rejected_step_costs_one_loss_evaluation_and_no_gradient():
+    chosen = dataclasses.replace(
+        gauss_newton(initial_radius=5.0),
+        trust_region=TrustRegionOptions(initial_radius=50.0, eta1=0.98, eta2=0.99, shrink_below=0.98),
+    )
+    solver = networks.make_solver(MPI.COMM_SELF, chosen)
+    results = [solver.step(networks.classified())]
+    while results[-1].accepted:
+        results.append(solver.step(networks.classified()))
+    assert solver.coarse.raised > 1.0
+    again = solver.step()
+    assert again.gradient_evaluations == pytest.approx(1.0 / 3.0)
+    assert again.schwarz.loss == results[-1].schwarz.loss
+    assert again.schwarz.step_norm <= results[-1].schwarz.radius
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("local_data", ["shard", "full"])
+def test_iterates_do_not_depend_on_the_ranks(world, local_data):
+    def iterates(comm):
+        solver = networks.make_solver(comm, gauss_newton(local_data=local_data))
+        results = [networks.numbers(solver.step(networks.classified())) for _ in range(5)]
+        return np.array(results).ravel(), solver.vector.values
+
+    numbers, values = iterates(world)
+    serial_numbers, serial_values = iterates(MPI.COMM_SELF)
+    # Half of each rank's own samples measure the curvature: with more ranks than subdomains those are other samples.
+    if local_data == "shard" and world.size > 6:
+        return
+    np.testing.assert_allclose(numbers, serial_numbers, rtol=1e-8)
+    torch.testing.assert_close(values, serial_values, rtol=1e-8, atol=1e-12)
+
+
+def test_defaults_compose():
+    solver = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=3))
+    assert solver.options.local == LocalOptions(solver="kfac", damping=1e-3)
+    assert solver.options.schwarz.variant == "inexact" and solver.options.schwarz.local_data == "shard"

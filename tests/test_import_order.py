@@ -1,0 +1,107 @@
+"""The package is a stack: a file imports only what lies below it, and each outside library has its place."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+import apts_mpi
+
+ROOT = Path(apts_mpi.__file__).parent
+
+# From the bottom up; a file imports only files before its own, in its row or in the rows above.
+LEVELS = (
+    ("environment", "errors", "options", "events", "training_options"),
+    ("transport", "comm"),
+    ("partition", "vector", "buffers"),
+    ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
+    ("local_objective", "local", "batch"),
+    ("composition", "schwarz", "coarse"),
+    ("apts", "__init__"),
+    ("problems", "baselines"),
+    ("records", "training", "train", "bench", "comparison", "comparison_plots", "compare"),
+)
+ORDER = tuple(itertools.chain.from_iterable(LEVELS))
+
+# What the package imports from outside, where few files may.
+PLACES = {
+    "mpi4py": {"comm", "apts", "baselines", "training", "train", "bench"},
+    "time": {"environment"},
+    "jsonargparse": {"train", "compare"},
+    "rich": {"records", "train", "compare", "bench"},
+}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def file_of(path):
+    """Name of a file in `ORDER`; the files of a folder share the folder's."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Full dotted names of what a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import; write it out"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def own_imports(path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "apts_mpi":
+            yield parts[1] if parts[1] in ORDER else "__init__"
+
+
+def test_the_files_are_those_of_the_list():
+    assert {file_of(path) for path in FILES} == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    own = file_of(path)
+    for name in own_imports(path):
+        inside = name == own and path.parent != ROOT
+        assert inside or ORDER.index(name) < ORDER.index(own), f"{own} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_outside_libraries_have_their_places(path):
+    for library in {name.split(".")[0] for name in imports(path)}:
+        assert file_of(path) in PLACES.get(library, {file_of(path)}), f"{library} is imported in {path.name}"
+
+
+def attributes(path):
+    """Dotted names of two parts that a file uses, such as ``os.environ``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        ({"torch.cuda"}, {"transport", "environment"}),
+        ({"os.environ", "os.getenv", "os.putenv"}, {"environment"}),
+        ({"torch.get_rng_state", "torch.set_rng_state", "torch.default_generator"}, {"environment"}),
+    ],
+    ids=["CUDA", "process environment", "random state"],
+)
+def test_one_place_for_the_state_of_the_machine(names, places):
+    users = {file_of(path): names & set(attributes(path)) for path in FILES}
+    assert {file for file, used in users.items() if used} <= places
+    assert any(users.values())  # the names are spelled as the package spells them
+
+
+def test_the_core_knows_no_problem():
+    """Solver files read no data and print nothing."""
+    for path in FILES:
+        if file_of(path) in ORDER[: ORDER.index("__init__")]:
+            calls = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+            assert not calls & {"print", "open", "input"}, path.name

@@ -1,0 +1,161 @@
+"""The rule of the trust region, and the minimisers of linear models in a ball."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apts_mpi import TrustRegionOptions
+from apts_mpi.trust_region import judge, steepest_descent, subdomain_radius
+from apts_mpi.vector import clip_to_ball, norm
+
+# Multiples of 1/8, so that the arithmetic of the rule is exact and its borders are met.
+eighths = st.integers(-24, 24).map(lambda number: number / 8)
+positive = st.integers(1, 24).map(lambda number: number / 8)
+
+
+@st.composite
+def rules(draw):
+    eta1, shrink_below, eta2 = sorted(draw(st.lists(st.integers(0, 7), min_size=3, max_size=3)))
+    return TrustRegionOptions(
+        initial_radius=None,
+        min_radius=0.125,
+        max_radius=4.0,
+        eta1=eta1 / 8,
+        shrink_below=shrink_below / 8,
+        eta2=eta2 / 8,
+        decrease_factor=draw(st.sampled_from([0.25, 0.5])),
+        increase_factor=draw(st.sampled_from([1.5, 2.0, 4.0])),
+        norm="2",
+        window=draw(st.integers(0, 3)),
+    )
+
+
+@given(
+    rule=rules(), radius=positive, loss=eighths, trial=eighths, predicted=positive, length=positive,
+    earlier=st.lists(eighths, max_size=5),
+)  # fmt: skip
+def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, length, earlier):
+    length = min(length, radius)
+    decision = judge(
+        rule,
+        radius=radius,
+        loss=loss,
+        trial_loss=trial,
+        predicted_reduction=predicted,
+        step_norm=length,
+        earlier_losses=tuple(earlier),
+    )
+    counted = earlier[max(len(earlier) - rule.window, 0) :]
+    fall = Fraction(max([loss, *counted])) - Fraction(trial)
+    ratio = fall / Fraction(predicted)
+    assert decision.actual_reduction == float(fall)
+    assert decision.rho == pytest.approx(float(ratio), rel=1e-15)
+    assert decision.accepted == (ratio >= Fraction(rule.eta1))
+    if ratio < Fraction(rule.shrink_below):
+        expected = rule.decrease_factor * length
+    elif ratio >= Fraction(rule.eta2) and length == radius:
+        expected = rule.increase_factor * radius
+    else:
+        expected = radius
+    assert decision.radius == min(max(expected, rule.min_radius), rule.max_radius)
+
+
+infinite = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+@given(rule=rules(), place=st.integers(0, 3), bad=infinite, radius=positive)
+def test_what_is_not_finite_is_a_rejection_with_a_shrink(rule, place, bad, radius):
+    numbers = [1.0, 0.5, 0.5, radius]
+    numbers[place] = bad
+    loss, trial, predicted, length = numbers
+    decision = judge(
+        rule, radius=radius, loss=loss, trial_loss=trial, predicted_reduction=predicted, step_norm=length
+    )
+    assert not decision.accepted and decision.rho == -math.inf
+    assert decision.radius == max(rule.decrease_factor * radius, rule.min_radius)
+
+
+@given(rule=rules(), predicted=st.sampled_from([0.0, -0.0, -1.0, -1e-300]), radius=positive, trial=eighths)
+def test_a_model_that_predicts_no_reduction_is_a_rejection(rule, predicted, radius, trial):
+    decision = judge(rule, radius=radius, loss=1.0, trial_loss=trial, predicted_reduction=predicted, step_norm=radius)
+    assert not decision.accepted and decision.rho == -math.inf
+    assert decision.radius == max(rule.decrease_factor * radius, rule.min_radius)
+
+
+@given(rule=rules(), length=st.floats(0.0, 1.0), radius=positive)
+def test_the_radius_grows_on_the_boundary_only(rule, length, radius):
+    """A step scaled to the boundary in float32 may miss it by 1e-7 or so; one at 99 % of it has not reached it."""
+    decision = judge(
+        rule, radius=radius, loss=1.0, trial_loss=-9.0, predicted_reduction=1.0, step_norm=length * radius
+    )
+    grew = decision.radius > radius
+    if length < 0.99:
+        assert not grew
+    if length > 1.0 - 1e-6:
+        assert grew or radius == rule.max_radius
+
+
+def test_monotone_without_a_window():
+    """Earlier losses are not looked at, however many are given."""
+    rule = TrustRegionOptions(window=0)
+    decision = judge(
+        rule,
+        radius=1.0,
+        loss=1.0,
+        trial_loss=1.5,
+        predicted_reduction=0.1,
+        step_norm=1.0,
+        earlier_losses=(9.0, 9.0),
+    )
+    assert not decision.accepted and decision.actual_reduction == -0.5
+
+
+norms = st.sampled_from(["2", "inf"])
+radii = st.floats(1e-9, 1e6)
+vectors = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
+
+
+@given(gradient=vectors, radius=radii, kind=norms, seed=st.integers(0, 99))
+def test_steepest_descent_is_the_best_point_of_the_ball(gradient, radius, kind, seed):
+    step = steepest_descent(gradient, radius, kind)
+    assert norm(step, kind) <= radius * (1.0 + 1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(10):
+        other = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+        other *= radius / norm(other, kind)
+        assert gradient @ step <= gradient @ other + 1e-12 * radius * gradient.abs().sum()
+    if gradient.abs().max() > 1e-100:
+        assert norm(step, kind).item() == pytest.approx(radius, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["2", "inf"])
+def test_steepest_descent_of_a_zero_gradient_is_zero(kind):
+    assert torch.equal(steepest_descent(torch.zeros(3), 2.0, kind), torch.zeros(3))
+
+
+@given(vector=vectors, radius=radii, kind=norms)
+def test_clipping_keeps_the_direction_and_the_ball(vector, radius, kind):
+    clipped = vector.clone()
+    clip_to_ball(clipped, radius, kind)
+    length = norm(vector, kind).item()
+    assert norm(clipped, kind).item() <= radius * (1.0 + 1e-12)
+    if length <= radius:
+        assert torch.equal(clipped, vector)
+    else:
+        torch.testing.assert_close(clipped, vector * (radius / length), rtol=1e-12, atol=0.0)
+
+
+@given(radius=radii, count=st.integers(1, 20), kind=norms, seed=st.integers(0, 99))
+def test_blocks_within_their_balls_sum_to_a_step_within_the_ball(radius, count, kind, seed):
+    """And no larger radius for each block would do."""
+    generator = torch.Generator().manual_seed(seed)
+    own = subdomain_radius(radius, count, kind)
+    blocks = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(count)]
+    total = torch.cat([own * block / norm(block, kind) for block in blocks])
+    assert norm(total, kind).item() == pytest.approx(radius, rel=1e-12)
