@@ -13,13 +13,13 @@ from mpi4py import MPI
 from apts_mpi.batch import passes_of_batch, team_shares
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
-from apts_mpi.composition import compose
+from apts_mpi.composition import compose, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layer, Layout, make_subdomains, most_subdomains
+from apts_mpi.partition import Layer, Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.trust_region import judge, steepest_descent
@@ -150,9 +150,8 @@ class APTS:
             segmented = SegmentedNetwork(network, forward)
             self.vector = FlatParameters(network)
             layers = segmented.layers(self.vector)
-            most = min(self.comm.size // options.replicas, most_subdomains(layers, options.schwarz.partition))
-            count = options.subdomains or max(most, 1)
-            self.subdomains = make_subdomains(layers, count, options.schwarz.partition, options.schwarz.overlap)
+            self.subdomains = split_parameters(options, layers, self.comm.size)
+            count = len(self.subdomains)
             self.layout = Layout(self.comm.size, count, options.replicas)
             options = compose(
                 options, network=network, called=forward is not None, layers=layers, subdomains=self.subdomains
@@ -181,6 +180,7 @@ class APTS:
             layout=self.layout,
             comm=self.comm,
             team=team,
+            recombined=options.coarse.model != "none",
             events=self.events,
         )
         self.coarse = None
@@ -288,7 +288,7 @@ class APTS:
             with self.events.timed("assembly"):
                 pending.wait()
             if self.coarse is not None:
-                self.coarse.prepare(self._passes, correction, self._gradient)
+                self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient)
             self._has_correction = True
         if self.coarse is not None:
             predicted = self.coarse.recombine(self.state.radius)

@@ -103,7 +103,8 @@ class CoarseLevel:
         kind: str,
     ) -> None:
         self._options = options
-        self._subdomains = subdomains
+        # Subdomains of data all have the same part: the whole.
+        self._parts = sorted({(part.owned_start, part.owned_stop) for part in subdomains})
         self._comm = comm
         self._events = events
         self._kind = kind
@@ -114,14 +115,15 @@ class CoarseLevel:
         self._columns: list[Column] = []
         self._model: ReducedModel | None = None
 
-    def prepare(self, passes: Sequence[Pass], correction: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Form the reduced model of a correction. Collective."""
-        vectors = {"correction": correction, "last_step": self.last_step, "gradient": gradient}
+    def prepare(self, passes: Sequence[Pass], corrections: Sequence[Column], gradient: torch.Tensor) -> None:
+        """Form the reduced model of the subdomains' corrections. Collective."""
+        vectors = {"last_step": self.last_step, "gradient": gradient}
         with self._events.timed("coarse"):
-            self._columns = [
-                Column(part.owned_start, part.owned_stop, vectors[name][part.owned_start : part.owned_stop])
+            self._columns = list(corrections) + [
+                Column(start, stop, vectors[name][start:stop])
                 for name in self._options.columns
-                for part in self._subdomains
+                if name != "correction"
+                for start, stop in self._parts
             ]
             curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
             for part in passes:
@@ -137,8 +139,15 @@ class CoarseLevel:
         count = len(self._columns)
         gram = np.zeros((count, count))
         for first, left in enumerate(self._columns):
-            for second in range(first, count, len(self._subdomains)):
-                gram[first, second] = gram[second, first] = float(torch.dot(left.values, self._columns[second].values))
+            for second in range(first, count):
+                right = self._columns[second]
+                start, stop = max(left.start, right.start), min(left.stop, right.stop)
+                if start < stop:
+                    product = torch.dot(
+                        left.values[start - left.start : stop - left.start],
+                        right.values[start - right.start : stop - right.start],
+                    )
+                    gram[first, second] = gram[second, first] = float(product)
         return gram
 
     def recombine(self, radius: float) -> float:

@@ -19,6 +19,9 @@ from apts_mpi.train import USAGE, spell
 # Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
 
+# Columns of a table that goes to a file: enough for its cells to stay on one line.
+FILE_WIDTH = 160
+
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:
     """The options.
@@ -99,7 +102,8 @@ def show(comparison: Comparison, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare; the process ends with a status that says how it went."""
     try:
-        compare(parse(sys.argv[1:] if arguments is None else arguments), Console())
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        compare(options, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     except InvalidInput as error:
         print(f"apts_mpi.compare: error: {error}", file=sys.stderr)
         sys.exit(USAGE)

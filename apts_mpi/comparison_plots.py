@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training loss")
-    _finish(figure, panels[0], comparison, path / "loss")
+    seeds = comparison.plan.options.seeds
+    spread = f", mean and range of {seeds} seeds" if seeds > 1 else ""
+    _finish(figure, [panels[0]], f"{comparison.plan.problem}{spread}", path / "loss")
 
 
 def _curve(axes: Axes, row: Row, name: str) -> None:
@@ -89,13 +92,13 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
         axes.axhline(ceiling, color="0.5", linewidth=0.8)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("final training loss (top: diverged)")
-    panels[1].legend()
-    _finish(figure, panels[0], comparison, path / "robustness")
+    _finish(figure, panels, comparison.plan.problem, path / "robustness")
 
 
-def _finish(figure: Figure, axes: Axes, comparison: Comparison, path: Path) -> None:
-    if axes.lines:
-        axes.legend()
-    figure.suptitle(comparison.plan.problem)
+def _finish(figure: Figure, panels: Iterable[Axes], title: str, path: Path) -> None:
+    lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
+    # Below the panels, where it hides no curve.
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(METHODS), frameon=False)
+    figure.suptitle(title)
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"))

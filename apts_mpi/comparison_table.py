@@ -120,16 +120,16 @@ class Comparison:
             return "APTS and the baselines cannot be compared: too many runs failed or diverged."
         rival = min(best.values(), key=lambda row: row.rank)
         name = f"{METHODS[rival.setting.method]} at {rival.setting.step_size}"
-        end = f"{rival.mean('gradient_evaluations')[-1]:.4g} evaluations and {rival.mean('seconds')[-1]:.4g} s"
-        target = f"the final training loss of the best baseline ({name}: {rival.rank:.4g} after {end})"
+        end = f"{number(rival.mean('gradient_evaluations')[-1])} evaluations and {number(rival.mean('seconds')[-1])} s"
+        target = f"the final training loss of the best baseline ({name}: {number(rival.rank)} after {end})"
         passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
         if not passed:
-            return f"APTS does not pass {target}; its own is {apts.rank:.4g}."
+            return f"APTS does not pass {target}; its own is {number(apts.rank)}."
         first = passed[0]
         return (
             f"APTS first passes {target} in epoch {first + 1} of {self.plan.epochs}, after "
-            f"{apts.mean('gradient_evaluations')[first]:.4g} gradient evaluations and "
-            f"{apts.mean('seconds')[first]:.4g} s."
+            f"{number(apts.mean('gradient_evaluations')[first])} gradient evaluations and "
+            f"{number(apts.mean('seconds')[first])} s."
         )
 
     def reasons(self) -> list[str]:
@@ -151,11 +151,16 @@ def cell(row: Row, name: str) -> str:
     diverged = sum(math.isnan(value) for value in values)
     parts = []
     if values and not diverged:
-        parts.append(f"{statistics.fmean(values):.4g}")
+        parts.append(number(statistics.fmean(values)))
         if len(values) > 1:
-            parts[0] += f" ± {statistics.stdev(values):.2g}"
+            parts[0] += f" ± {number(statistics.stdev(values), 1)}"
     elif diverged:
         parts.append(f"{diverged} diverged")
     if row.failures:
         parts.append(f"{row.failures} failed")
     return ", ".join(parts)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number in that many significant digits, and thousands to the unit."""
+    return f"{value:.0f}" if 1e3 <= value < 1e7 else f"{value:.{digits}g}"

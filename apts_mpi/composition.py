@@ -9,7 +9,7 @@ import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layer, Subdomain
+from apts_mpi.partition import Layer, Subdomain, make_subdomains, most_subdomains, whole_subdomains
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE_BLOCK = 4096
@@ -51,8 +51,23 @@ def compose(
     if solver == "auto":
         dense = called and not normalised and largest <= LARGEST_DENSE_BLOCK
         solver = "gauss-newton" if dense else "kfac" if whole and not called else "adam"
+    data = options.schwarz.decomposition == "data"
     if variant == "auto":
-        variant = "exact" if called else "inexact"
+        variant = "exact" if called or data else "inexact"
+    if data and variant == "inexact":
+        raise InvalidInput(
+            "schwarz.variant: 'inexact' leaves out the layers behind a subdomain, and with schwarz.decomposition data "
+            "there are none; choose exact"
+        )
+    if data and options.schwarz.local_data == "full":
+        raise InvalidInput(
+            "schwarz.local_data: 'full' would make all subdomains of schwarz.decomposition data the same; choose shard"
+        )
+    if data and options.schwarz.overlap:
+        raise InvalidInput(
+            f"schwarz.overlap: {options.schwarz.overlap} is for subdomains of parameters; with schwarz.decomposition "
+            "data give 0"
+        )
     if called and variant == "inexact":
         raise InvalidInput(
             "schwarz.variant: 'inexact' needs layers whose outputs alone lead to the loss, but this network is called "
@@ -77,10 +92,27 @@ def compose(
         raise InvalidInput(f"local.solver: 'gauss-newton' cannot be used: {reason}; choose kfac or another one")
     local_data = options.schwarz.local_data
     if local_data == "auto":
-        local_data = "full" if solver == "gauss-newton" else "shard"
+        local_data = "full" if solver == "gauss-newton" and not data else "shard"
     damping = options.local.damping if options.local.damping is not None else DAMPING.get(solver)
     return replace(
         options,
         local=replace(options.local, solver=solver, damping=damping),
         schwarz=replace(options.schwarz, variant=variant, local_data=local_data),
     )
+
+
+def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int) -> tuple[Subdomain, ...]:
+    """The subdomains; without a number of them, one for each rank of a replica if the partition can make as many.
+
+    Raises
+    ------
+    InvalidInput
+        If the partition cannot make as many as the options ask for.
+    """
+    schwarz = options.schwarz
+    count = options.subdomains or max(ranks // options.replicas, 1)
+    if schwarz.decomposition == "data":
+        return whole_subdomains(layers, count)
+    if options.subdomains is None:
+        count = min(count, most_subdomains(layers, schwarz.partition))
+    return make_subdomains(layers, count, schwarz.partition, schwarz.overlap)

@@ -26,6 +26,9 @@ class SchwarzOptions:
 
     Parameters
     ----------
+    decomposition
+        ``parameters``: a subdomain is a part of the parameters. ``data``: a subdomain is a shard of the batch over all
+        parameters, and corrections are averaged, or recombined by the coarse level (arXiv 2502.05133).
     variant
         Local objective. ``exact`` runs the network from the subdomain's first layer to the loss. ``inexact`` runs the
         subdomain's own layers only, against the cached gradient of the loss with respect to their output. ``auto``:
@@ -44,6 +47,7 @@ class SchwarzOptions:
         Factor of the sum of the corrections, in (0, 1].
     """
 
+    decomposition: Literal["parameters", "data"] = "parameters"
     variant: Literal["auto", "exact", "inexact"] = "auto"
     partition: Literal["layer", "index"] = "layer"
     overlap: int = 0
@@ -52,6 +56,7 @@ class SchwarzOptions:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
+        require_choice("schwarz.decomposition", self.decomposition, ("parameters", "data"))
         require_choice("schwarz.variant", self.variant, ("auto", "exact", "inexact"))
         require_choice("schwarz.partition", self.partition, ("layer", "index"))
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")

@@ -165,6 +165,14 @@ def _subdomain(layers: Sequence[Layer], index: int, owned: tuple[int, int], exte
     )
 
 
+def whole_subdomains(layers: Sequence[Layer], count: int) -> tuple[Subdomain, ...]:
+    """``count`` subdomains that each have all parameters, for the decomposition of data."""
+    first = min(layer.first_segment for layer in layers)
+    last = max(layer.last_segment for layer in layers)
+    size = layers[-1].stop
+    return tuple(Subdomain(index, 0, size, 0, size, first, last) for index in range(count))
+
+
 def multiplicity(subdomains: Sequence[Subdomain], subdomain: Subdomain) -> list[tuple[int, int, int]]:
     """Ranges of a subdomain on which the number of subdomains that share each index is constant.
 

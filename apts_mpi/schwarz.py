@@ -9,6 +9,7 @@ import torch
 from apts_mpi.comm import Communicator, Pending
 from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.events import Events
+from apts_mpi.linearisation import Column
 from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.objective import Cache, Objective
@@ -32,6 +33,8 @@ class AdditiveSchwarz:
         All subdomains, the layers of the network, and the ranks that carry them.
     comm, team
         All ranks, and those that carry the same subdomains as this one.
+    recombined
+        Whether `columns` will be asked for.
     events
         Where work and messages are counted.
 
@@ -55,6 +58,7 @@ class AdditiveSchwarz:
         layout: Layout,
         comm: Communicator,
         team: Communicator,
+        recombined: bool,
         events: Events,
     ) -> None:
         self._objective = objective
@@ -63,7 +67,8 @@ class AdditiveSchwarz:
         self._events = events
         self._damping = options.damping
         self._norm = trust_region.norm
-        self._count = len(subdomains)
+        self._subdomains = subdomains
+        self._data = options.decomposition == "data"
         self._values = objective.vector.values
         own_team = layout.team_of(comm.rank)
         self.carried = tuple(subdomains[index] for index in layout.subdomains_of(own_team))
@@ -79,10 +84,17 @@ class AdditiveSchwarz:
         }
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
-        self._disjoint = options.overlap == 0 or options.type == "restrict"
+        self._disjoint = not self._data and (options.overlap == 0 or options.type == "restrict")
         self._weights = {} if self._disjoint else _weights(subdomains, self.carried, self._values)
         self._leads = team.rank == 0
         self._ranges = [_led_range(layout, subdomains, rank) for rank in range(comm.size)]
+        self._stack: torch.Tensor | None = None
+        if self._data and recombined:
+            # Columns over all parameters cannot share one vector: every rank holds all of them.
+            size = self._values.numel()
+            self._stack = self._values.new_zeros(len(subdomains) * size)
+            self._mirror = Mirror(self._stack)
+            self._ranges = [_led_rows(layout, size, rank) for rank in range(comm.size)]
 
     def start_correction(
         self,
@@ -109,7 +121,9 @@ class AdditiveSchwarz:
         radius
             Radius of the ball that will hold the assembled correction.
         """
-        local_radius = subdomain_radius(radius, self._count, self._norm)
+        # A mean of steps within a ball lies in it.
+        count = 1 if self._data else len(self._subdomains)
+        local_radius = subdomain_radius(radius, count, self._norm)
         if not self._disjoint:
             self.correction.zero_()
         with self._events.timed("local solves"):
@@ -134,7 +148,11 @@ class AdditiveSchwarz:
         self.solvers[subdomain.index].solve(local, radius, self._norm)
         displacement = local.block - start
         local.block.copy_(start)
-        if self._disjoint:
+        if self._stack is not None:
+            size = len(displacement)
+            descent = ensure_descent(local.gradient, displacement, radius, self._norm)
+            self._stack[subdomain.index * size : (subdomain.index + 1) * size] = descent
+        elif self._disjoint:
             owned = slice(subdomain.owned_start, subdomain.owned_stop)
             inner = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
             self.correction[owned] = ensure_descent(gradient[owned], inner, radius, self._norm)
@@ -143,12 +161,20 @@ class AdditiveSchwarz:
             weighted = ensure_descent(local.gradient * weights, displacement * weights, radius, self._norm)
             self.correction[subdomain.start : subdomain.stop] += weighted
 
+    def columns(self) -> list[Column]:
+        """The corrections one by one, for the coarse level: of each subdomain's own parameters, or all of them."""
+        parts = [(part.owned_start, part.owned_stop) for part in self._subdomains]
+        if self._stack is None:
+            return [Column(start, stop, self.correction[start:stop]) for start, stop in parts]
+        rows = self._stack.view(len(parts), -1)
+        return [Column(start, stop, row) for (start, stop), row in zip(parts, rows, strict=True)]
+
     def _start_assembly(self) -> Pending:
         """Gather disjoint corrections, which moves half of what a sum does; sum overlapping ones bucket by bucket."""
         pending = self._comm.pending()
         if self._damping != 1.0:
-            self.correction.mul_(self._damping)
-        if self._disjoint:
+            self._mirror.tensor.mul_(self._damping)
+        if self._disjoint or self._stack is not None:
             self._comm.start_gather(pending, self._mirror, self._ranges)
             return pending
         bucket = BUCKET_BYTES // self.correction.element_size()
@@ -193,3 +219,11 @@ def _led_range(layout: Layout, subdomains: Sequence[Subdomain], rank: int) -> tu
     start = subdomains[carried[0]].owned_start
     leads = layout.ranks_of(team).start == rank
     return start, subdomains[carried[-1]].owned_stop if leads else start
+
+
+def _led_rows(layout: Layout, size: int, rank: int) -> tuple[int, int]:
+    """The same of the stack of corrections, which has a row of ``size`` elements a subdomain."""
+    team = layout.team_of(rank)
+    carried = layout.subdomains_of(team)
+    leads = layout.ranks_of(team).start == rank
+    return carried.start * size, (carried.stop if leads else carried.start) * size

@@ -26,6 +26,7 @@ def options(
     replicas=1,
     batch="whole",
     seed=0,
+    decomposition="parameters",
     variant="exact",
     partition="layer",
     overlap=0,
@@ -53,6 +54,7 @@ def options(
         batch=batch,
         seed=seed,
         schwarz=SchwarzOptions(
+            decomposition=decomposition,
             variant=variant,
             partition=partition,
             overlap=overlap,

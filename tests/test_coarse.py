@@ -248,3 +248,34 @@ def test_defaults_compose():
     solver = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=3))
     assert solver.options.local == LocalOptions(solver="kfac", damping=1e-3)
     assert solver.options.schwarz.variant == "inexact" and solver.options.schwarz.local_data == "shard"
+
+
+def data_options(**changes):
+    base = networks.options(**{"solver": "kfac", "variant": "exact", "subdomains": 3, **changes})
+    schwarz = dataclasses.replace(base.schwarz, decomposition="data")
+    return dataclasses.replace(base, schwarz=schwarz, coarse=CoarseOptions(samples=1.0))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("model", ["none", "gauss-newton"])
+def test_decomposition_of_data_does_not_depend_on_the_ranks(world, model):
+    def iterates(comm):
+        chosen = dataclasses.replace(data_options(), coarse=CoarseOptions(model=model, samples=1.0))
+        solver = networks.make_solver(comm, chosen)
+        numbers = [networks.numbers(solver.step(networks.classified())) for _ in range(4)]
+        return np.array(numbers).ravel(), solver.vector.values
+
+    numbers, values = iterates(world)
+    serial_numbers, serial_values = iterates(MPI.COMM_SELF)
+    np.testing.assert_allclose(numbers, serial_numbers, rtol=1e-8)
+    torch.testing.assert_close(values, serial_values, rtol=1e-8, atol=1e-12)
+
+
+def test_decomposition_of_data_averages_first_order_consistent_corrections():
+    """One steepest-descent iteration: every shard starts from the global gradient, so the mean is the global step."""
+    chosen = dataclasses.replace(data_options(solver="sgd"), coarse=CoarseOptions(model="none"))
+    solver = networks.make_solver(MPI.COMM_SELF, chosen)
+    _, gradient = networks.loss_and_gradient(networks.classifier(), networks.cross_entropy, networks.classified())
+    judged = solver.step(networks.classified()).schwarz
+    expected = -judged.radius * gradient / gradient.norm()
+    torch.testing.assert_close(solver.schwarz.correction, expected, rtol=1e-10, atol=1e-14)

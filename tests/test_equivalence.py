@@ -26,21 +26,19 @@ def assert_same(traces, networks):
 
 
 def compare_with_one_rank(world, chosen, build=classifier, batches=None, loss=cross_entropy, serial=None):
-    """Run on all ranks and on this rank alone; return the numbers."""
+    """Run on all ranks, and on rank 0 alone; return the numbers."""
     batches = batches or (classified(), classified(97, seed=2))
-    networks = build(), build()
-    solvers = (
-        make_solver(world, chosen, networks[0], loss),
-        make_solver(MPI.COMM_SELF, serial or chosen, networks[1], loss),
-    )
-    traces = [trace(solver, batches) for solver in solvers]
-    assert_same(traces, networks)
+    network = build()
+    found = trace(make_solver(world, chosen, network, loss), batches)
     # All ranks stand at the same point: a decision taken apart would show.
-    values = flat(networks[0].parameters())
-    torch.testing.assert_close(values, torch.from_numpy(world.bcast(values.numpy())), rtol=1e-13, atol=1e-13)
-    assert world.bcast(traces[0]) == traces[0]
+    values = flat(network.parameters())
     assert not torch.equal(values, flat(build().parameters()))
-    return traces[0]
+    torch.testing.assert_close(values, torch.from_numpy(world.bcast(values.numpy())), rtol=1e-13, atol=1e-13)
+    assert world.bcast(found) == found
+    if world.rank == 0:
+        alone = build()
+        assert_same((found, trace(make_solver(MPI.COMM_SELF, serial or chosen, alone, loss), batches)), (network, alone))
+    return found
 
 
 # Each value of each option meets each value of every other one. The larger radius, first rejected, is less in the
@@ -77,6 +75,14 @@ def test_six_subdomains_on_any_number_of_ranks(world, combination):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("solver", ["sgd", "adam", "tr"])
+def test_subdomains_of_data(world, solver):
+    """Each has all parameters and a sixth of the batch."""
+    chosen = options(subdomains=6, decomposition="data", solver=solver, iterations=3, initial_radius=5.0)
+    compare_with_one_rank(world, chosen)
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("initial_radius", [0.3, 20.0])
 @pytest.mark.parametrize("solver", ["sgd", "adam", "tr"])
 def test_one_subdomain_shared_by_all_ranks(world, solver, initial_radius):
@@ -87,8 +93,8 @@ def test_one_subdomain_shared_by_all_ranks(world, solver, initial_radius):
 
 @pytest.mark.mpi
 def test_automatic_radius(world):
-    numbers_found = compare_with_one_rank(world, options(subdomains=6, initial_radius=None))
-    assert numbers_found[0][5]  # accepted
+    found = compare_with_one_rank(world, options(subdomains=6, initial_radius=None))
+    assert found[0][5]  # accepted
 
 
 @pytest.mark.mpi
@@ -148,11 +154,12 @@ def test_two_replicas_that_are_each_given_half_a_batch(world):
     inputs, targets = classified(2 * 8 * count)
     # One subdomain a team of two ranks; its shard is 16 samples, of which each has eight.
     own = slice(8 * world.rank, 8 * world.rank + 8)
-    networks = classifier(), classifier()
-    shared = make_solver(world, options(subdomains=count, replicas=2, batch="shard", iterations=2), networks[0])
-    alone = make_solver(MPI.COMM_SELF, options(subdomains=count, iterations=2), networks[1])
-    traces = trace(shared, [(inputs[own], targets[own])] * 2), trace(alone, [(inputs, targets)] * 2)
-    assert_same(traces, networks)
+    network, alone = classifier(), classifier()
+    shared = make_solver(world, options(subdomains=count, replicas=2, batch="shard", iterations=2), network)
+    found = trace(shared, [(inputs[own], targets[own])] * 2)
+    if world.rank == 0:
+        one = make_solver(MPI.COMM_SELF, options(subdomains=count, iterations=2), alone)
+        assert_same((found, trace(one, [(inputs, targets)] * 2)), (network, alone))
 
 
 def with_noise_around(batch, seed=5):

@@ -15,10 +15,11 @@ SUBDOMAINS = 6  # as many as the classifier has layers
 
 
 class Reference:
-    """One Schwarz step of the classifier with a subdomain a layer, all in one process."""
+    """One Schwarz step of the classifier, with a subdomain a layer or a sixth of the data, all in one process."""
 
     def __init__(self, network, batch, chosen):
         self.network, self.batch, self.chosen = network, batch, chosen
+        self.of_data = chosen.schwarz.decomposition == "data"
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.theta = flat(network.parameters())
@@ -76,6 +77,8 @@ class Reference:
         function = self.local_function(index)
         first, last = self.extended(index)
         block = slice(self.edges[first], self.edges[last + 1])
+        if self.of_data:
+            block = slice(0, len(self.theta))
         own = self.derivative(function, self.theta)[block]
 
         def moved(displacement):
@@ -122,7 +125,9 @@ class Reference:
     def step(self, radius):
         """The assembled correction."""
         options = self.chosen
-        local_radius = radius if options.trust_region.norm == "inf" else radius / math.sqrt(SUBDOMAINS)
+        local_radius = radius
+        if options.trust_region.norm == "2" and not self.of_data:
+            local_radius = radius / math.sqrt(SUBDOMAINS)
         covered = torch.zeros_like(self.theta)
         for index in range(SUBDOMAINS):
             covered[self.local_problem(index)[0]] += 1.0
@@ -136,7 +141,7 @@ class Reference:
                 displacement = self.trust_region(local_radius, value, gradient, start)
             correction = torch.zeros_like(self.theta)
             correction[block] = displacement
-            if options.schwarz.type == "restrict":
+            if options.schwarz.type == "restrict" and not self.of_data:
                 owned = torch.zeros_like(correction)
                 owned[self.edges[index] : self.edges[index + 1]] = 1.0
                 correction *= owned
@@ -160,16 +165,20 @@ class Reference:
         {"variant": "inexact", "solver": "sgd", "iterations": 2, "local_data": "full"},
         {"variant": "inexact", "solver": "tr", "iterations": 3, "overlap": 1, "type": "basic"},
         {"variant": "inexact", "solver": "tr", "iterations": 2, "overlap": 2, "type": "restrict"},
+        {"decomposition": "data", "solver": "sgd", "iterations": 3},
+        {"decomposition": "data", "solver": "tr", "iterations": 3, "norm": "inf", "initial_radius": 0.05},
     ],
     ids=lambda choice: "-".join(map(str, choice.values())),
 )
 def test_one_step(world, choice):
     chosen = options(subdomains=SUBDOMAINS, **choice)
     network, batch = classifier(), classified()
-    reference = Reference(classifier(), batch, chosen)
-    step = reference.step(chosen.trust_region.initial_radius)
     solver = make_solver(world, chosen, network)
     judged = solver.step(batch).schwarz
+    if world.rank > 0:
+        return
+    reference = Reference(classifier(), batch, chosen)
+    step = reference.step(chosen.trust_region.initial_radius)
     torch.testing.assert_close(solver.schwarz.correction, step, rtol=1e-10, atol=1e-12)
     assert step.count_nonzero() > 0.9 * len(step)  # no local solve stood still
     loss, trial_loss = (reference.loss(reference.theta + part, batch).item() for part in (0.0 * step, step))
@@ -215,43 +224,54 @@ def steepest(kind):
     return (lambda gradient: -gradient) if kind == 2 else (lambda gradient: -torch.sign(gradient))
 
 
+def compare_with_hand_written(world, chosen, steps, direction):
+    """Run the solver on all ranks, the trust region by hand on rank 0; return what the solver found."""
+    network, other, batch = classifier(), classifier(), classified()
+    solver = make_solver(world, chosen, network)
+    judged = [solver.step(batch).schwarz for _ in range(steps)]
+    if world.rank == 0:
+        kind, radius = float(chosen.trust_region.norm), chosen.trust_region.initial_radius
+        expected = first_order_trust_region(other, cross_entropy, batch, radius, kind, steps, direction)
+        found = [(j.loss, j.trial_loss, j.predicted_reduction, j.rho, j.radius) for j in judged]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(flat(network.parameters()), flat(other.parameters()), rtol=1e-10, atol=1e-12)
+    return judged
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("solver", ["sgd", "tr"])
-@pytest.mark.parametrize(("norm", "kind", "radius"), [("2", 2, 6.0), ("inf", math.inf, 0.3)])
-def test_one_subdomain_is_a_first_order_trust_region(world, solver, norm, kind, radius):
-    networks, batch = (classifier(), classifier()), classified()
-    expected = first_order_trust_region(networks[0], cross_entropy, batch, radius, kind, 15, steepest(kind))
+@pytest.mark.parametrize(("norm", "radius"), [("2", 6.0), ("inf", 0.3)])
+def test_one_subdomain_is_a_first_order_trust_region(world, solver, norm, radius):
     chosen = options(subdomains=1, solver=solver, norm=norm, initial_radius=radius)
-    ours = make_solver(world, chosen, networks[1])
-    judged = [ours.step(batch).schwarz for _ in range(15)]
-    found = [(j.loss, j.trial_loss, j.predicted_reduction, j.rho, j.radius) for j in judged]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(*(flat(network.parameters()) for network in networks), rtol=1e-10, atol=1e-12)
+    judged = compare_with_hand_written(world, chosen, 12, steepest(float(norm)))
     # The run had steps of every kind.
     assert {j.accepted for j in judged} == {True, False}
     assert any(j.next_radius > j.radius for j in judged)
 
 
+class AdamDirection:
+    """The step of torch.optim.Adam from the origin."""
+
+    def __init__(self, size):
+        self.point = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+        self.optimizer = torch.optim.Adam([self.point], lr=1.0)
+
+    def __call__(self, gradient):
+        with torch.no_grad():
+            self.point.zero_()
+        self.point.grad = gradient
+        self.optimizer.step()
+        step = self.point.detach().clone()
+        assert step @ gradient < 0.0  # else the solver goes down the gradient instead
+        return step
+
+
 @pytest.mark.mpi
 def test_one_subdomain_with_adam_goes_along_torchs_adam(world):
     """The direction is that of torch.optim.Adam, its length the radius."""
-    networks, batch = (classifier(), classifier()), classified()
-    scratch = nn.Parameter(torch.zeros_like(flat(networks[0].parameters())))
-    adam = torch.optim.Adam([scratch], lr=1.0)
-
-    def direction(gradient):
-        scratch.grad = gradient
-        with torch.no_grad():
-            scratch.zero_()
-        adam.step()
-        assert scratch.detach() @ gradient < 0.0
-        return scratch.detach().clone()
-
-    expected = first_order_trust_region(networks[0], cross_entropy, batch, 0.2, 2, 12, direction)
-    ours = make_solver(world, options(subdomains=1, solver="adam", norm="2", initial_radius=0.2), networks[1])
-    judged = [ours.step(batch).schwarz for _ in range(12)]
-    found = [(j.loss, j.trial_loss, j.predicted_reduction, j.rho, j.radius) for j in judged]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    chosen = options(subdomains=1, solver="adam", norm="2", initial_radius=0.2)
+    direction = AdamDirection(flat(classifier().parameters()).numel()) if world.rank == 0 else None
+    compare_with_hand_written(world, chosen, 8, direction)
 
 
 def least_squares(samples=40, features=5, outputs=3):
@@ -269,9 +289,7 @@ def least_squares(samples=40, features=5, outputs=3):
     "choice",
     [
         {"solver": "sgd", "norm": "2", "global_step": "first-order"},
-        {"solver": "tr", "iterations": 5, "norm": "2"},
-        {"solver": "tr", "iterations": 5, "norm": "inf", "local_data": "full"},
-        {"solver": "adam", "norm": "2", "global_step": "first-order", "variant": "inexact"},
+        {"solver": "tr", "iterations": 5, "norm": "inf", "local_data": "full", "variant": "inexact"},
     ],
     ids=lambda choice: "-".join(map(str, choice.values())),
 )
@@ -282,7 +300,7 @@ def test_quadratic_converges_to_its_minimiser(world, choice):
     chosen = options(subdomains=4, partition="index", initial_radius=1.0, min_radius=1e-12, **choice)
     solver = make_solver(world, chosen, network, squared_error)
     solver.step(batch)
-    for _ in range(120):
+    for _ in range(70):
         judged = solver.step().schwarz
     # Near the minimum a loss of 1 falls by less than its rounding, 1e-16, within 1e-8 of the minimiser.
     assert judged.loss == pytest.approx(least, rel=1e-12)
