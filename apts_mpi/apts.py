@@ -16,6 +16,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
+from apts_mpi.global_step import GlobalStep
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
@@ -193,6 +194,17 @@ class APTS:
                 events=self.events,
                 kind=options.trust_region.norm,
             )
+        self.global_step = None
+        if options.global_step.model != "none":
+            blocks = options.local.solver == "kfac" and options.schwarz.decomposition == "parameters"
+            self.global_step = GlobalStep(
+                options=options.global_step,
+                objective=self.objective,
+                schwarz=self.schwarz if blocks else None,
+                comm=self.comm,
+                events=self.events,
+                kind=options.trust_region.norm,
+            )
         self.state = State(radius=options.trust_region.initial_radius)
         self._team = team
         self._accepted_values = self.vector.values.clone()
@@ -232,7 +244,7 @@ class APTS:
         schwarz = self._judge(*self._correct(), keep_graph=repeated)
         if self.coarse is not None:
             self.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
-        global_step = self._global_step(repeated) if self.options.global_step.model != "none" else None
+        global_step = self._take_global_step(repeated) if self.global_step is not None else None
         self.state.iteration += 1
         moved = schwarz.accepted or (global_step is not None and global_step.accepted)
         self.state.accepted += moved
@@ -273,6 +285,8 @@ class APTS:
             if not self._has_gradient:
                 self.objective.backward(self._passes, self._run)
                 self._has_gradient = True
+                if self.global_step is not None:
+                    self.global_step.observe(self.state.functions, self._gradient)
 
     @property
     def _gradient(self) -> torch.Tensor:
@@ -363,11 +377,12 @@ class APTS:
         window = self.options.trust_region.window
         self.state.losses = [*self.state.losses, loss][-window:] if window else []
 
-    def _global_step(self, repeated: bool) -> Judged:
-        """First-order trust-region step at the point that the Schwarz step led to."""
+    def _take_global_step(self, repeated: bool) -> Judged:
+        """Trust-region step over all parameters at the point that the Schwarz step led to."""
         self._evaluate()
-        step = steepest_descent(self._gradient, self.state.radius, self.options.trust_region.norm)
-        return self._judge(step, None, keep_graph=repeated)
+        with self.events.timed("global step"):
+            step, predicted = self.global_step.find(self._passes, self._gradient, self.state.radius)
+        return self._judge(step, predicted, keep_graph=repeated)
 
     def _cauchy_length(self) -> float:
         """Length of the Cauchy step of the first batch: first derivative over curvature, down the gradient.

@@ -98,7 +98,7 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
 def _finish(figure: Figure, panels: Iterable[Axes], title: str, path: Path) -> None:
     lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
     # Below the panels, where it hides no curve.
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(METHODS), frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(METHODS), frameon=False, handlelength=3.0)
     figure.suptitle(title)
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"))

@@ -153,7 +153,7 @@ def cell(row: Row, name: str) -> str:
     if values and not diverged:
         parts.append(number(statistics.fmean(values)))
         if len(values) > 1:
-            parts[0] += f" ± {number(statistics.stdev(values), 1)}"
+            parts[0] += f" ± {number(statistics.stdev(values), 2)}"
     elif diverged:
         parts.append(f"{diverged} diverged")
     if row.failures:
@@ -162,5 +162,5 @@ def cell(row: Row, name: str) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number in that many significant digits, and thousands to the unit."""
-    return f"{value:.0f}" if 1e3 <= value < 1e7 else f"{value:.{digits}g}"
+    """A number in that many significant digits; in all before the point, if those are not too many."""
+    return f"{value:.0f}" if 10**digits <= value < 1e7 else f"{value:.{digits}g}"

@@ -52,8 +52,14 @@ def compose(
         dense = called and not normalised and largest <= LARGEST_DENSE_BLOCK
         solver = "gauss-newton" if dense else "kfac" if whole and not called else "adam"
     data = options.schwarz.decomposition == "data"
+    curved_outputs = solver == "steihaug" and options.local.product == "gauss-newton"
     if variant == "auto":
-        variant = "exact" if called or data else "inexact"
+        variant = "exact" if called or data or curved_outputs else "inexact"
+    if curved_outputs and variant == "inexact":
+        raise InvalidInput(
+            "local.product: 'gauss-newton' is zero with schwarz.variant inexact, whose local objectives are linear in "
+            "their outputs; choose --schwarz.variant exact, or --local.product hessian"
+        )
     if data and variant == "inexact":
         raise InvalidInput(
             "schwarz.variant: 'inexact' leaves out the layers behind a subdomain, and with schwarz.decomposition data "
@@ -76,7 +82,7 @@ def compose(
     if called and solver == "kfac":
         raise InvalidInput(
             "local.solver: 'kfac' needs layers that are called once with the samples, but this network is called by a "
-            "function of its own; choose gauss-newton, tr, sgd or adam"
+            "function of its own; choose gauss-newton, tr, lsr1, steihaug, sgd or adam"
         )
     if not whole and solver == "kfac":
         raise InvalidInput(

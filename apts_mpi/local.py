@@ -1,24 +1,24 @@
 """Local solvers: a few iterations on a local objective inside the subdomain's ball.
 
-None waits for the device: what depends on values is written with tensors, so that a GPU is kept busy.
+Those of this file do not wait for the device: what depends on values is written with tensors, so that a GPU is kept
+busy. Those with second-order models are in `apts_mpi.local_second_order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.curvature import TINY, Curvature, LayerBatch
 from apts_mpi.local_objective import LocalObjective
+from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.transport import Mirror
-from apts_mpi.trust_region import steepest_descent
+from apts_mpi.trust_region import NormKind, steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
-
-NormKind = Literal["2", "inf"]
 
 
 class LocalSolver(Protocol):
@@ -118,11 +118,14 @@ class KFAC:
         self.count += 1
         start = local.block.clone()
         for gradient in _gradients(local, self._options.iterations):
-            for curvature, _, part in self._layers:
-                local.block[part] += curvature.direction(gradient[part])
+            local.block += self.direction(gradient)
             displacement = local.block - start
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Minus the inverse curvature of the block times a gradient, both of shape (stop - start,)."""
+        return torch.cat([curvature.direction(gradient[part]) for curvature, _, part in self._layers])
 
     def _update(self, local: LocalObjective) -> None:
         """Take in the statistics of this batch, and factorise."""
@@ -241,7 +244,7 @@ def _gradients(local: LocalObjective, iterations: int):
 
 def needs_evaluations(options: LocalOptions) -> bool:
     """Whether the solver evaluates the local objective beyond the global gradient at theta_k."""
-    return options.solver == "tr" or options.iterations > 1
+    return options.solver in ("tr", "lsr1", "steihaug") or options.iterations > 1
 
 
 def make_local_solver(
@@ -270,6 +273,10 @@ def make_local_solver(
         return GaussNewton(options.iterations, options.damping, team)
     if options.solver == "tr":
         return TrustRegion(options.iterations, trust_region)
+    if options.solver == "lsr1":
+        return LSR1TrustRegion(options.iterations, trust_region, team)
+    if options.solver == "steihaug":
+        return SteihaugTrustRegion(options.iterations, options.product, trust_region, team)
     if options.solver == "adam":
         return Adam(options.iterations, block)
     return SteepestDescent(options.iterations)

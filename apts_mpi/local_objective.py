@@ -8,6 +8,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.dense import BlockJacobian
 from apts_mpi.environment import preserved_random_state, set_random_state
 from apts_mpi.events import BACKWARD, FORWARD, Events
+from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.transport import Mirror
 
@@ -123,27 +124,62 @@ class LocalObjective:
         self._events.count_work(self.samples, share, FORWARD + BACKWARD)
         return rows[:, self._inside]
 
+    def products(self, kind: ProductKind) -> Product:
+        """Products with the curvature of the local objective at the block's present values, while they stay.
+
+        Making and calling is collective over the team. A call takes and returns a vector of shape (stop - start,).
+
+        Parameters
+        ----------
+        kind
+            ``hessian``, or ``gauss-newton``, which is zero for an objective that is linear in its outputs (inexact).
+        """
+        with torch.enable_grad():
+            outputs = self._outputs()
+            if kind == "hessian":
+                own: Product = HessianProducts(self._value_of(outputs), self._parameters)
+            else:
+                own = GaussNewtonProducts(outputs, self._cache.targets, self._objective.loss, self._parameters)
+        self._count(FORWARD + BACKWARD)
+
+        def product(direction: torch.Tensor) -> torch.Tensor:
+            around = torch.zeros_like(self._accumulated)
+            around[self._inside] = direction
+            curved = own(around)[self._inside]
+            self._count(2.0 * BACKWARD)
+            return self._over_team(curved, curved.new_zeros(()))[0]
+
+        return product
+
     def _first_order(self) -> torch.Tensor:
         return torch.dot(self._correction, self.block - self._start).double()
 
     def _run(self, backward: bool) -> torch.Tensor:
+        value = self._value_of(self._outputs())
+        if backward:
+            torch.autograd.backward(value, inputs=self._parameters)
+        self._count(FORWARD + BACKWARD if backward else FORWARD)
+        return value.detach().double()
+
+    def _outputs(self) -> torch.Tensor:
+        """What the objective's last segment returns, with the masks of the global evaluation."""
         objective, cache = self._objective, self._cache
         device = self.block.device
-        first = cache.subdomain.first_segment
         with preserved_random_state(device), objective.buffers.copied():
             set_random_state(cache.random_state, device)
             outputs = cache.inputs
-            for segment in objective.segmented.segments[first : self._last_segment + 1]:
+            for segment in objective.segmented.segments[cache.subdomain.first_segment : self._last_segment + 1]:
                 outputs = segment(outputs)
-            if cache.output_gradient is None:
-                value = objective.loss(outputs, cache.targets)
-            else:
-                value = (outputs * cache.output_gradient).sum()
-            if backward:
-                torch.autograd.backward(value, inputs=self._parameters)
-        share = objective.segmented.share(first, self._last_segment)
-        self._events.count_work(cache.inputs.shape[0], share, FORWARD + BACKWARD if backward else FORWARD)
-        return value.detach().double()
+        return outputs
+
+    def _value_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        if self._cache.output_gradient is None:
+            return self._objective.loss(outputs, self._cache.targets)
+        return (outputs * self._cache.output_gradient).sum()
+
+    def _count(self, cost: float) -> None:
+        share = self._objective.segmented.share(self._cache.subdomain.first_segment, self._last_segment)
+        self._events.count_work(self.samples, share, cost)
 
     def _over_team(self, gradient: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over the team's samples, of a block and a scalar in one message."""

@@ -73,9 +73,11 @@ class LocalOptions:
     ----------
     solver
         ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``gauss-newton``: dense
-        Gauss-Newton matrix of the block. ``tr``: first-order trust region. ``sgd``: steepest descent. ``adam``: Adam
-        directions whose moments last from one iteration to the next. The last two have steps of 1/iterations of the
-        ball's radius. ``auto``: gauss-newton where the network is called for more than its outputs and the blocks are
+        Gauss-Newton matrix of the block. ``tr``: first-order trust region. ``lsr1``: trust region with a
+        limited-memory SR1 model, whose pairs last from one iteration to the next. ``steihaug``: trust region with
+        conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
+        moments last from one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
+        ``auto``: gauss-newton where the network is called for more than its outputs and the blocks are
         small, kfac where subdomains are whole layers, else adam.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
@@ -86,16 +88,21 @@ class LocalOptions:
         Of the running means of kfac, an update.
     refresh
         Iterations between updates of kfac's running means and factorisations, after as many at the start.
+    product
+        Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
     """
 
-    solver: Literal["auto", "kfac", "gauss-newton", "tr", "sgd", "adam"] = "auto"
+    solver: Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"] = "auto"
     iterations: int = 1
     damping: float | None = None
     decay: float = 0.9
     refresh: int = 5
+    product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("local.solver", self.solver, ("auto", "kfac", "gauss-newton", "tr", "sgd", "adam"))
+        solvers = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
+        require_choice("local.solver", self.solver, solvers)
+        require_choice("local.product", self.product, ("gauss-newton", "hessian"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
             self.damping is None or self.damping > 0.0, "local.damping", self.damping, "give a number above 0, or null"
@@ -182,13 +189,19 @@ class GlobalStepOptions:
     Parameters
     ----------
     model
-        ``none``, or the ``first-order`` model, whose step goes down the gradient to the boundary of the ball.
+        ``none``; the ``first-order`` model, whose step goes down the gradient to the boundary of the ball; ``lsr1``,
+        limited-memory SR1 from the steps on one batch; ``steihaug``, conjugate gradients on products with the
+        curvature, preconditioned by the kfac of subdomains of parameters where that is the local solver.
+    product
+        Curvature of steihaug: ``gauss-newton`` or ``hessian``.
     """
 
-    model: Literal["none", "first-order"] = "none"
+    model: Literal["none", "first-order", "lsr1", "steihaug"] = "none"
+    product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("global_step.model", self.model, ("none", "first-order"))
+        require_choice("global_step.model", self.model, ("none", "first-order", "lsr1", "steihaug"))
+        require_choice("global_step.product", self.product, ("gauss-newton", "hessian"))
 
 
 @dataclass(frozen=True, kw_only=True)

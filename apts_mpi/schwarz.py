@@ -169,6 +169,28 @@ class AdditiveSchwarz:
         rows = self._stack.view(len(parts), -1)
         return [Column(start, stop, row) for (start, stop), row in zip(parts, rows, strict=True)]
 
+    def precondition(self, residual: torch.Tensor, solved: Mirror) -> None:
+        """Put the inverse curvature of each subdomain times its part of ``residual`` into ``solved``. Collective.
+
+        For local solver kfac: the additive Schwarz preconditioner with the blocks of the layers that each subdomain
+        owns, which is symmetric positive definite.
+
+        Parameters
+        ----------
+        residual : Tensor, shape (n,)
+            A vector that is the same on all ranks, up to rounding.
+        solved : Mirror of a tensor of shape (n,)
+            Where the result goes.
+        """
+        for subdomain in self.carried:
+            direction = self.solvers[subdomain.index].direction(residual[subdomain.start : subdomain.stop])
+            owned = slice(subdomain.owned_start, subdomain.owned_stop)
+            inner = direction[owned.start - subdomain.start : owned.stop - subdomain.start]
+            torch.neg(inner, out=solved.tensor[owned])
+        pending = self._comm.pending()
+        self._comm.start_gather(pending, solved, self._ranges)
+        pending.wait()
+
     def _start_assembly(self) -> Pending:
         """Gather disjoint corrections, which moves half of what a sum does; sum overlapping ones bucket by bucket."""
         pending = self._comm.pending()

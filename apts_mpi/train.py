@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import re
 import sys
 import traceback
@@ -53,7 +54,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def spell(arguments: Sequence[str]) -> list[str]:
     """Options as the parser knows them: underscores for hyphens, short forms and switches written out."""
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if match := re.match(r"--([A-Za-z][^=]*)", argument):
             name = "--" + match.group(1).replace("-", "_")
             argument = SHORT_FORMS.get(name, name) + argument[match.end() :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,8 @@ import torch
 
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.vector import norm
+
+NormKind = Literal["2", "inf"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def judge(
 BOUNDARY_TOLERANCE = 1e-3
 
 
-def steepest_descent(gradient: torch.Tensor, radius: float | torch.Tensor, kind: Literal["2", "inf"]) -> torch.Tensor:
+def steepest_descent(gradient: torch.Tensor, radius: float | torch.Tensor, kind: NormKind) -> torch.Tensor:
     """Minimiser of ``gradient . step`` in the ball of ``radius``, shape (n,); zero for a zero gradient."""
     if kind == "inf":
         return gradient.sign().mul_(-radius)
@@ -86,13 +89,18 @@ def steepest_descent(gradient: torch.Tensor, radius: float | torch.Tensor, kind:
     return gradient * (-radius / torch.where(length > 0.0, length, torch.ones_like(length)))
 
 
-def subdomain_radius(radius: float, subdomains: int, kind: Literal["2", "inf"]) -> float:
+def subdomain_radius(radius: float, subdomains: int, kind: NormKind) -> float:
     """Radius of each subdomain's ball such that their steps sum to one within ``radius``.
 
     In the maximum norm blocks within ``radius`` sum to one within it; in the 2-norm N orthogonal blocks of length
     r sum to one of length sqrt(N) r.
     """
     return radius if kind == "inf" else radius / math.sqrt(subdomains)
+
+
+def euclidean_radius(radius: float, size: int, kind: NormKind) -> float:
+    """Radius of the smallest 2-norm ball in R^size that holds the ball of ``radius``."""
+    return radius if kind == "2" else radius * math.sqrt(size)
 
 
 def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np.ndarray:
@@ -123,11 +131,12 @@ def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np
     low = max(0.0, -values[0])
     point = solve(low)
     if np.linalg.norm(point) <= radius:
-        flat = np.abs(coefficients) > np.finfo(float).eps * np.linalg.norm(slope)
-        unbounded = flat & (values + low <= np.finfo(float).eps * scale)
+        # A weaker pull along a direction without curvature would take a shift below rounding to reach the boundary.
+        pulled = np.abs(coefficients) > np.finfo(float).eps * max(np.linalg.norm(slope), scale * radius)
+        unbounded = pulled & (values + low <= np.finfo(float).eps * scale)
         if not unbounded.any():
             if values[0] < -np.finfo(float).eps * scale:
-                point[0] += math.sqrt(max(radius**2 - point @ point, 0.0))
+                point[0] = math.copysign(math.sqrt(max(radius**2 - point @ point, 0.0)), -coefficients[0])
             return vectors @ point
     # |x(mu)| falls from above the radius to below it between low and this.
     high = low + np.linalg.norm(slope) / radius
@@ -138,3 +147,72 @@ def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np
         else:
             high = middle
     return vectors @ solve(high)
+
+
+def steihaug(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    gradient: torch.Tensor,
+    radius: float,
+    tolerance: float,
+    iterations: int,
+    preconditioner: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    agree: Callable[[bool], bool] = bool,
+) -> tuple[torch.Tensor, float]:
+    """Conjugate gradients for ``gradient . x + 1/2 x . B x``, cut where they leave the ball (Steihaug 1983).
+
+    They end at the boundary of the 2-norm ball, to which a direction of no positive curvature leads them, or when the
+    residual has fallen enough. The model falls along the whole path, with a preconditioner as well; the ball is
+    Euclidean all the same, so that a preconditioned path may end where it first meets the boundary, short of a later
+    return. Waits for the device once or twice an iteration.
+
+    Parameters
+    ----------
+    product
+        B times a vector, B symmetric of any definiteness.
+    gradient : Tensor, shape (n,)
+        The linear term.
+    radius
+        Radius of the ball.
+    tolerance
+        The residual's norm relative to the gradient's at which to stop.
+    iterations
+        At most that many products.
+    preconditioner
+        A symmetric positive definite approximation of B's inverse, times a vector. None is the identity.
+    agree
+        Where ``product`` is collective: gives every rank one rank's answer whether to stop. All ranks do the same
+        otherwise, so that none waits for another that took rounding errors for the boundary.
+
+    Returns
+    -------
+    step : Tensor, shape (n,)
+    predicted_reduction : float
+    """
+    step, residual = torch.zeros_like(gradient), gradient.clone()
+    goal = tolerance * float(norm(gradient, "2"))
+    solved = residual if preconditioner is None else preconditioner(residual)
+    direction, energy = -solved, float(torch.dot(residual, solved))
+    for _ in range(iterations):
+        curved = product(direction)
+        length, at_boundary = _length_in_ball(step, direction, energy, curved, radius)
+        step = step + length * direction
+        residual = residual + length * curved
+        if agree(at_boundary or float(norm(residual, "2")) <= goal):
+            break
+        solved = residual if preconditioner is None else preconditioner(residual)
+        previous, energy = energy, float(torch.dot(residual, solved))
+        direction = direction * (energy / previous) - solved
+    return step, -0.5 * float(torch.dot(step, gradient + residual))  # B step = residual - gradient
+
+
+def _length_in_ball(
+    step: torch.Tensor, direction: torch.Tensor, energy: float, curved: torch.Tensor, radius: float
+) -> tuple[float, bool]:
+    """How far to go from ``step`` along ``direction``, and whether that is to the boundary."""
+    products = [torch.dot(direction, curved), torch.dot(direction, direction), torch.dot(step, direction)]
+    curvature, square, along, inner = torch.stack([*products, torch.dot(step, step)]).tolist()
+    if square == 0.0:
+        return 0.0, True
+    to_boundary = (math.sqrt(along**2 + square * max(radius**2 - inner, 0.0)) - along) / square
+    to_minimiser = energy / curvature if curvature > 0.0 else math.inf
+    return min(to_boundary, to_minimiser), not to_minimiser < to_boundary

@@ -1,0 +1,149 @@
+"""Local trust regions with second-order models: L-SR1 and Steihaug-CG on products with the curvature.
+
+They wait for the device. Rank 0 of a team decides for its members, which have sums over the team with other bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from apts_mpi.comm import Communicator
+from apts_mpi.local_objective import LocalObjective
+from apts_mpi.models import LSR1, Model, ProductKind, ProductModel
+from apts_mpi.options import TrustRegionOptions
+from apts_mpi.trust_region import NormKind, euclidean_radius, judge
+from apts_mpi.vector import clip_to_ball, norm
+
+
+class LSR1TrustRegion:
+    """Trust region on the local objective with a limited-memory SR1 model.
+
+    An iteration costs one gradient of the local objective.
+
+    Parameters
+    ----------
+    iterations
+        Trials.
+    options
+        Of the ball.
+    team
+        The ranks that share the subdomain's samples.
+
+    Attributes
+    ----------
+    memory : LSR1
+        The pairs of all trials, rejected ones too; they last from one iteration to the next.
+    """
+
+    def __init__(self, iterations: int, options: TrustRegionOptions, team: Communicator) -> None:
+        self._iterations = iterations
+        self._options = options
+        self._team = team
+        self.memory = LSR1()
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        trials = _Trials(local, radius, kind, self._options, self._team)
+        for _ in range(self._iterations):
+            before = trials.gradient
+            step = trials.take(self.memory)
+            value, gradient = local.value_and_gradient()
+            self.memory.update(step, gradient - before)
+            trials.judge(value, gradient)
+
+
+class SteihaugTrustRegion:
+    """Trust region on the local objective with Steihaug-CG on products with its curvature.
+
+    An iteration costs up to `apts_mpi.models.CG_ITERATIONS` + 1 products. The last one evaluates the objective without
+    its gradient.
+
+    Parameters
+    ----------
+    iterations
+        Trials.
+    product
+        Which curvature.
+    options
+        Of the ball.
+    team
+        The ranks that share the subdomain's samples.
+    """
+
+    def __init__(self, iterations: int, product: ProductKind, options: TrustRegionOptions, team: Communicator) -> None:
+        self._iterations = iterations
+        self._product = product
+        self._options = options
+        self._team = team
+
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        trials = _Trials(local, radius, kind, self._options, self._team)
+        for iteration in range(self._iterations):
+            trials.take(ProductModel(local.products(self._product), agree=self._agree))
+            if iteration < self._iterations - 1:
+                trials.judge(*local.value_and_gradient())
+            else:
+                trials.judge(local.value(), trials.gradient)
+
+    def _agree(self, stop: bool) -> bool:
+        return bool(self._team.decide(lambda: [stop])[0])
+
+
+class _Trials:
+    """Trial steps of ``local.block`` within the ball around its first values, and their judgement.
+
+    Attributes
+    ----------
+    gradient : Tensor, shape (stop - start,)
+        Of the local objective at the last accepted point.
+    """
+
+    def __init__(
+        self, local: LocalObjective, radius: float, kind: NormKind, options: TrustRegionOptions, team: Communicator
+    ) -> None:
+        self._local = local
+        self._kind = kind
+        self._options = options
+        self._team = team
+        self._centre = local.block.clone()
+        self._radius = self._reach = radius
+        local.begin()
+        self._value, self.gradient = float(local.start_value), local.gradient
+
+    def take(self, model: Model) -> torch.Tensor:
+        """Move the block by the model's step in the present radius, clipped to the ball; return the step."""
+        block, kind = self._local.block, self._kind
+        self._before = block.clone()
+        step = model.minimise(self.gradient, euclidean_radius(self._reach, len(block), kind))
+        clip_to_ball(step, self._reach, kind)
+        displacement = self._before - self._centre + step
+        clip_to_ball(displacement, self._radius, kind)
+        if self._team.size > 1:
+            self._team.share_tensors([displacement])
+        step = self._centre + displacement - self._before
+        self._predicted = model.predict(self.gradient, step)  # products hold for the block before it moves
+        self._length = float(norm(step, kind))
+        torch.add(self._centre, displacement, out=block)
+        return step
+
+    def judge(self, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Accept the trial with its value and gradient, or take the block back; rank 0 of the team decides."""
+
+        def decide() -> tuple[float, float, float]:
+            trial = float(value)
+            decision = judge(
+                self._options,
+                radius=self._reach,
+                loss=self._value,
+                trial_loss=trial,
+                predicted_reduction=self._predicted,
+                step_norm=self._length,
+            )
+            return decision.accepted, min(decision.radius, self._radius), trial
+
+        accepted, self._reach, trial = self._team.decide(decide)
+        if accepted:
+            self._value, self.gradient = trial, gradient
+        else:
+            self._local.block.copy_(self._before)

@@ -1,0 +1,245 @@
+"""Quadratic models of an objective: limited-memory SR1, and Hessian and Gauss-Newton products.
+
+A model is ``m(s) = g . s + 1/2 s . B s`` for a gradient g that the caller has; ``predict`` returns ``-m(s)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from apts_mpi.objective import Loss
+from apts_mpi.trust_region import minimise_in_ball, steihaug
+from apts_mpi.vector import norm
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+ProductKind = Literal["gauss-newton", "hessian"]
+
+# Pairs that an L-SR1 model remembers.
+PAIRS = 5
+
+# Of Steihaug-CG: residual relative to the gradient, and the most products a step.
+CG_TOLERANCE = 0.1
+CG_ITERATIONS = 10
+
+# A pair is left out where the denominator of its update is below this share of its factors (Nocedal and Wright,
+# Numerical Optimization, 6.26).
+SKIP = 1e-8
+
+
+class Model(Protocol):
+    """A quadratic model."""
+
+    def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
+        """Step in the 2-norm ball of ``radius`` that makes the model small, shape (n,)."""
+
+    def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
+        """Reduction that the model predicts for ``step``."""
+
+
+class LSR1:
+    """Limited-memory symmetric rank-one model, minimised exactly in the ball.
+
+    ``B = gamma I + Psi M^-1 Psi^T`` with ``Psi = Y - gamma S`` and ``M = D + L + L^T - gamma S^T S``, where D and L are
+    the diagonal and the strictly lower triangle of ``S^T Y`` (Brust, Erway and Marcia, arXiv 1506.07222, section 2).
+    gamma is |y| / |s| of the newest pair, the geometric mean of the two Barzilai-Borwein values; the lowest
+    eigenvalue of an indefinite B thus belongs to an eigenvector in the span of Psi. Without a pair B is zero.
+
+    Parameters
+    ----------
+    pairs
+        Pairs that are remembered: 3 ``pairs`` vectors with Psi, and as many again while a step is looked for.
+
+    Attributes
+    ----------
+    steps, changes : list of Tensor, shape (n,)
+        The pairs (s, y), oldest first: steps and the changes of the gradient over them.
+    gamma : float
+        Curvature outside the span.
+    """
+
+    def __init__(self, pairs: int = PAIRS) -> None:
+        self._pairs = pairs
+        self.steps: list[torch.Tensor] = []
+        self.changes: list[torch.Tensor] = []
+        self.gamma = 0.0
+
+    def update(self, step: torch.Tensor, change: torch.Tensor) -> None:
+        """Take in a pair, unless it is not finite or makes the update of B undefined."""
+        if not (_finite(step, change) and self._admits(step, change)):
+            return
+        pairs = [*zip(self.steps, self.changes, strict=True), (step.clone(), change.clone())]
+        self.gamma = float(norm(change, "2") / norm(step, "2"))
+        self.steps, self.changes = [], []
+        # With another gamma, or without the oldest pair, an update that was defined before may not be.
+        for pair in pairs[-self._pairs :]:
+            if self._admits(*pair):
+                self.steps.append(pair[0])
+                self.changes.append(pair[1])
+                self._form()
+
+    def _admits(self, step: torch.Tensor, change: torch.Tensor) -> bool:
+        residual = change - self.product(step)
+        length = norm(residual, "2")
+        scale = torch.finfo(step.dtype).eps ** 0.5
+        numbers = (torch.dot(step, residual).abs(), norm(step, "2"), length, scale * norm(change, "2"))
+        denominator, step_length, length, least = torch.stack(numbers).tolist()
+        # B already explains a change from which nothing but rounding is left.
+        return step_length > 0.0 and length > least and denominator >= SKIP * step_length * length
+
+    def _form(self) -> None:
+        """Form Psi and the inverse of M."""
+        steps, changes = torch.stack(self.steps, dim=1), torch.stack(self.changes, dim=1)
+        products = (steps.T @ changes).double().cpu().numpy()
+        lower = np.tril(products, -1)
+        middle = np.diag(np.diag(products)) + lower + lower.T
+        middle -= self.gamma * (steps.T @ steps).double().cpu().numpy()
+        self._psi = changes - self.gamma * steps
+        self._inverse = np.linalg.inv(middle)
+
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        """B times ``vector``, shape (n,)."""
+        if not self.steps:
+            return self.gamma * vector
+        coefficients = torch.from_numpy(self._inverse).to(vector) @ (self._psi.T @ vector)
+        return self.gamma * vector + self._psi @ coefficients
+
+    def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
+        """See `Model`."""
+        return _predict(gradient, step, self.product(step))
+
+    def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
+        """Minimiser in the ball, shape (n,); waits for the device.
+
+        In an orthonormal eigenbasis of ``Psi M^-1 Psi^T``, from a thin QR decomposition of Psi, and the part of the
+        gradient that is orthogonal to it, B is diagonal and the problem has at most ``pairs`` + 1 unknowns (Brust,
+        Erway and Marcia, section 3).
+        """
+        basis, values = self._eigenbasis(gradient)
+        inside = basis.T @ gradient
+        outside = gradient - basis @ inside
+        slope = torch.cat([inside, norm(outside, "2").reshape(1)]).double().cpu().numpy()
+        if not np.isfinite(slope).all():
+            return torch.full_like(gradient, torch.nan)
+        solution = minimise_in_ball(np.diag([*values, self.gamma]), slope, radius)
+        share = solution[-1] / slope[-1] if slope[-1] > 0.0 else 0.0
+        return basis @ torch.from_numpy(solution[:-1]).to(gradient) + share * outside
+
+    def _eigenbasis(self, like: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+        """Orthonormal eigenvectors of B that span Psi, shape (n, k), and their eigenvalues."""
+        if not self.steps:
+            return like.new_zeros(len(like), 0), np.zeros(0)
+        orthonormal, triangle = torch.linalg.qr(self._psi)
+        root = triangle.double().cpu().numpy()
+        values, vectors = np.linalg.eigh(root @ self._inverse @ root.T)
+        return orthonormal @ torch.from_numpy(vectors).to(like), values + self.gamma
+
+
+class ProductModel:
+    """A model of which only products with B are known, minimised by Steihaug-CG.
+
+    Parameters
+    ----------
+    product
+        B times a vector.
+    preconditioner
+        Approximate inverse of B times a vector; None is the identity.
+    agree
+        See `steihaug`.
+    """
+
+    def __init__(
+        self, product: Product, preconditioner: Product | None = None, agree: Callable[[bool], bool] = bool
+    ) -> None:
+        self._product = product
+        self._preconditioner = preconditioner
+        self._agree = agree
+
+    def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
+        """See `Model`; collective where the product is."""
+        step, _ = steihaug(
+            self._product, gradient, radius, CG_TOLERANCE, CG_ITERATIONS, self._preconditioner, self._agree
+        )
+        return step
+
+    def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
+        """See `Model`; collective where the product is."""
+        return _predict(gradient, step, self._product(step))
+
+
+class HessianProducts:
+    """Products with the Hessian of a value, by differentiating its gradient once more (Pearlmutter 1994).
+
+    They hold while the parameters stay as they are. The graph of the gradient is kept.
+
+    Parameters
+    ----------
+    value : Tensor, shape ()
+        With its graph.
+    parameters
+        The tensors to differentiate by.
+    """
+
+    def __init__(self, value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+        self._parameters = parameters
+        slopes = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+        self._slope = torch.cat([slope.flatten() for slope in slopes])
+
+    def __call__(self, direction: torch.Tensor) -> torch.Tensor:
+        """The Hessian times ``direction``, both in the order of the parameters."""
+        return _transposed(self._slope, self._parameters, direction)
+
+
+class GaussNewtonProducts:
+    """Products with ``J^T H J``: J the Jacobian of the outputs, H the Hessian of the loss with respect to them.
+
+    ``J v`` is the derivative of ``w -> J^T w``, transposed: reverse mode alone, which every layer has. The products
+    hold while the parameters stay as they are. Graphs of the outputs and of ``J^T w`` are kept.
+
+    Parameters
+    ----------
+    outputs : Tensor
+        The network's outputs with their graph.
+    targets : Tensor
+        What they are compared with.
+    loss
+        The loss.
+    parameters
+        The tensors to differentiate by.
+    """
+
+    def __init__(
+        self, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]
+    ) -> None:
+        self._outputs = outputs
+        self._parameters = parameters
+        self._weights = torch.zeros_like(outputs, requires_grad=True)
+        parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
+        self._pulled = torch.cat([part.flatten() for part in parts])
+        self._point = outputs.detach().requires_grad_()
+        (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
+
+    def __call__(self, direction: torch.Tensor) -> torch.Tensor:
+        """The matrix times ``direction``, both in the order of the parameters."""
+        tangent = _transposed(self._pulled, [self._weights], direction).view_as(self._outputs)
+        curved = _transposed(self._slope, [self._point], tangent).view_as(self._outputs)
+        return _transposed(self._outputs, self._parameters, curved)
+
+
+def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """The transposed derivative of ``values`` times ``weights``, flat; zero where there is nothing to differentiate."""
+    if not values.requires_grad:
+        return torch.cat([torch.zeros_like(variable).flatten() for variable in variables]).detach()
+    parts = torch.autograd.grad(values, variables, weights, retain_graph=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor) -> float:
+    return -float(torch.dot(gradient, step) + 0.5 * torch.dot(step, curved))
+
+
+def _finite(*vectors: torch.Tensor) -> bool:
+    return all(bool(vector.isfinite().all()) for vector in vectors)
