@@ -103,18 +103,21 @@ class DataParallel:
             stream=(self._seed, self.iteration),
         )
         first: list[tuple[float, float]] = []
+        most_work = 0.0
 
         def closure() -> float:
+            nonlocal most_work
             run = self.objective.forward(passes, keep_graph=True)
             self.objective.backward(passes, run)
-            (loss,) = self.comm.agree([float(run.loss)], lambda table: [math.fsum(table[:, 0])])
+            own = [float(run.loss), self.events.work - work]
+            loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
             if not first:
                 self.objective.buffers.accept()
                 first.append((loss, float(torch.linalg.vector_norm(self._flat.grad))))
             return loss
 
         self.optimizer.step(closure)
-        evaluations = (self.events.work - work) * self.comm.size / batch_size
+        evaluations = most_work * self.comm.size / batch_size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
 
     def describe(self) -> str:

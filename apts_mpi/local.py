@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.curvature import TINY, Curvature, LayerBatch
+from apts_mpi.curvature import TINY, Curvature, GradientDiagonal, LayerBatch
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.options import LocalOptions, TrustRegionOptions
+from apts_mpi.recorder import LayerRecord
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import NormKind, steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
@@ -129,6 +130,8 @@ class KFAC:
 
     def _update(self, local: LocalObjective) -> None:
         """Take in the statistics of this batch, and factorise."""
+        if not self.statistics:
+            self._replace_unseen(local.records)
         fresh = [
             [
                 # What is not finite leads to a rejected step; it must not stay in the running means.
@@ -153,6 +156,14 @@ class KFAC:
             for mean, statistic in zip(means, statistics, strict=True):
                 mean.lerp_(statistic, 1.0 - keep)
             curvature.refresh(means, self._options.damping)
+
+    def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
+        """A layer whose weights are used without calling it has nothing to measure but its gradient."""
+        called = {id(record.module) for record in records if record.gradient is not None}
+        self._layers = [
+            (curvature if id(module) in called else GradientDiagonal(), module, part)
+            for curvature, module, part in self._layers
+        ]
 
     def _sum_over_team(self, fresh: list[list[torch.Tensor]]) -> None:
         if self._team.size == 1:

@@ -45,8 +45,9 @@ class LSR1:
 
     ``B = gamma I + Psi M^-1 Psi^T`` with ``Psi = Y - gamma S`` and ``M = D + L + L^T - gamma S^T S``, where D and L are
     the diagonal and the strictly lower triangle of ``S^T Y`` (Brust, Erway and Marcia, arXiv 1506.07222, section 2).
-    gamma is |y| / |s| of the newest pair, the geometric mean of the two Barzilai-Borwein values; the lowest
-    eigenvalue of an indefinite B thus belongs to an eigenvector in the span of Psi. Without a pair B is zero.
+    gamma is y . y / s . y of the newest pair, the larger Barzilai-Borwein value, or |y| / |s| where s . y is not
+    positive; the lowest eigenvalue of an indefinite B thus belongs to an eigenvector in the span of Psi. Without a pair
+    B is zero.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ class LSR1:
         if not (_finite(step, change) and self._admits(step, change)):
             return
         pairs = [*zip(self.steps, self.changes, strict=True), (step.clone(), change.clone())]
-        self.gamma = float(norm(change, "2") / norm(step, "2"))
+        self.gamma = _scale(step, change)
         self.steps, self.changes = [], []
         # With another gamma, or without the oldest pair, an update that was defined before may not be.
         for pair in pairs[-self._pairs :]:
@@ -239,6 +240,12 @@ def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights
 
 def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor) -> float:
     return -float(torch.dot(gradient, step) + 0.5 * torch.dot(step, curved))
+
+
+def _scale(step: torch.Tensor, change: torch.Tensor) -> float:
+    """The curvature that `LSR1` takes outside the span of its pairs, from the newest one."""
+    along, square, length = torch.stack([torch.dot(step, change), torch.dot(change, change), norm(step, "2")]).tolist()
+    return square / along if along > 0.0 else square**0.5 / length
 
 
 def _finite(*vectors: torch.Tensor) -> bool:

@@ -120,3 +120,10 @@ def numbers(result):
     """What a step found, without the times."""
     judged = [step for step in (result.schwarz, result.global_step) if step is not None]
     return [tuple(vars(step).values()) for step in judged]
+
+
+def problem():
+    """A small problem for the command line, in the dtype that it asks for."""
+    dtype = torch.get_default_dtype()
+    data = [(inputs.to(dtype), targets) for inputs, targets in (classified(60), classified(30, seed=2))]
+    return classifier().to(dtype), cross_entropy, tuple(data)

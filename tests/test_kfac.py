@@ -213,3 +213,21 @@ def test_iterates_do_not_depend_on_the_ranks(world):
     # Sums in another order, through inverses with a condition of up to 1e3.
     np.testing.assert_allclose(numbers, serial_numbers, rtol=1e-9)
     torch.testing.assert_close(values, serial_values, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_used_without_calling_their_layer_fall_back_to_the_gradient():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Linear(networks.FEATURES, 1, bias=False)
+
+        def forward(self, inputs):
+            return inputs + self.shift.weight
+
+    torch.manual_seed(0)
+    network = nn.Sequential(Shifted(), nn.Linear(networks.FEATURES, networks.CLASSES)).double()
+    solver = networks.make_solver(MPI.COMM_SELF, kfac(subdomains=2), network)
+    results = [solver.step(networks.classified()) for _ in range(5)]
+    kinds = [type(layer[0]) for layer in solver.schwarz.solvers[0]._layers]
+    assert kinds == [GradientDiagonal]
+    assert results[-1].schwarz.loss < results[0].schwarz.loss

@@ -1,0 +1,182 @@
+"""Options are checked when they are made: the message names the option, the bad value and the remedy."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from networks import classifier
+from torch import nn
+
+from apts_mpi import (
+    APTSOptions,
+    CoarseOptions,
+    GlobalStepOptions,
+    InvalidInput,
+    LocalOptions,
+    SchwarzOptions,
+    TrustRegionOptions,
+)
+from apts_mpi.composition import compose, split_parameters
+from apts_mpi.partition import make_subdomains
+from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.training_options import TrainingOptions
+from apts_mpi.vector import FlatParameters
+
+BAD_VALUES = [
+    (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),
+    (SchwarzOptions, {"variant": "both"}, "schwarz.variant: 'both' .* choose one of .*exact, inexact"),
+    (SchwarzOptions, {"partition": "row"}, "schwarz.partition: 'row' .* choose one of layer, index"),
+    (SchwarzOptions, {"overlap": -1}, "schwarz.overlap: -1 .* give 0 or more"),
+    (SchwarzOptions, {"type": "additive"}, "schwarz.type: 'additive' .* choose one of basic, restrict"),
+    (SchwarzOptions, {"local_data": "half"}, "schwarz.local_data: 'half' .* choose one of .*shard, full"),
+    (SchwarzOptions, {"damping": 0.0}, r"schwarz.damping: 0.0 .* give a number in \(0, 1\]"),
+    (SchwarzOptions, {"damping": 1.1}, "schwarz.damping: 1.1"),
+    (SchwarzOptions, {"damping": math.nan}, "schwarz.damping: nan"),
+    (LocalOptions, {"solver": "newton"}, "local.solver: 'newton' .* choose one of .*tr, sgd, adam"),
+    (LocalOptions, {"iterations": 0}, "local.iterations: 0 .* give 1 or more"),
+    (LocalOptions, {"damping": -1.0}, "local.damping: -1.0"),
+    (LocalOptions, {"decay": 1.0}, "local.decay: 1.0"),
+    (LocalOptions, {"refresh": 0}, "local.refresh: 0"),
+    (CoarseOptions, {"model": "galerkin"}, "coarse.model: 'galerkin'"),
+    (CoarseOptions, {"columns": ("last_step",)}, "coarse.columns: .*include correction"),
+    (CoarseOptions, {"columns": ("correction", "noise")}, "coarse.columns: 'noise'"),
+    (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
+    (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
+    (TrustRegionOptions, {"min_radius": 0.0}, r"trust_region.min_radius, max_radius: \(0.0, 10000.0\)"),
+    (TrustRegionOptions, {"min_radius": 2.0, "max_radius": 1.0}, r"max_radius: \(2.0, 1.0\) .* min_radius < max_radius"),
+    (TrustRegionOptions, {"max_radius": math.inf}, "both finite"),
+    (TrustRegionOptions, {"initial_radius": 2e4}, "initial_radius: 20000.0 .* to max_radius 10000.0, or null"),
+    (TrustRegionOptions, {"initial_radius": 1e-9}, "initial_radius: 1e-09"),
+    (TrustRegionOptions, {"initial_radius": math.nan}, "initial_radius: nan"),
+    (TrustRegionOptions, {"eta1": 0.5, "shrink_below": 0.25}, r"eta1, shrink_below, eta2: \(0.5, 0.25, 0.75\)"),
+    (TrustRegionOptions, {"eta1": -0.1}, "eta1"),
+    (TrustRegionOptions, {"eta2": 1.0}, "eta2"),
+    (TrustRegionOptions, {"decrease_factor": 1.0}, "decrease_factor: 1.0"),
+    (TrustRegionOptions, {"increase_factor": 1.0}, "increase_factor: 1.0"),
+    (TrustRegionOptions, {"increase_factor": math.inf}, "increase_factor: inf"),
+    (TrustRegionOptions, {"norm": "1"}, "trust_region.norm: '1' .* choose one of 2, inf"),
+    (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
+    (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
+    (APTSOptions, {"subdomains": 0}, "subdomains: 0 .* give 1 or more"),
+    (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
+    (APTSOptions, {"batch": "half"}, "batch: 'half' .* choose one of whole, shard"),
+    (APTSOptions, {"seed": -1}, "seed: -1 .* give 0 or more"),
+    (TrainingOptions, {"epochs": 0}, "epochs: 0 .* give 1 or more, or null"),
+    (TrainingOptions, {"max_iterations": 0}, "max_iterations: 0"),
+    (TrainingOptions, {"batch_size": -3}, "batch_size: -3"),
+    (TrainingOptions, {"train_samples": 0}, "train_samples: 0"),
+    (TrainingOptions, {"dtype": "float16"}, "dtype: 'float16' .* choose one of float32, float64"),
+    (TrainingOptions, {"device": "tpu"}, "device: 'tpu' .* choose one of auto, cpu, cuda"),
+    (TrainingOptions, {"optimizer": "newton"}, "optimizer: 'newton' .* choose one of apts, adam, sgd, lbfgs"),
+    (TrainingOptions, {"learning_rate": 0.0}, "learning_rate: 0.0 .* give a number above 0"),
+    (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
+    (TrainingOptions, {"replicas": 0}, "replicas: 0"),
+    (TrainingOptions, {"seed": -1}, "seed: -1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"), BAD_VALUES, ids=lambda part: part.__name__ if isinstance(part, type) else str(part)
+)
+def test_bad_values_are_refused(kind, change, message):
+    with pytest.raises(InvalidInput, match=message):
+        kind(**change)
+
+
+@pytest.mark.parametrize("kind", {kind for kind, _, _ in BAD_VALUES})
+def test_every_option_has_a_bad_value_above(kind):
+    """So that a new option is not forgotten; groups, switches and free texts have none."""
+    free = {"problem", "data_dir", "run_dir", "overwrite", "view", "monitor"}
+    parts = {"schwarz", "local", "coarse", "trust_region", "global_step"}
+    names = {field.name for field in dataclasses.fields(kind)} - free - parts
+    tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}
+    assert names <= tested, names - tested
+
+
+def test_options_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        APTSOptions().seed = 3
+
+
+def test_training_options_reach_the_solver():
+    options = TrainingOptions(seed=3, subdomains=5, replicas=2, local=LocalOptions(solver="tr"))
+    solver = options.solver_options()
+    assert (solver.seed, solver.subdomains, solver.replicas, solver.local.solver) == (3, 5, 2, "tr")
+    assert solver.batch == "whole"
+
+
+def composed(network=None, forward=None, subdomains=2, **changes):
+    network = classifier() if network is None else network
+    parts = {"local": LocalOptions(**changes.pop("local", {})), "schwarz": SchwarzOptions(**changes)}
+    options = APTSOptions(subdomains=subdomains, **parts)
+    layers = SegmentedNetwork(network, forward).layers(FlatParameters(network))
+    split = make_subdomains(layers, subdomains, options.schwarz.partition, options.schwarz.overlap)
+    options = compose(options, network=network, called=forward is not None, layers=layers, subdomains=split)
+    return options.local.solver, options.schwarz.variant, options.schwarz.local_data
+
+
+def call(network, inputs):
+    return network(inputs)
+
+
+def test_what_auto_stands_for():
+    assert composed() == ("kfac", "inexact", "shard")
+    assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shard")
+    assert composed(forward=call) == ("gauss-newton", "exact", "full")
+    assert composed(classifier(width=100), forward=call) == ("adam", "exact", "shard")  # too large for a dense matrix
+    assert composed(classifier(batch_norm=True), forward=call) == ("adam", "exact", "shard")
+    assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")
+
+
+def test_damping_by_default_is_the_local_solvers():
+    network = classifier()
+    layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
+    for solver, damping in (("kfac", 1e-3), ("gauss-newton", 1e-7), ("sgd", None)):
+        options = APTSOptions(local=LocalOptions(solver=solver))
+        split = make_subdomains(layers, 2, "layer", 0)
+        assert compose(options, network=network, called=False, layers=layers, subdomains=split).local.damping == damping
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"forward": call, "variant": "inexact"}, "schwarz.variant: 'inexact' .* choose exact"),
+        ({"forward": call, "local": {"solver": "kfac"}}, "local.solver: 'kfac' .* choose gauss-newton, tr, sgd or adam"),
+        ({"partition": "index", "subdomains": 5, "local": {"solver": "kfac"}}, "'kfac' needs whole layers"),
+        ({"network": classifier(width=100), "local": {"solver": "gauss-newton"}}, "exceeds 4096; choose kfac"),
+        ({"network": classifier(batch_norm=True), "local": {"solver": "gauss-newton"}}, "batch normalisation ties"),
+        ({"decomposition": "data", "variant": "inexact"}, "schwarz.variant: 'inexact' .*decomposition data .* exact"),
+        ({"decomposition": "data", "local_data": "full"}, "schwarz.local_data: 'full' .* choose shard"),
+        ({"decomposition": "data", "overlap": 1}, "schwarz.overlap: 1 .* give 0"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        composed(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        (APTSOptions(), 4, 4),
+        (APTSOptions(), 9, 6),
+        (APTSOptions(replicas=4), 8, 2),
+        (APTSOptions(subdomains=5), 1, 5),
+        (APTSOptions(schwarz=SchwarzOptions(partition="index")), 9, 9),
+        (APTSOptions(schwarz=SchwarzOptions(decomposition="data")), 9, 9),
+    ],
+)
+def test_number_of_subdomains(options, ranks, expected):
+    """By default one a rank of a replica, as far as the classifier's six layers go."""
+    network = classifier()
+    layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
+    assert len(split_parameters(options, layers, ranks)) == expected
+
+
+def test_subdomains_of_data_have_all_parameters():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
+    parts = split_parameters(APTSOptions(subdomains=3, schwarz=SchwarzOptions(decomposition="data")), layers, 1)
+    assert [(part.start, part.stop, part.first_segment, part.last_segment) for part in parts] == [(0, 9, 0, 2)] * 3
+    assert torch.tensor([part.index for part in parts]).tolist() == [0, 1, 2]
