@@ -52,7 +52,9 @@ def exchange(item, error):
     while not arrival.Test():
         if error is not None and time.monotonic() > deadline:
             with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-                print(f"\nrank {comm.rank} failed in {item.nodeid}, where others wait for it:\n{description}", flush=True)
+                print(
+                    f"\nrank {comm.rank} failed in {item.nodeid}, where others wait for it:\n{description}", flush=True
+                )
             comm.Abort(1)
         time.sleep(0.001)
     return comm.allgather(description)

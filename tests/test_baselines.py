@@ -51,9 +51,7 @@ def test_optimizer_is_that_of_a_plain_loop(world, name):
         # L-BFGS divides by differences of gradients, which magnify rounding.
         tolerance = 1e-7 if name == "lbfgs" else 1e-11
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(
-            flat(network.parameters()), flat(other.parameters()), rtol=tolerance, atol=tolerance
-        )
+        torch.testing.assert_close(flat(network.parameters()), flat(other.parameters()), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.mpi

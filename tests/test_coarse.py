@@ -2,13 +2,13 @@
 
 import dataclasses
 
+import networks
 import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
 
-import networks
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
 from apts_mpi.events import Events
@@ -31,9 +31,7 @@ def dense_jacobian(network, outputs_of, inputs):
 
 def dense_hessian(loss, outputs, targets):
     shape = outputs.shape
-    return torch.autograd.functional.hessian(
-        lambda point: loss(point.view(shape), targets), outputs.detach().flatten()
-    )
+    return torch.autograd.functional.hessian(lambda point: loss(point.view(shape), targets), outputs.detach().flatten())
 
 
 def huber_targets(outputs):

@@ -37,7 +37,9 @@ def compare_with_one_rank(world, chosen, build=classifier, batches=None, loss=cr
     assert world.bcast(found) == found
     if world.rank == 0:
         alone = build()
-        assert_same((found, trace(make_solver(MPI.COMM_SELF, serial or chosen, alone, loss), batches)), (network, alone))
+        assert_same(
+            (found, trace(make_solver(MPI.COMM_SELF, serial or chosen, alone, loss), batches)), (network, alone)
+        )
     return found
 
 

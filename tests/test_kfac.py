@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,6 @@ from mpi4py import MPI
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-import networks
 from apts_mpi import CoarseOptions, LocalOptions
 from apts_mpi.curvature import (
     EmbeddingFactors,
@@ -66,7 +66,7 @@ def test_one_sample_has_its_exact_fisher_matrix():
     # kron in the order of the flat vector: rows of W over [a, 1], then the bias.
     whole = torch.kron(outputs, activations).view(3, 5, 3, 5)
     order = [(row, column) for row in range(3) for column in range(4)] + [(row, 4) for row in range(3)]
-    fisher = torch.stack([torch.stack([whole[i, j, k, l] for k, l in order]) for i, j in order])
+    fisher = torch.stack([torch.stack([whole[i, j, k, m] for k, m in order]) for i, j in order])
     torch.testing.assert_close(fisher, torch.outer(gradient, gradient), rtol=1e-12, atol=1e-15)
 
 

@@ -5,7 +5,6 @@ import torch
 from networks import classified, classifier, cross_entropy, flat, make_solver, options
 from torch import nn
 
-
 NETWORKS = {
     "plain": classifier,
     "normalised": lambda: classifier(batch_norm=True),

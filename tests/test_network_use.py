@@ -203,7 +203,9 @@ def test_forward_function_of_the_users(world):
 @pytest.mark.mpi
 def test_forward_function_leaves_nothing_inexact(world):
     with pytest.raises(InvalidInput, match="schwarz.variant: 'inexact' .* choose exact"):
-        APTS(potential(), squared_error, comm=world, options=options(subdomains=2, variant="inexact"), forward=derivative)
+        APTS(
+            potential(), squared_error, comm=world, options=options(subdomains=2, variant="inexact"), forward=derivative
+        )
 
 
 @pytest.mark.mpi

@@ -44,7 +44,11 @@ BAD_VALUES = [
     (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
     (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
     (TrustRegionOptions, {"min_radius": 0.0}, r"trust_region.min_radius, max_radius: \(0.0, 10000.0\)"),
-    (TrustRegionOptions, {"min_radius": 2.0, "max_radius": 1.0}, r"max_radius: \(2.0, 1.0\) .* min_radius < max_radius"),
+    (
+        TrustRegionOptions,
+        {"min_radius": 2.0, "max_radius": 1.0},
+        r"max_radius: \(2.0, 1.0\) .* min_radius < max_radius",
+    ),
     (TrustRegionOptions, {"max_radius": math.inf}, "both finite"),
     (TrustRegionOptions, {"initial_radius": 2e4}, "initial_radius: 20000.0 .* to max_radius 10000.0, or null"),
     (TrustRegionOptions, {"initial_radius": 1e-9}, "initial_radius: 1e-09"),
@@ -142,7 +146,10 @@ def test_damping_by_default_is_the_local_solvers():
     ("arguments", "message"),
     [
         ({"forward": call, "variant": "inexact"}, "schwarz.variant: 'inexact' .* choose exact"),
-        ({"forward": call, "local": {"solver": "kfac"}}, "local.solver: 'kfac' .* choose gauss-newton, tr, sgd or adam"),
+        (
+            {"forward": call, "local": {"solver": "kfac"}},
+            "local.solver: 'kfac' .* choose gauss-newton, tr, sgd or adam",
+        ),
         ({"partition": "index", "subdomains": 5, "local": {"solver": "kfac"}}, "'kfac' needs whole layers"),
         ({"network": classifier(width=100), "local": {"solver": "gauss-newton"}}, "exceeds 4096; choose kfac"),
         ({"network": classifier(batch_norm=True), "local": {"solver": "gauss-newton"}}, "batch normalisation ties"),

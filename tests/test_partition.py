@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import InvalidInput
-from apts_mpi.partition import Layer, Layout, balanced_cuts, make_subdomains, most_subdomains, multiplicity, part_of, split
+from apts_mpi.partition import (
+    Layer,
+    Layout,
+    balanced_cuts,
+    make_subdomains,
+    most_subdomains,
+    multiplicity,
+    part_of,
+    split,
+)
 
 sizes = st.integers(1, 300)
 parts = st.integers(1, 40)

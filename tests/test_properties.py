@@ -1,5 +1,6 @@
 """Whatever the options: steps stay in the ball, the loss falls, the radius keeps to its rule."""
 
+import itertools
 import math
 
 import pytest
@@ -101,7 +102,7 @@ def test_loss_falls_on_a_repeated_batch(case):
     solver = make_solver(MPI.COMM_SELF, chosen, small_network(seed))
     results = [solver.step(classified(30, seed))] + [solver.step() for _ in range(7)]
     steps = [judged for result in results for judged in judged_steps(result)]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         expected = before.trial_loss if before.accepted else before.loss
         assert after.loss == pytest.approx(expected, rel=1e-13)
     assert steps[-1].loss < steps[0].loss

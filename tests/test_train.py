@@ -1,5 +1,6 @@
 """The command line on all ranks of this job, within the process; `test_train_processes.py` starts processes."""
 
+import itertools
 import json
 import re
 import struct
@@ -243,7 +244,7 @@ def test_rejected_batch_is_tried_again_some_times(world):
     first = iterations[: RETRIES + 1]
     assert not any(record["accepted"] for record in first)
     assert len({record["loss"] for record in first}) == 1 and iterations[RETRIES + 1]["loss"] != first[0]["loss"]
-    assert all(after["radius"] < before["radius"] for before, after in zip(first, first[1:], strict=False))
+    assert all(after["radius"] < before["radius"] for before, after in itertools.pairwise(first))
     assert training.rejected >= RETRIES + 1
 
 

@@ -72,9 +72,7 @@ def test_what_is_not_finite_is_a_rejection_with_a_shrink(rule, place, bad, radiu
     numbers = [1.0, 0.5, 0.5, radius]
     numbers[place] = bad
     loss, trial, predicted, length = numbers
-    decision = judge(
-        rule, radius=radius, loss=loss, trial_loss=trial, predicted_reduction=predicted, step_norm=length
-    )
+    decision = judge(rule, radius=radius, loss=loss, trial_loss=trial, predicted_reduction=predicted, step_norm=length)
     assert not decision.accepted and decision.rho == -math.inf
     assert decision.radius == max(rule.decrease_factor * radius, rule.min_radius)
 
@@ -89,9 +87,7 @@ def test_a_model_that_predicts_no_reduction_is_a_rejection(rule, predicted, radi
 @given(rule=rules(), length=st.floats(0.0, 1.0), radius=positive)
 def test_the_radius_grows_on_the_boundary_only(rule, length, radius):
     """A step scaled to the boundary in float32 may miss it by 1e-7 or so; one at 99 % of it has not reached it."""
-    decision = judge(
-        rule, radius=radius, loss=1.0, trial_loss=-9.0, predicted_reduction=1.0, step_norm=length * radius
-    )
+    decision = judge(rule, radius=radius, loss=1.0, trial_loss=-9.0, predicted_reduction=1.0, step_norm=length * radius)
     grew = decision.radius > radius
     if length < 0.99:
         assert not grew

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from networks import classifier, flat
-from torch import nn
 
 from apts_mpi import InvalidInput
 from apts_mpi.transport import Mirror, choose_device
