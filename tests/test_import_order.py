@@ -20,7 +20,7 @@ LEVELS = (
     ("composition", "schwarz", "coarse", "global_step"),
     ("apts", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "train", "bench", "comparison", "comparison_plots", "compare"),
+    ("records", "training", "train", "bench", "comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
