@@ -54,6 +54,7 @@ class Linearisation:
     """
 
     def __init__(self, segmented: SegmentedNetwork, vector: FlatParameters, loss: Loss, events: Events) -> None:
+        _import_what_torch_imports_late()
         self._segmented = segmented
         self._loss = loss
         self._events = events
@@ -134,6 +135,12 @@ class Linearisation:
             return functional_call(segment, values, (activations,))
 
         return vmap(lambda direction: jvp(outputs, (parameters,), (direction,))[1], randomness="same")(directions)
+
+
+def _import_what_torch_imports_late() -> None:
+    """The first batched gradient imports for a second: better here, with all imports, than in an iteration."""
+    point = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(2.0 * point, point, torch.ones(1, 1), is_grads_batched=True)
 
 
 def _direction(column: Column, entry: Entry) -> torch.Tensor:
