@@ -161,11 +161,10 @@ def test_error_on_one_rank_is_raised_on_all(world, comm):
 def test_unexpected_error_is_raised_as_it_is_where_it_happened(world, comm):
     """With its traceback; the others learn of it."""
     last = world.size - 1
-    kind = KeyError if world.rank == last else SharedInvalidInput
-    with pytest.raises(kind, match="odd" if world.rank == last else f"rank {last}: KeyError: 'odd'"):
-        with comm.shared_errors():
-            if world.rank == last:
-                raise KeyError("odd")
+    kind, message = (KeyError, "odd") if world.rank == last else (SharedInvalidInput, f"rank {last}: KeyError: 'odd'")
+    with pytest.raises(kind, match=message), comm.shared_errors():
+        if world.rank == last:
+            raise KeyError("odd")
 
 
 @pytest.mark.mpi
