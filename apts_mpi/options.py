@@ -119,15 +119,20 @@ class TrustRegionOptions:
     ----------
     initial_radius
         First radius. None: the length of the Cauchy step of the first batch.
-    min_radius, max_radius
-        Bounds of the radius.
-    eta1, eta2
-        A step is accepted if rho >= eta1. The radius grows if rho >= eta2 and the step reached the boundary, and
-        shrinks if rho < shrink_below.
+    min_radius
+        Lower bound of the radius.
+    max_radius
+        Upper bound of the radius.
+    eta1
+        A step is accepted if rho >= eta1.
+    eta2
+        The radius grows if rho >= eta2 and the step reached the boundary.
     shrink_below
-        See eta1.
-    decrease_factor, increase_factor
-        Factors of the radius.
+        The radius shrinks if rho is below this.
+    decrease_factor
+        What the radius, or the length of a shorter step, is multiplied by to shrink.
+    increase_factor
+        What the radius is multiplied by to grow.
     norm
         Norm of the ball.
     window

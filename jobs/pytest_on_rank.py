@@ -23,7 +23,7 @@ def main():
         os.dup2(file, sys.stdout.fileno())
         os.dup2(file, sys.stderr.fileno())
     # Ranks must not share a temporary directory or a cache: each clears up after itself.
-    own = ["--verbose", f"--junit-xml={prefix}.xml", f"--basetemp={prefix}_tmp", "-p", "no:cacheprovider"]
+    own = ["--verbose", "--color=no", f"--junit-xml={prefix}.xml", f"--basetemp={prefix}_tmp", "-p", "no:cacheprovider"]
     status = pytest.main(["--with-mpi", "-m", "mpi", *own, *arguments])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:  # arguments may select no test that needs MPI
         status = pytest.ExitCode.OK

@@ -94,6 +94,17 @@ def test_one_subdomain_shared_by_all_ranks(world, solver, initial_radius):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize(
+    "choice",
+    [{"overlap": 1, "type": "basic"}, {"overlap": 1, "type": "restrict"}, {"decomposition": "data"}],
+    ids=lambda choice: "-".join(map(str, choice.values())),
+)
+def test_two_subdomains_shared_by_all_ranks(world, choice):
+    """A correction counts once, however many ranks share its subdomain."""
+    compare_with_one_rank(world, options(subdomains=2, solver="adam", iterations=2, **choice))
+
+
+@pytest.mark.mpi
 def test_automatic_radius(world):
     found = compare_with_one_rank(world, options(subdomains=6, initial_radius=None))
     assert found[0][5]  # accepted
