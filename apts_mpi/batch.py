@@ -72,15 +72,19 @@ def passes_of_batch(
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.
     total = comm.total(own) if not whole else count * (layout.teams if local_data == "full" else 1)
     batch_size = total // (layout.teams if local_data == "full" else 1)
-    passes = [
-        Pass(
-            *(data[slice(start, stop) if rows is None else rows[start:stop]] for data in batch),
-            (stop - start) / total,
-            (*stream, group[0].index if local_data == "shard" else 0, member),
-            group,
+    passes = []
+    for (start, stop), group in zip(ranges, groups, strict=True):
+        shard = (0, count) if local_data == "full" else split(count, layout.subdomains, group[0].index)
+        passes.append(
+            Pass(
+                *(data[slice(start, stop) if rows is None else rows[start:stop]] for data in batch),
+                weight=(stop - start) / total,
+                stream=(*stream, group[0].index if local_data == "shard" else 0, member),
+                subdomains=group,
+                position=start - shard[0] if whole else 0,
+                shard_size=shard[1] - shard[0] if whole else stop - start,
+            )
         )
-        for (start, stop), group in zip(ranges, groups, strict=True)
-    ]
     return passes, batch_size
 
 

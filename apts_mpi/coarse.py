@@ -127,8 +127,9 @@ class CoarseLevel:
             ]
             curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
             for part in passes:
-                samples = max(1, math.ceil(self._options.samples * part.samples))
-                curvature += part.weight * self._linearisation.reduced(part, samples, self._columns).cpu()
+                thinned = part.thinned(self._options.samples)
+                if thinned is not None:
+                    curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns).cpu()
             total = self._comm.sum_on_root(curvature.numpy())
             if total is not None:
                 slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])

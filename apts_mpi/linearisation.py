@@ -64,8 +64,8 @@ class Linearisation:
             for segment in segmented.segments
         ]
 
-    def reduced(self, part: Pass, samples: int, columns: Sequence[Column]) -> torch.Tensor:
-        """``S^T J^T H J S`` of the mean loss over the first ``samples`` samples of a pass.
+    def reduced(self, part: Pass, columns: Sequence[Column]) -> torch.Tensor:
+        """``S^T J^T H J S`` of the mean loss over the samples of a pass.
 
         Returns
         -------
@@ -75,10 +75,9 @@ class Linearisation:
         device = part.inputs.device
         with preserved_random_state(device), torch.no_grad(), _statistics_of_batch(self._segmented):
             seed_stream(device, *part.stream)
-            outputs, tangents = self.tangents(part.inputs[:samples], columns)
-        targets = part.targets[:samples]
+            outputs, tangents = self.tangents(part.inputs, columns)
 
-        return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
+        return tangents.flatten(1).double() @ self._curved(outputs, part.targets, tangents).flatten(1).double().T
 
     def _curved(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """H times each tangent, by differentiating the gradient of the loss alone."""

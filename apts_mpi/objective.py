@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -71,6 +72,8 @@ class Pass:
         Key of the random stream; equal keys draw equal dropout masks.
     subdomains : tuple of Subdomain
         The subdomains whose caches are filled.
+    position, shard_size : int
+        Where these samples begin in the shard that the team shares, and the number of its samples.
     """
 
     inputs: torch.Tensor
@@ -78,11 +81,24 @@ class Pass:
     weight: float
     stream: tuple[int, ...]
     subdomains: tuple[Subdomain, ...]
+    position: int
+    shard_size: int
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return self.inputs.shape[0]
+
+    def thinned(self, share: float) -> Pass | None:
+        """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
+        places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
+        counts = (places * share).ceil()
+        chosen = (counts[1:] > counts[:-1]).nonzero().squeeze(1).to(self.inputs.device)
+        if len(chosen) == 0:
+            return None
+        shard_weight = self.weight * self.shard_size / self.samples
+        weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
+        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen], weight=weight)
 
 
 @dataclass

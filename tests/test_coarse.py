@@ -82,7 +82,7 @@ def test_reduced_matrix_equals_the_dense_one(name, loss):
     segmented = SegmentedNetwork(network, None)
     segmented.measure(inputs)
     linearisation = Linearisation(segmented, vector, function, Events())
-    found = linearisation.reduced(Pass(inputs, targets, 1.0, (0,), ()), len(inputs), columns)
+    found = linearisation.reduced(Pass(inputs, targets, 1.0, (0,), (), 0, len(inputs)), columns)
     # Both are sums of a few hundred float64 products.
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -96,7 +96,7 @@ def test_linearising_leaves_running_statistics_alone():
     before = [buffer.clone() for buffer in network.buffers()]
     column = Column(0, vector.values.numel(), torch.randn_like(vector.values))
     Linearisation(segmented, vector, nn.functional.mse_loss, Events()).reduced(
-        Pass(inputs, torch.zeros(9, 3, dtype=torch.float64), 1.0, (0,), ()), 9, [column]
+        Pass(inputs, torch.zeros(9, 3, dtype=torch.float64), 1.0, (0,), (), 0, 9), [column]
     )
     for buffer, saved in zip(network.buffers(), before, strict=True):
         assert torch.equal(buffer, saved)
@@ -235,11 +235,24 @@ def test_iterates_do_not_depend_on_the_ranks(world, local_data):
 
     numbers, values = iterates(world)
     serial_numbers, serial_values = iterates(MPI.COMM_SELF)
-    # Half of each rank's own samples measure the curvature: with more ranks than subdomains those are other samples.
-    if local_data == "shard" and world.size > 6:
-        return
     np.testing.assert_allclose(numbers, serial_numbers, rtol=1e-8)
     torch.testing.assert_close(values, serial_values, rtol=1e-8, atol=1e-12)
+
+
+def test_the_samples_that_measure_the_curvature_do_not_depend_on_the_ranks():
+    inputs = torch.arange(11.0)
+    for share in (0.1, 0.5, 0.7, 1.0):
+        whole = Pass(inputs, inputs, 11 / 20, (0,), (), 0, 11).thinned(share)
+        assert whole.weight == pytest.approx(11 / 20)
+        parts = [
+            Pass(inputs[a:b], inputs[a:b], (b - a) / 20, (0,), (), a, 11).thinned(share)
+            for a, b in ((0, 1), (1, 6), (6, 11))
+        ]
+        found = [part for part in parts if part is not None]
+        assert torch.equal(torch.cat([part.inputs for part in found]), whole.inputs)
+        assert sum(part.weight for part in found) == pytest.approx(whole.weight)
+        for part in found:  # every chosen sample weighs the same
+            assert part.weight / len(part.inputs) == pytest.approx(whole.weight / len(whole.inputs))
 
 
 def test_defaults_compose():

@@ -63,13 +63,14 @@ def test_network_gives_the_loss_that_the_solver_reports(world):
     "between",
     [
         lambda network: network.zero_grad(),
+        lambda network: network[4].zero_grad(),
         lambda network: network.zero_grad(set_to_none=False),
         lambda network: [parameter.grad.fill_(7.0) for parameter in network.parameters()],
         lambda network: network.load_state_dict(network.state_dict()),
         lambda network: copy.deepcopy(network),
         lambda network: network.eval()(classified(5)[0]) is network.train(),
     ],
-    ids=["zero_grad", "zero_grad in place", "other gradients", "load_state_dict", "deepcopy", "call"],
+    ids=["zero_grad", "zero_grad of one layer", "zero_grad in place", "other gradients", "load_state_dict", "deepcopy", "call"],
 )
 def test_use_between_steps_changes_nothing(world, undisturbed, between):
     assert_same_run(run(world, between), undisturbed)
@@ -102,6 +103,21 @@ def test_loaded_parameters_are_where_the_next_step_starts(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("radius", [0.05, 100.0], ids=["accepted", "rejected"])
+def test_loaded_parameters_are_noticed_when_a_batch_is_repeated(world, radius):
+    """What the solver knows of the point before, and does not compute again, is no longer true."""
+    network, other = classifier(seed=0), classifier(seed=1)
+    solver = make_solver(world, options(initial_radius=radius), network)
+    solver.step(classified())
+    assert solver.step().accepted == (radius < 1.0)
+    network.load_state_dict(other.state_dict())
+    judged = solver.step().schwarz
+    loss, gradient = loss_and_gradient(other, cross_entropy, classified())
+    assert judged.loss == pytest.approx(loss, rel=1e-13)
+    assert judged.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-12)
+
+
+@pytest.mark.mpi
 def test_saved_and_loaded_into_another_network(world, tmp_path):
     _, network = run(world, lambda network: None)
     torch.save(network.state_dict(), tmp_path / "network.pt")
@@ -112,7 +128,7 @@ def test_saved_and_loaded_into_another_network(world, tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("move", [lambda network: network.float(), lambda network: network.half()])
+@pytest.mark.parametrize("move", [lambda network: network.float(), lambda network: network[4].half()])
 def test_moved_parameters_are_refused_on_every_rank(world, move):
     network = classifier()
     solver = make_solver(world, options(), network)
