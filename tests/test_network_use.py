@@ -70,7 +70,7 @@ def test_network_gives_the_loss_that_the_solver_reports(world):
         lambda network: copy.deepcopy(network),
         lambda network: network.eval()(classified(5)[0]) is network.train(),
     ],
-    ids=["zero_grad", "zero_grad of one layer", "zero_grad in place", "other gradients", "load_state_dict", "deepcopy", "call"],
+    ids="zero_grad,zero_grad of one layer,zero_grad in place,other gradients,load_state_dict,deepcopy,call".split(","),
 )
 def test_use_between_steps_changes_nothing(world, undisturbed, between):
     assert_same_run(run(world, between), undisturbed)
