@@ -208,6 +208,7 @@ class APTS:
         self.state = State(radius=options.trust_region.initial_radius)
         self._team = team
         self._accepted_values = self.vector.values.clone()
+        self._versions = self.vector.versions()
         self._passes: list[Pass] = []
         self._team_shares: list[float] = []
         self._run: Run | None = None
@@ -238,6 +239,10 @@ class APTS:
         repeated = batch is None
         if batch is not None:
             self._take(batch, rows)
+        elif self.vector.versions() != self._versions:  # the user has loaded other parameters
+            self.vector.check_alias()
+            self._forget()
+        self._versions = self.vector.versions()
         self._evaluate()
         if self.state.radius is None:
             self.state.radius = self._cauchy_length()

@@ -116,12 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(USAGE)
     except Exception as error:
         # The other ranks are waiting for this one, or soon will be: end them all.
-        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:", file=sys.stderr)
-        if isinstance(error, InvalidInput):
-            print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        sys.stderr.flush()
+        told = f"apts_mpi.train: error: {error}\n" if isinstance(error, InvalidInput) else traceback.format_exc()
+        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}", end="", file=sys.stderr, flush=True)
+        # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.
+        environment.pause(0.5)
         world.Abort(1)
 
 

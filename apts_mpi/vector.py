@@ -93,17 +93,23 @@ class FlatParameters:
 
     def alias_gradients(self) -> None:
         """Make the parameters' ``grad`` views of `gradients`; ``network.zero_grad()`` takes them away."""
-        if self.parameters[0].grad is not self._gradient_views[0]:
-            for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
+            if parameter.grad is not view:
                 parameter.grad = view
 
     def check_alias(self) -> None:
         """Raise `InvalidInput` if the network's parameters were moved away from the flat vector."""
-        if self.parameters[0].data_ptr() != self.values.data_ptr():
+        base, size = self.values.data_ptr(), self.values.element_size()
+        places = zip(self.entries, self.parameters, strict=True)
+        if any(parameter.data_ptr() != base + entry.start * size for entry, parameter in places):
             raise InvalidInput(
                 "network: its parameters were replaced after the solver was made (by network.to(...)?); "
                 "convert the network first, then make the solver"
             )
+
+    def versions(self) -> list[int]:
+        """How often each parameter was changed in place through its own tensor, as users do, the solver never."""
+        return [parameter._version for parameter in self.parameters]
 
     def touching(self, start: int, stop: int) -> slice:
         """The parameters that have elements in ``start`` to ``stop``, as a slice of `entries`."""
