@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         # The other ranks are waiting for this one, or soon will be: end them all.
         told = f"apts_mpi.train: error: {error}\n" if isinstance(error, InvalidInput) else traceback.format_exc()
-        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}", end="", file=sys.stderr, flush=True)
+        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}", file=sys.stderr, flush=True)
         # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.
         environment.pause(0.5)
         world.Abort(1)
