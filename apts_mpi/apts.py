@@ -307,7 +307,7 @@ class APTS:
             with self.events.timed("assembly"):
                 pending.wait()
             if self.coarse is not None:
-                self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient)
+                self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient, self._batch_size)
             self._has_correction = True
         if self.coarse is not None:
             predicted = self.coarse.recombine(self.state.radius)
@@ -350,6 +350,7 @@ class APTS:
                     predicted_reduction=predicted,
                     step_norm=step_norm,
                     earlier_losses=tuple(self.state.losses),
+                    noise=options.noise * torch.finfo(self.vector.values.dtype).eps * abs(loss),
                 )
                 return (
                     loss,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from apts_mpi.vector import norm
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
 RAISE, LOWER = 4.0, 0.5
 
+# Targets that are enough for the curvature between a few columns, and the most of a batch that is taken for it.
+ENOUGH_TARGETS, MOST = 512, 0.5
+
 # Columns whose part outside the span of the others is below this share of their length are dropped.
 DEPENDENT = 1e-6
 
@@ -38,20 +42,25 @@ class ReducedModel:
         """Predicted reduction of a step."""
         return -float(self.slope @ coefficients + 0.5 * coefficients @ self.curvature @ coefficients)
 
-    def minimise(self, radius: float, damping: float) -> np.ndarray:
+    def minimise(self, radius: float, damping: float, kind: Literal["2", "scaled"]) -> np.ndarray:
         """Coefficients of the minimiser of the damped model in the ball ``|S a| <= radius``, shape (m,).
 
-        In an orthonormal basis of the span the damping is ``damping`` times the largest eigenvalue of the
-        curvature, times the identity.
+        Solves ``(C + damping s D + mu D) a = -slope`` for the least mu >= 0 that leads into the ball. In the 2-norm
+        D = S^T S and s is the largest eigenvalue of ``D^-1 C``; in the scaled norm D is the diagonal of C and s = 1,
+        which is Marquardt's method (doi 10.1137/0111030).
         """
-        basis = orthonormal_coefficients(self.gram)
+        basis, lengths = orthonormal_coefficients(self.gram), None
+        if kind == "scaled":
+            weighted = np.sqrt(np.clip(np.diag(self.curvature), 0.0, None))[:, None] * basis
+            lengths = orthonormal_coefficients(weighted.T @ weighted)
+            basis = basis @ lengths
         if basis.shape[1] == 0:
             return np.zeros(len(self.slope))
         curvature = basis.T @ self.curvature @ basis
         curvature = 0.5 * (curvature + curvature.T)
-        largest = np.linalg.eigvalsh(curvature)[-1]
-        damped = curvature + damping * max(largest, 0.0) * np.eye(len(curvature))
-        return basis @ minimise_in_ball(damped, basis.T @ self.slope, radius)
+        largest = max(np.linalg.eigvalsh(curvature)[-1], 0.0) if kind == "2" else 1.0
+        damped = curvature + damping * largest * np.eye(len(curvature))
+        return basis @ minimise_in_ball(damped, basis.T @ self.slope, radius, lengths)
 
 
 def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
@@ -86,8 +95,9 @@ class CoarseLevel:
     ----------
     step : Tensor, shape (n,)
         The step of the last `recombine`.
-    last_step : Tensor, shape (n,)
-        The last accepted step.
+    last_step, last_correction : Tensor, shape (n,)
+        The last accepted step, and the sum of the corrections of which it was made; the latter is empty unless
+        it is among the columns.
     raised : float
         Factor of the damping, 1 or more.
     """
@@ -111,14 +121,20 @@ class CoarseLevel:
         self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
         self.step = torch.zeros_like(objective.vector.values)
         self.last_step = torch.zeros_like(self.step)
+        kept = "last_correction" in options.columns
+        self.last_correction = torch.zeros_like(self.step[: self.step.numel() if kept else 0])
         self.raised = 1.0
+        self._corrections: Sequence[Column] = []
         self._columns: list[Column] = []
         self._model: ReducedModel | None = None
 
-    def prepare(self, passes: Sequence[Pass], corrections: Sequence[Column], gradient: torch.Tensor) -> None:
+    def prepare(
+        self, passes: Sequence[Pass], corrections: Sequence[Column], gradient: torch.Tensor, batch_size: int
+    ) -> None:
         """Form the reduced model of the subdomains' corrections. Collective."""
-        vectors = {"last_step": self.last_step, "gradient": gradient}
+        vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
         with self._events.timed("coarse"):
+            self._corrections = corrections
             self._columns = list(corrections) + [
                 Column(start, stop, vectors[name][start:stop])
                 for name in self._options.columns
@@ -127,13 +143,19 @@ class CoarseLevel:
             ]
             curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
             for part in passes:
-                thinned = part.thinned(self._options.samples)
+                thinned = part.thinned(self._share(batch_size, part.targets))
                 if thinned is not None:
                     curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns).cpu()
             total = self._comm.sum_on_root(curvature.numpy())
             if total is not None:
                 slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
                 self._model = ReducedModel(slope.double().cpu().numpy(), total, self._gram())
+
+    def _share(self, batch_size: int, targets: torch.Tensor) -> float:
+        """Share of the batch on which the curvature is measured."""
+        if self._options.samples is not None:
+            return self._options.samples
+        return min(MOST, ENOUGH_TARGETS / (batch_size * targets[0].numel()))
 
     def _gram(self) -> np.ndarray:
         """Inner products of the columns; zero for those that share no index."""
@@ -160,7 +182,7 @@ class CoarseLevel:
             model = self._model
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [0.0] * count + [math.nan]  # which is judged a rejection
-            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping)
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._options.norm)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             self._combine(coefficients)
             length = float(norm(self.step, self._kind))
@@ -185,3 +207,7 @@ class CoarseLevel:
             self.raised = max(1.0, LOWER * self.raised)
         if accepted:
             self.last_step.copy_(self.step)
+            if self.last_correction.numel():
+                self.last_correction.zero_()
+                for column in self._corrections:
+                    self.last_correction[column.start : column.stop] += column.values

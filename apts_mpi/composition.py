@@ -14,7 +14,7 @@ from apts_mpi.partition import Layer, Subdomain, make_subdomains, most_subdomain
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE_BLOCK = 4096
 
-DAMPING = {"kfac": 1e-3, "gauss-newton": 1e-7}
+DAMPING = {"kfac": 5e-3, "gauss-newton": 1e-7}
 
 
 def compose(
@@ -100,8 +100,14 @@ def compose(
     if local_data == "auto":
         local_data = "full" if solver == "gauss-newton" and not data else "shard"
     damping = options.local.damping if options.local.damping is not None else DAMPING.get(solver)
+    coarse = options.coarse
+    if coarse.norm == "auto":
+        coarse = replace(coarse, norm="scaled" if solver == "gauss-newton" else "2")
+    if coarse.samples is None and solver == "gauss-newton":
+        coarse = replace(coarse, samples=1.0)
     return replace(
         options,
+        coarse=coarse,
         local=replace(options.local, solver=solver, damping=damping),
         schwarz=replace(options.schwarz, variant=variant, local_data=local_data),
     )

@@ -116,7 +116,9 @@ class Linearisation:
         if not columns:
             return None
         segment = self._segmented.segments[index]
-        parameters = {name: dict(segment.named_parameters())[name].detach() for name in self._own[index]}
+        # Copies: forward mode gives a tangent as much memory as its primal's storage has, which for a view of the flat
+        # vector is that of all parameters.
+        parameters = {name: dict(segment.named_parameters())[name].detach().clone() for name in self._own[index]}
         directions = {
             name: torch.stack([_direction(column, entry).view(parameters[name].shape) for column in columns])
             for name, entry in self._own[index].items()

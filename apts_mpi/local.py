@@ -18,7 +18,7 @@ from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.recorder import LayerRecord
 from apts_mpi.transport import Mirror
-from apts_mpi.trust_region import NormKind, steepest_descent
+from apts_mpi.trust_region import NormKind, euclidean_radius, newton_in_ball, steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
 
 
@@ -178,16 +178,23 @@ class KFAC:
 
 
 class GaussNewton:
-    """Dense Gauss-Newton step of the block: ``-(J^T H J + mu I)^-1`` times the gradient, clipped to the ball.
+    """Dense Gauss-Newton step of the block within the ball: ``-(J^T H J + mu I)^-1`` times the gradient.
 
-    mu is `damping` times the mean diagonal of ``J^T H J``. The matrix is formed in float64: it has the square of the
-    Jacobian's condition.
+    mu is `damping` times the mean diagonal of ``J^T H J``, or larger to end in the ball: a longer step cut to the ball
+    is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in float64: it
+    has the square of the Jacobian's condition.
+
+    Attributes
+    ----------
+    shift : float
+        By how much the ball raised mu the last time.
     """
 
     def __init__(self, iterations: int, damping: float, team: Communicator) -> None:
         self._iterations = iterations
         self._damping = damping
         self._team = team
+        self.shift = 0.0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `LocalSolver`."""
@@ -199,8 +206,9 @@ class GaussNewton:
             if self._team.size > 1:
                 self._team.sum(Mirror(matrix.view(-1)))
             matrix.diagonal().add_(self._damping * matrix.diagonal().mean() + TINY)
-            factor, _ = torch.linalg.cholesky_ex(matrix)
-            local.block -= torch.cholesky_solve(gradient.double()[:, None], factor).squeeze(1)
+            reach = euclidean_radius(radius, len(matrix), kind)
+            step, self.shift = newton_in_ball(matrix, gradient.double(), reach, self.shift)
+            local.block += step.to(local.block.dtype)
             displacement = local.block - start
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)

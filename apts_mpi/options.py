@@ -82,7 +82,7 @@ class LocalOptions:
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping
-        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 1e-3 and
+        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 5e-3 and
         1e-7.
     decay
         Of the running means of kfac, an update.
@@ -138,6 +138,9 @@ class TrustRegionOptions:
     window
         Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
         0 is the monotone method.
+    noise
+        Rounding noise of the loss, relative to it and to the epsilon of its dtype; numerator and denominator of rho
+        are both raised by it, so that rho goes to 1 where reductions are below what the dtype can show.
     """
 
     initial_radius: float | None = None
@@ -150,6 +153,7 @@ class TrustRegionOptions:
     increase_factor: float = 2.0
     norm: Literal["2", "inf"] = "2"
     window: int = 0
+    noise: float = 1.0
 
     def __post_init__(self) -> None:
         name = "trust_region."
@@ -185,6 +189,7 @@ class TrustRegionOptions:
         )
         require_choice(name + "norm", self.norm, ("2", "inf"))
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
+        require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,24 +224,36 @@ class CoarseOptions:
         ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
     columns
         What each subdomain gives to the span: its ``correction``, its part of the ``last_step`` that was accepted,
-        its part of the ``gradient``.
+        of the ``gradient``, of the ``last_correction`` before recombination.
     samples
-        Share of the batch on which the curvature is measured, in (0, 1].
+        Share of the batch on which the curvature is measured, in (0, 1]. null: all with local solver gauss-newton,
+        else half, or less where fewer samples hold enough targets.
     damping
-        Of the reduced model, relative to its largest eigenvalue.
+        Of the reduced model, relative to its curvature in the norm.
+    norm
+        In which the model is damped and its step cut: ``2``, of the step, where the largest eigenvalue counts;
+        ``scaled``, by the curvature along each column, which leaves every column its own scale. Either way the step
+        ends in the ball of the trust region. ``auto``: scaled where the local solver is gauss-newton, whose corrections
+        of badly conditioned least squares the other would damp away, else 2, which filters the noise of small batches.
     """
 
     model: Literal["none", "gauss-newton"] = "gauss-newton"
-    columns: tuple[Literal["correction", "last_step", "gradient"], ...] = ("correction", "last_step")
-    samples: float = 0.5
+    columns: tuple[Literal["correction", "last_step", "gradient", "last_correction"], ...] = (
+        "correction",
+        "last_step",
+    )
+    samples: float | None = None
     damping: float = 0.1
+    norm: Literal["auto", "2", "scaled"] = "auto"
 
     def __post_init__(self) -> None:
+        require_choice("coarse.norm", self.norm, ("auto", "2", "scaled"))
         require_choice("coarse.model", self.model, ("none", "gauss-newton"))
         for column in self.columns:
-            require_choice("coarse.columns", column, ("correction", "last_step", "gradient"))
+            require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
         require("correction" in self.columns, "coarse.columns", self.columns, "include correction")
-        require(0.0 < self.samples <= 1.0, "coarse.samples", self.samples, "give a number in (0, 1]")
+        share = self.samples
+        require(share is None or 0.0 < share <= 1.0, "coarse.samples", share, "give a number in (0, 1], or null")
         require(self.damping >= 0.0, "coarse.damping", self.damping, "give 0 or more")
 
 

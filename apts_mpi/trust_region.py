@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from apts_mpi.options import TrustRegionOptions
-from apts_mpi.vector import norm
+from apts_mpi.vector import clip_to_ball, norm
+
+# Of the length of a step that shall reach the boundary, and how often its shift is corrected at most.
+LENGTH_TOLERANCE, FACTORISATIONS = 0.1, 12
 
 NormKind = Literal["2", "inf"]
 
@@ -35,12 +38,13 @@ def judge(
     predicted_reduction: float,
     step_norm: float,
     earlier_losses: tuple[float, ...] = (),
+    noise: float = 0.0,
 ) -> Decision:
     """Judge a step. The rule::
 
         reference = max(loss, earlier losses of the window)
         actual    = reference - trial_loss
-        rho       = actual / predicted_reduction
+        rho       = (actual + noise) / (predicted_reduction + noise)
         accept     if rho >= eta1
         next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
                       increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
@@ -61,13 +65,16 @@ def judge(
         Of the model that gave the step.
     earlier_losses
         Losses of earlier iterations; the last ``options.window`` of them count.
+    noise
+        Of a loss, absolute: reductions below it are not to be seen (Conn, Gould and Toint, Trust-Region Methods,
+        section 17.4.2).
     """
     window = earlier_losses[-options.window :] if options.window else ()
     actual = max(loss, *window) - trial_loss if window else loss - trial_loss
     numbers = (loss, trial_loss, predicted_reduction, step_norm)
     if not all(map(math.isfinite, numbers)) or predicted_reduction <= 0.0:
         return Decision(False, -math.inf, max(options.decrease_factor * radius, options.min_radius), actual)
-    rho = actual / predicted_reduction
+    rho = (actual + noise) / (predicted_reduction + noise)
     following = radius
     if rho < options.shrink_below:
         following = options.decrease_factor * min(radius, step_norm)
@@ -103,7 +110,9 @@ def euclidean_radius(radius: float, size: int, kind: NormKind) -> float:
     return radius if kind == "2" else radius * math.sqrt(size)
 
 
-def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np.ndarray:
+def minimise_in_ball(
+    matrix: np.ndarray, slope: np.ndarray, radius: float, lengths: np.ndarray | None = None
+) -> np.ndarray:
     """Minimiser of ``slope . x + 1/2 x . matrix x`` over ``|x| <= radius``, by eigen-decomposition.
 
     Solves ``(matrix + mu I) x = -slope`` for the least mu >= 0 with a positive semi-definite left-hand side and x in
@@ -118,8 +127,12 @@ def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np
         The linear term.
     radius
         Radius of the ball.
+    lengths : ndarray, shape (k, m), optional
+        Where given, the ball in which x shall lie is ``|lengths x| <= radius``, while x is still shortened along
+        ``matrix + mu I``; for a positive definite matrix only.
     """
     values, vectors = np.linalg.eigh(matrix)
+    stretch = np.eye(len(slope)) if lengths is None else lengths @ vectors
     coefficients = vectors.T @ slope
     scale = max(abs(values[0]), abs(values[-1]), np.finfo(float).tiny)
 
@@ -130,7 +143,7 @@ def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np
 
     low = max(0.0, -values[0])
     point = solve(low)
-    if np.linalg.norm(point) <= radius:
+    if np.linalg.norm(stretch @ point) <= radius:
         # A weaker pull along a direction without curvature would take a shift below rounding to reach the boundary.
         pulled = np.abs(coefficients) > np.finfo(float).eps * max(np.linalg.norm(slope), scale * radius)
         unbounded = pulled & (values + low <= np.finfo(float).eps * scale)
@@ -139,14 +152,62 @@ def minimise_in_ball(matrix: np.ndarray, slope: np.ndarray, radius: float) -> np
                 point[0] = math.copysign(math.sqrt(max(radius**2 - point @ point, 0.0)), -coefficients[0])
             return vectors @ point
     # |x(mu)| falls from above the radius to below it between low and this.
-    high = low + np.linalg.norm(slope) / radius
+    high = low + np.linalg.norm(stretch, 2) * np.linalg.norm(slope) / radius
     for _ in range(200):  # bisection to rounding
         middle = 0.5 * (low + high)
-        if np.linalg.norm(solve(middle)) > radius:
+        if np.linalg.norm(stretch @ solve(middle)) > radius:
             low = middle
         else:
             high = middle
     return vectors @ solve(high)
+
+
+def newton_in_ball(
+    matrix: torch.Tensor, slope: torch.Tensor, radius: float, shift: float = 0.0
+) -> tuple[torch.Tensor, float]:
+    """Minimiser of ``slope . x + 1/2 x . matrix x`` over ``|x| <= radius``, for a positive definite matrix.
+
+    Newton's method for the shift mu with ``|(matrix + mu I)^-1 slope| = radius``, by Cholesky factors, until the length
+    is within a tenth of the radius (More and Sorensen, doi 10.1137/0904038); then the step is scaled into the ball.
+    A few factorisations cost much less than one eigen-decomposition. Waits for the device.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (n, n), float64
+        Changed on its diagonal only, and changed back.
+    slope : Tensor, shape (n,), float64
+        The linear term.
+    radius
+        Radius of the ball.
+    shift
+        Where to start: the shift of a matrix alike saves factorisations.
+
+    Returns
+    -------
+    step : Tensor, shape (n,), float64
+        Zero for a matrix that is not positive definite, not finite for a slope that is not.
+    shift : float
+    """
+    size = float(torch.linalg.matrix_norm(matrix))
+    shift = max(shift, float(norm(slope, "2")) / radius - size)
+    step, added = torch.zeros_like(slope), 0.0
+    for _ in range(FACTORISATIONS):
+        matrix.diagonal().add_(shift - added)
+        added = shift
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed:  # by rounding, as the matrix is positive definite
+            shift = max(10.0 * shift, torch.finfo(matrix.dtype).eps * size)
+            continue
+        step = -torch.cholesky_solve(slope[:, None], factor).squeeze(1)
+        length = float(norm(step, "2"))
+        too_long, too_short = length > (1.0 + LENGTH_TOLERANCE) * radius, length < (1.0 - LENGTH_TOLERANCE) * radius
+        if not too_long and not (too_short and shift > 0.0):
+            break
+        inverse_root = torch.linalg.solve_triangular(factor, step[:, None], upper=False)
+        shift = max(0.0, shift + length**2 / float(inverse_root.square().sum()) * (length - radius) / radius)
+    matrix.diagonal().sub_(added)
+    clip_to_ball(step, radius, "2")
+    return step, shift if math.isfinite(shift) else 0.0
 
 
 def steihaug(

@@ -145,7 +145,7 @@ def test_model_value_and_orthonormal_basis():
     curvature = half @ half.T
     slope = generator.normal(size=30)
     model = ReducedModel(columns.T @ slope, columns.T @ curvature @ columns, gram)
-    coefficients = model.minimise(0.1, damping=0.0)
+    coefficients = model.minimise(0.1, damping=0.0, kind="2")
     step = columns @ coefficients
     assert np.linalg.norm(step) <= 0.1 * (1 + 1e-12)
     assert model.reduction(coefficients) == pytest.approx(-(slope @ step + 0.5 * step @ curvature @ step), rel=1e-10)
@@ -153,6 +153,86 @@ def test_model_value_and_orthonormal_basis():
         other = columns @ generator.normal(size=5)
         other *= 0.1 * generator.random() / np.linalg.norm(other)
         assert slope @ step + 0.5 * step @ curvature @ step <= slope @ other + 0.5 * other @ curvature @ other + 1e-12
+
+
+@pytest.mark.parametrize("radius", [1e-2, 1e3])
+def test_the_scaled_norm_is_marquardts_method(radius):
+    generator = np.random.default_rng(1)
+    columns = generator.normal(size=(30, 4)) * [1.0, 1e-3, 1e3, 1.0]
+    half = generator.normal(size=(30, 30))
+    curvature = columns.T @ (half @ half.T) @ columns
+    slope = columns.T @ generator.normal(size=30)
+    model = ReducedModel(slope, curvature, columns.T @ columns)
+    coefficients = model.minimise(radius, damping=0.1, kind="scaled")
+    # (C + shift diag C) a = -slope, with a shift above the damping only where the ball asks for it.
+    shifts = -(curvature @ coefficients + slope) / (np.diag(curvature) * coefficients)
+    np.testing.assert_allclose(shifts, shifts.mean(), rtol=1e-6)
+    length = np.linalg.norm(columns @ coefficients)
+    if radius == 1e3:
+        assert shifts.mean() == pytest.approx(0.1, rel=1e-8) and length < radius
+    else:
+        assert shifts.mean() > 0.1 and length == pytest.approx(radius, rel=1e-8)
+    # The lengths of the columns do not matter, unlike in the 2-norm.
+    units = np.array([1.0, 10.0, 0.1, 5.0])
+    scaled = ReducedModel(slope * units, curvature * np.outer(units, units), (columns * units).T @ (columns * units))
+    other = scaled.minimise(radius, damping=0.1, kind="scaled")
+    np.testing.assert_allclose(other * units, coefficients, rtol=1e-6)
+
+
+def test_columns_without_curvature_and_the_scaled_norm():
+    model = ReducedModel(np.array([-1.0, -1.0]), np.zeros((2, 2)), np.eye(2))
+    assert (model.minimise(1.0, damping=0.1, kind="scaled") == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_size", "share"),
+    [((1,), 256, 0.5), ((1,), 2048, 0.25), ((16,), 64, 0.5), ((64,), 64, 0.125), ((64,), 4, 0.5)],
+)
+def test_as_many_samples_as_have_enough_targets(shape, batch_size, share):
+    solver = networks.make_solver(MPI.COMM_SELF, dataclasses.replace(gauss_newton(), coarse=CoarseOptions()))
+    assert solver.coarse._share(batch_size, torch.zeros(batch_size, *shape)) == share
+
+
+@pytest.mark.mpi
+def test_corrections_of_the_step_before_widen_the_span(world):
+    """With them the reduced model is never worse, and the iterates are those of one rank."""
+
+    def run(comm, *columns):
+        base = gauss_newton(initial_radius=10.0)
+        coarse = dataclasses.replace(base.coarse, columns=("correction", *columns), damping=0.0, samples=1.0)
+        solver = networks.make_solver(comm, dataclasses.replace(base, coarse=coarse))
+        first, second = (solver.step(networks.classified(seed=seed)).schwarz for seed in (1, 2))
+        return first, second, solver
+
+    plain, wide, serial = run(world), run(world, "last_correction"), run(MPI.COMM_SELF, "last_correction")
+    assert plain[0].accepted
+    assert plain[0].predicted_reduction == pytest.approx(wide[0].predicted_reduction, rel=1e-10)
+    assert wide[1].predicted_reduction > plain[1].predicted_reduction
+    assert wide[2].coarse.last_correction.norm() > 0.0
+    torch.testing.assert_close(wide[2].vector.values, serial[2].vector.values, rtol=1e-8, atol=1e-12)
+
+
+def test_dense_gauss_newton_alone_is_the_trust_region_step():
+    """One subdomain, no coarse level, full data: the exact minimiser of the model in the ball, within a tenth of it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    inputs, targets = torch.randn(20, 2, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    jacobian = dense_jacobian(network, lambda net, x: net(x), inputs)
+    gradient = 2.0 / 20.0 * jacobian.T @ (network(inputs) - targets).flatten().detach()
+    matrix = 2.0 / 20.0 * jacobian.T @ jacobian
+    matrix.diagonal().add_(1e-7 * matrix.diagonal().mean())
+    for radius in (1e-2, 0.3, 1e3):
+        copy = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+        copy.load_state_dict(network.state_dict())
+        chosen = networks.options(
+            subdomains=1, solver="gauss-newton", variant="exact", local_data="full", initial_radius=radius
+        )
+        solver = APTS(copy, nn.functional.mse_loss, comm=MPI.COMM_SELF, options=chosen)
+        solver.step((inputs, targets))
+        step = solver.schwarz.correction
+        exact = torch.from_numpy(minimise_in_ball(matrix.numpy(), gradient.numpy(), radius))
+        best, found = (-(gradient @ x + 0.5 * x @ matrix @ x).item() for x in (exact, step))
+        assert step.norm() <= radius * (1 + 1e-12) and found >= 0.9 * best
 
 
 def gauss_newton(**changes):
@@ -257,7 +337,7 @@ def test_the_samples_that_measure_the_curvature_do_not_depend_on_the_ranks():
 
 def test_defaults_compose():
     solver = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=3))
-    assert solver.options.local == LocalOptions(solver="kfac", damping=1e-3)
+    assert solver.options.local == LocalOptions(solver="kfac", damping=5e-3)
     assert solver.options.schwarz.variant == "inexact" and solver.options.schwarz.local_data == "shard"
 
 

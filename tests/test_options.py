@@ -44,6 +44,9 @@ BAD_VALUES = [
     (CoarseOptions, {"columns": ("correction", "noise")}, "coarse.columns: 'noise'"),
     (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
     (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
+    (CoarseOptions, {"norm": "inf"}, "coarse.norm: 'inf' .* choose one of auto, 2, scaled"),
+    (TrustRegionOptions, {"noise": -1.0}, "trust_region.noise: -1.0 .* 0 or more"),
+    (TrustRegionOptions, {"noise": math.nan}, "trust_region.noise: nan"),
     (TrustRegionOptions, {"min_radius": 0.0}, r"trust_region.min_radius, max_radius: \(0.0, 10000.0\)"),
     (
         TrustRegionOptions,
@@ -138,7 +141,7 @@ def test_what_auto_stands_for():
 def test_damping_by_default_is_the_local_solvers():
     network = classifier()
     layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
-    for solver, damping in (("kfac", 1e-3), ("gauss-newton", 1e-7), ("sgd", None)):
+    for solver, damping in (("kfac", 5e-3), ("gauss-newton", 1e-7), ("sgd", None)):
         options = APTSOptions(local=LocalOptions(solver=solver))
         split = make_subdomains(layers, 2, "layer", 0)
         assert compose(options, network=network, called=False, layers=layers, subdomains=split).local.damping == damping

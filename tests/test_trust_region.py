@@ -3,13 +3,14 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import TrustRegionOptions
-from apts_mpi.trust_region import judge, steepest_descent, subdomain_radius
+from apts_mpi.trust_region import judge, minimise_in_ball, newton_in_ball, steepest_descent, subdomain_radius
 from apts_mpi.vector import clip_to_ball, norm
 
 # Multiples of 1/8, so that the arithmetic of the rule is exact and its borders are met.
@@ -36,9 +37,9 @@ def rules(draw):
 
 @given(
     rule=rules(), radius=positive, loss=eighths, trial=eighths, predicted=positive, length=positive,
-    earlier=st.lists(eighths, max_size=5),
+    earlier=st.lists(eighths, max_size=5), noise=st.integers(0, 8).map(lambda number: number / 8),
 )  # fmt: skip
-def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, length, earlier):
+def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, length, earlier, noise):
     length = min(length, radius)
     decision = judge(
         rule,
@@ -48,10 +49,11 @@ def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, leng
         predicted_reduction=predicted,
         step_norm=length,
         earlier_losses=tuple(earlier),
+        noise=noise,
     )
     counted = earlier[max(len(earlier) - rule.window, 0) :]
     fall = Fraction(max([loss, *counted])) - Fraction(trial)
-    ratio = fall / Fraction(predicted)
+    ratio = (fall + Fraction(noise)) / (Fraction(predicted) + Fraction(noise))
     assert decision.actual_reduction == float(fall)
     assert decision.rho == pytest.approx(float(ratio), rel=1e-15)
     assert decision.accepted == (ratio >= Fraction(rule.eta1))
@@ -155,3 +157,59 @@ def test_blocks_within_their_balls_sum_to_a_step_within_the_ball(radius, count, 
     blocks = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(count)]
     total = torch.cat([own * block / norm(block, kind) for block in blocks])
     assert norm(total, kind).item() == pytest.approx(radius, rel=1e-12)
+
+
+def positive_definite(size, condition, seed):
+    """A matrix with logarithmically spread eigenvalues from 1/condition to 1, and a linear term."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    values = torch.logspace(0.0, -math.log10(condition), size, dtype=torch.float64)
+    return (basis * values) @ basis.T, torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+@given(
+    size=st.integers(1, 12), digits=st.floats(0.0, 10.0), radius=st.floats(1e-6, 1e6), start=st.floats(0.0, 1e3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_newton_in_ball_ends_on_the_path_of_exact_minimisers(size, digits, radius, start, seed):
+    matrix, slope = positive_definite(size, 10.0**digits, seed)
+    before = matrix.clone()
+    step, shift = newton_in_ball(matrix, slope, radius, start)
+    length = norm(step, "2").item()
+    torch.testing.assert_close(matrix, before, rtol=1e-12, atol=1e-12 * max(start, shift, 1.0))
+    assert length <= radius * (1.0 + 1e-12)
+    exact = minimise_in_ball(before.numpy(), slope.numpy(), radius)
+    if shift > 0.0:
+        assert length >= 0.9 * radius
+    # A step within a tenth of the radius has at least 0.9 of the best reduction, as the model is convex.
+    best, found = (-(slope @ x + 0.5 * x @ before @ x).item() for x in (torch.from_numpy(exact), step))
+    assert found >= (0.9 - 1e-6) * best
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_newton_in_ball_of_a_slope_that_is_not_finite_leaves_no_trace(bad):
+    matrix, slope = positive_definite(4, 10.0, 0)
+    slope[1] = bad
+    step, shift = newton_in_ball(matrix, slope, 0.1)
+    assert shift == 0.0 and not step.isfinite().all()
+
+
+def test_newton_in_ball_of_a_matrix_that_rounding_made_indefinite():
+    matrix, slope = torch.diag(torch.tensor([1.0, 1e-3, -1e-15], dtype=torch.float64)), torch.ones(3).double()
+    step, shift = newton_in_ball(matrix, slope, 0.1)
+    assert shift > 0.0 and slope @ step < 0.0 and 0.09 <= norm(step, "2") <= 0.1 + 1e-12
+
+
+@given(digits=st.floats(0.0, 6.0), radius=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_a_ball_of_other_shape_than_the_shift(digits, radius, seed):
+    matrix, slope = (part.numpy() for part in positive_definite(5, 10.0**digits, seed))
+    lengths = positive_definite(5, 100.0, seed + 100)[0].numpy()
+    step = minimise_in_ball(matrix, slope, radius, lengths)
+    length = np.linalg.norm(lengths @ step)
+    if length < radius * (1.0 - 1e-9):
+        np.testing.assert_allclose(matrix @ step, -slope, atol=1e-6)
+    else:
+        assert length <= radius * (1.0 + 1e-9)
+        shifts = -(matrix @ step + slope) / step  # the same for every element, and not negative
+        np.testing.assert_allclose(shifts, shifts.mean(), rtol=1e-5, atol=1e-6)
+        assert shifts.mean() >= 0.0
