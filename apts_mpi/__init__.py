@@ -1,7 +1,8 @@
 """Training of neural networks with the Additively Preconditioned Trust-Region Strategy over MPI ranks."""
 
-from apts_mpi.apts import APTS, StepResult
+from apts_mpi.apts import APTS
 from apts_mpi.errors import InvalidInput
+from apts_mpi.iteration import StepResult
 from apts_mpi.options import (
     APTSOptions,
     CoarseOptions,

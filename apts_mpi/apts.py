@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from apts_mpi.composition import compose, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
+from apts_mpi.iteration import Judged, State, StepResult
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
@@ -25,82 +25,6 @@ from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.trust_region import judge, steepest_descent
 from apts_mpi.vector import FlatParameters, clip_to_ball, norm
-
-
-@dataclass
-class State:
-    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
-
-    iteration: int = 0
-    functions: int = 0
-    radius: float | None = None
-    losses: list[float] = field(default_factory=list)
-    gradient_evaluations: float = 0.0
-    accepted: int = 0
-    rejected: int = 0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One judged step; all numbers are those of rank 0.
-
-    Attributes
-    ----------
-    loss, trial_loss
-        f_k before and after the step.
-    predicted_reduction, actual_reduction, rho
-        Of the model, of f_k (from the maximum of the window, if any), and their ratio.
-    accepted
-        Whether the step was taken.
-    radius
-        Radius of the ball in which the step was looked for.
-    next_radius
-        Radius of the next step.
-    step_norm, gradient_norm
-        Norms of the step (in the norm of the ball) and of the gradient (2-norm).
-    """
-
-    loss: float
-    trial_loss: float
-    predicted_reduction: float
-    actual_reduction: float
-    rho: float
-    accepted: bool
-    radius: float
-    next_radius: float
-    step_norm: float
-    gradient_norm: float
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one iteration did; the same on every rank.
-
-    Attributes
-    ----------
-    iteration
-        Its number, from 1.
-    schwarz
-        The judged Schwarz step.
-    global_step
-        The judged global step, or None without one.
-    gradient_evaluations
-        Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
-        the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
-    seconds
-        Wall time of this iteration on this rank.
-    """
-
-    iteration: int
-    schwarz: Judged
-    global_step: Judged | None
-    gradient_evaluations: float
-    seconds: float
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the parameters changed."""
-        return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
 
 
 class APTS:
@@ -432,7 +356,8 @@ def describe(solver: APTS) -> str:
         f"  schwarz: {options.schwarz}",
         f"  local: {options.local}",
         f"  trust region: {options.trust_region}",
-        f"  global step: {options.global_step.model}",
+        f"  coarse: {options.coarse}",
+        f"  global step: {options.global_step}",
     ]
     for subdomain in solver.subdomains:
         lines.append(

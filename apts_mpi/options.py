@@ -82,7 +82,7 @@ class LocalOptions:
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping
-        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 5e-3 and
+        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 3e-3 and
         1e-7.
     decay
         Of the running means of kfac, an update.
@@ -227,7 +227,7 @@ class CoarseOptions:
         of the ``gradient``, of the ``last_correction`` before recombination.
     samples
         Share of the batch on which the curvature is measured, in (0, 1]. null: all with local solver gauss-newton,
-        else half, or less where fewer samples hold enough targets.
+        else as many as hold 512 targets.
     damping
         Of the reduced model, relative to its curvature in the norm.
     norm

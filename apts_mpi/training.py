@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from apts_mpi.apts import APTS, StepResult
+from apts_mpi.apts import APTS
 from apts_mpi.baselines import DataParallel
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.iteration import StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.training_options import TrainingOptions

@@ -1,0 +1,81 @@
+"""What an iteration leaves to the next, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class State:
+    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
+
+    iteration: int = 0
+    functions: int = 0
+    radius: float | None = None
+    losses: list[float] = field(default_factory=list)
+    gradient_evaluations: float = 0.0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judged step; all numbers are those of rank 0.
+
+    Attributes
+    ----------
+    loss, trial_loss
+        f_k before and after the step.
+    predicted_reduction, actual_reduction, rho
+        Of the model, of f_k (from the maximum of the window, if any), and their ratio.
+    accepted
+        Whether the step was taken.
+    radius
+        Radius of the ball in which the step was looked for.
+    next_radius
+        Radius of the next step.
+    step_norm, gradient_norm
+        Norms of the step (in the norm of the ball) and of the gradient (2-norm).
+    """
+
+    loss: float
+    trial_loss: float
+    predicted_reduction: float
+    actual_reduction: float
+    rho: float
+    accepted: bool
+    radius: float
+    next_radius: float
+    step_norm: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one iteration did; the same on every rank.
+
+    Attributes
+    ----------
+    iteration
+        Its number, from 1.
+    schwarz
+        The judged Schwarz step.
+    global_step
+        The judged global step, or None without one.
+    gradient_evaluations
+        Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
+        the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
+    seconds
+        Wall time of this iteration on this rank.
+    """
+
+    iteration: int
+    schwarz: Judged
+    global_step: Judged | None
+    gradient_evaluations: float
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters changed."""
+        return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
