@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,6 +94,11 @@ class Communicator:
             groups[colors] = self._mpi.Split(color, self.rank)
         return Communicator(groups[colors], self._events)
 
+    @property
+    def mpi(self) -> MPI.Intracomm:
+        """The private duplicate, for a library that takes a communicator, as HDF5 does."""
+        return self._mpi
+
     def local_rank(self) -> int:
         """Number of this rank among those on its host. Collective."""
         host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
@@ -175,6 +181,11 @@ class Communicator:
         record = tuple(map(float, decide())) if self.rank == 0 else None
         with self._events.timed("wait"):
             return self._mpi.bcast(record, root=0)
+
+    def collect(self, value: Any) -> list[Any]:
+        """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
+        with self._events.timed("wait"):
+            return self._mpi.allgather(value)
 
     def agree_on_text(self, text: str) -> str:
         """Rank 0's ``text``. Collective."""

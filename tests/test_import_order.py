@@ -13,11 +13,11 @@ ROOT = Path(apts_mpi.__file__).parent
 # From the bottom up; a file imports only files before its own, in its row or in the rows above.
 LEVELS = (
     ("environment", "errors", "options", "events", "training_options"),
-    ("transport", "comm"),
+    ("transport", "comm", "checkpoint"),
     ("partition", "vector", "buffers"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
     ("local_objective", "local_second_order", "local", "batch"),
-    ("composition", "schwarz", "coarse", "global_step"),
+    ("iteration", "composition", "schwarz", "coarse", "global_step"),
     ("apts", "__init__"),
     ("problems", "baselines"),
     ("records", "training", "train", "bench", "comparison", "comparison_table", "comparison_plots", "compare"),
@@ -29,7 +29,8 @@ PLACES = {
     "mpi4py": {"comm", "apts", "baselines", "training", "train", "bench"},
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench"},
+    "rich": {"records", "train", "compare", "bench", "checkpoint"},
+    "h5py": {"checkpoint"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,0 +1,16 @@
+"""Checkpoints: named global arrays and small metadata in HDF5, written in parallel, complete or not there at all."""
+
+from apts_mpi.checkpoint.directory import CheckpointDirectory, newest_valid, resolve
+from apts_mpi.checkpoint.format import Array, Checkpoint, DamagedCheckpoint, Slab, open_checkpoint, split_evenly
+
+__all__ = [
+    "Array",
+    "Checkpoint",
+    "CheckpointDirectory",
+    "DamagedCheckpoint",
+    "Slab",
+    "newest_valid",
+    "open_checkpoint",
+    "resolve",
+    "split_evenly",
+]

@@ -1,0 +1,191 @@
+"""``python -m apts_mpi.checkpoint info|verify|diff|to-torch|from-torch``: look at checkpoints and convert them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from apts_mpi.checkpoint.directory import explained, resolve
+from apts_mpi.checkpoint.format import Array, Checkpoint, Slab
+from apts_mpi.checkpoint.writers import write_file
+from apts_mpi.errors import InvalidInput
+
+# Exit statuses: files are damaged or differ; the command cannot be carried out.
+FOUND, ERROR = 1, 2
+
+# What of a checkpoint makes the `state_dict` of a network.
+STATE = ("parameters/", "buffers/")
+
+# Characters of one metadata value that are shown, and columns of a table that goes to a file.
+SHOWN, FILE_WIDTH = 60, 160
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command and its files; ends the process for ``--help`` and for arguments that are not known."""
+    parser = argparse.ArgumentParser(
+        prog="apts_mpi.checkpoint", description="A FILE may be a directory of checkpoints: its latest is meant."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: tuple[tuple[str, Callable[..., int], str | int, Any, str], ...] = (
+        ("info", info, "+", "FILE", "Show the arrays and the metadata."),
+        ("verify", verify, "+", "FILE", "Compare all checksums; exit status 1 if a file is damaged."),
+        ("diff", diff, 2, "FILE", "Compare the arrays of two checkpoints; exit status 1 if they differ."),
+        ("to-torch", to_torch, 2, ("FILE", "OUT.pt"), "Save parameters and buffers as a state_dict for torch.load."),
+        ("from-torch", from_torch, 2, ("IN.pt", "FILE"), "Save all tensors of a state_dict as parameters."),
+    )
+    for name, command, number, metavar, description in commands:
+        subparser = subparsers.add_parser(name, help=description, description=description)
+        subparser.add_argument("files", nargs=number, metavar=metavar, type=Path)
+        subparser.set_defaults(command=command)
+    return parser.parse_args(arguments)
+
+
+def info(console: Console, files: Sequence[Path]) -> int:
+    """Show what is in each file."""
+    for path in map(resolve, files):
+        with Checkpoint(path) as checkpoint:
+            table = Table()
+            for heading in ("array", "shape", "dtype"):
+                table.add_column(heading)
+            for name in checkpoint.names:
+                table.add_row(name, str(checkpoint.shape(name)), str(checkpoint.dtype(name)))
+            say(console, f"{path}, step {checkpoint.step}")
+            console.print(table)
+            for key, value in checkpoint.metadata.items():
+                text = json.dumps(value)
+                say(console, f"{key}: {text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}")
+    return 0
+
+
+def verify(console: Console, files: Sequence[Path]) -> int:
+    """Read everything in each file."""
+    status = 0
+    for path in map(resolve, files):
+        try:
+            with Checkpoint(path) as checkpoint:
+                checkpoint.verify()
+            say(console, f"{path}: ok")
+        except InvalidInput as error:
+            say(console, str(error))
+            status = FOUND
+    return status
+
+
+def diff(console: Console, files: Sequence[Path]) -> int:
+    """Show the arrays in which two files differ."""
+    paths = [resolve(path) for path in files]
+    with Checkpoint(paths[0]) as first, Checkpoint(paths[1]) as second:
+        first.verify()
+        second.verify()
+        lines = []
+        for name in dict.fromkeys(first.names + second.names):
+            missing = [str(checkpoint.path) for checkpoint in (first, second) if name not in checkpoint.names]
+            difference = f"not in {missing[0]}" if missing else compare(first, second, name)
+            if difference:
+                lines.append(f"{name}: {difference}")
+    for line in lines:
+        say(console, line)
+    return FOUND if lines else 0
+
+
+def compare(first: Checkpoint, second: Checkpoint, name: str) -> str:
+    """How an array differs between two checkpoints, "" if not at all."""
+    for what in (Checkpoint.shape, Checkpoint.dtype):
+        if what(first, name) != what(second, name):
+            return f"{what.__name__} {what(first, name)} and {what(second, name)}"
+    values, others = first.read(name), second.read(name)
+    if values.tobytes() == others.tobytes():
+        return ""
+    wide = np.complex128 if values.dtype.kind == "c" else np.float64
+    return f"largest difference {np.abs(values.astype(wide) - others.astype(wide)).max():.6g}"
+
+
+def to_torch(console: Console, files: Sequence[Path]) -> int:
+    """Write the tensors of a network for ``torch.load(OUT, weights_only=True)``."""
+    source, target = resolve(files[0]), files[1]
+    with Checkpoint(source) as checkpoint:
+        checkpoint.verify()
+        state = {
+            name.removeprefix(prefix): torch.from_numpy(checkpoint.read(name))
+            for prefix in STATE
+            for name in checkpoint.names
+            if name.startswith(prefix)
+        }
+    if not state:
+        raise InvalidInput(f"{source} has neither parameters nor buffers; give the checkpoint of a network")
+    with replaced(target) as temporary:
+        torch.save(state, temporary)
+    say(console, f"{target}: {len(state)} tensors")
+    return 0
+
+
+def from_torch(console: Console, files: Sequence[Path]) -> int:
+    """Write a checkpoint with the tensors of a ``state_dict`` as parameters."""
+    source, target = files
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InvalidInput(f"{source} cannot be read as a state_dict ({first_line(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InvalidInput(f"{source} holds more than tensors by name; save network.state_dict() alone")
+    arrays = []
+    for name, tensor in state.items():
+        try:
+            values = tensor.detach().numpy()
+        except TypeError as error:
+            raise InvalidInput(f"{source}: {name} is {tensor.dtype}, which numpy lacks; convert it first") from error
+        arrays.append(Array(f"parameters/{name}", values.shape, values.dtype, [Slab(0, values)]))
+    with replaced(target) as temporary:
+        write_file(temporary, arrays)
+    say(console, f"{target}: {len(arrays)} arrays")
+    return 0
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file in the block, which then gets its name if the block came to its end."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explained(path.parent):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def first_line(error: Exception) -> str:
+    """The message of an error, which torch follows with pages of advice."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Carry out the command; the process ends with a status that says how it went."""
+    options = parse(arguments)
+    try:
+        width = None if sys.stdout.isatty() else FILE_WIDTH
+        status = options.command(Console(width=width, markup=False, highlight=False), options.files)
+    except InvalidInput as error:
+        sys.stderr.write(f"apts_mpi.checkpoint: error: {error}\n")
+        status = ERROR
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The two writers of one format: all ranks into one file through MPI, or each rank into a file of its own."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import h5py
+import numpy as np
+
+from apts_mpi.checkpoint.format import (
+    GROUP,
+    INDEX,
+    METADATA,
+    Array,
+    Checkpoint,
+    Slab,
+    SlabChecksum,
+    checksum,
+    describe,
+    part_name,
+    seal,
+    slab_checksums,
+)
+from apts_mpi.comm import Communicator
+from apts_mpi.errors import InvalidInput
+
+Writer = Literal["mpio", "parts"]
+
+# The first version of the file format with virtual datasets.
+HDF5_VERSION = ("v110", "v110")
+
+# Bytes of a slab on disk. MPI libraries count bytes of one write in 32 bits.
+LARGEST_SLAB = 2**28
+
+# Bytes for HDF5's own structure in a file.
+RESERVE = 2**16
+
+
+class Place(NamedTuple):
+    """Where a slab belongs: its rank, number of its array, first row and number of rows."""
+
+    rank: int
+    array: int
+    first_row: int
+    rows: int
+
+
+def choose_writer(comm: Communicator) -> Writer:
+    """``mpio`` where h5py has MPI and there are several ranks, else ``parts``."""
+    return "mpio" if h5py.get_config().mpi and comm.size > 1 else "parts"
+
+
+def prepare(arrays: Sequence[Array], copy: bool) -> list[Array]:
+    """The same arrays with contiguous slabs of at most `LARGEST_SLAB` bytes and none without rows.
+
+    Parameters
+    ----------
+    arrays
+        This rank's part of each.
+    copy
+        Whether the values may change before they are written.
+
+    Raises
+    ------
+    InvalidInput
+        If a name cannot be used or a slab does not fit its array.
+    """
+    names = Counter(array.name for array in arrays)
+    for name in names:
+        steps = name.split("/")
+        groups = {"/".join(steps[:depth]) for depth in range(1, len(steps))}
+        if names[name] > 1 or steps[0] == GROUP or groups & names.keys() or not {"", ".", ".."}.isdisjoint(steps):
+            raise InvalidInput(
+                f"checkpoint: array name {name!r} cannot be used; names are distinct paths such as "
+                f"'parameters/0.weight', none inside another and none below '{GROUP}'"
+            )
+    return [Array(array.name, tuple(array.shape), np.dtype(array.dtype), list(pieces(array, copy))) for array in arrays]
+
+
+def pieces(array: Array, copy: bool) -> Iterator[Slab]:
+    """The slabs of an array, cut where they are large."""
+    for slab in array.slabs:
+        values = np.array(slab.values, order="C", copy=True if copy else None)
+        fits = values.shape[1:] == tuple(array.shape[1:]) and values.ndim == len(array.shape)
+        if values.dtype != array.dtype or not fits or values.dtype.kind not in "biufc":
+            raise InvalidInput(
+                f"checkpoint: {array.name} of shape {array.shape} and dtype {array.dtype} was given a slab of shape "
+                f"{values.shape} and dtype {values.dtype}; give rows of the array, of numbers or truth values"
+            )
+        if values.ndim == 0:
+            yield Slab(0, values)
+            continue
+        rows = max(LARGEST_SLAB // max(values[:1].nbytes, 1), 1)
+        if values.size:
+            for start in range(0, len(values), rows):
+                yield Slab(slab.first_row + start, values[start : start + rows])
+
+
+def own_places(arrays: Sequence[Array], rank: int) -> list[Place]:
+    """The slabs of a rank, in the order of arrays and slabs."""
+    return [
+        Place(rank, number, slab.first_row, slab.rows) for number, array in enumerate(arrays) for slab in array.slabs
+    ]
+
+
+def agree_on_places(arrays: Sequence[Array], comm: Communicator) -> list[Place]:
+    """The slabs of all ranks, in the order of ranks, arrays and slabs. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        If the ranks describe different arrays, or their slabs do not cover each row once.
+    """
+    described = [(array.name, array.shape, array.dtype.str) for array in arrays]
+    collected = comm.collect((described, own_places(arrays, comm.rank)))
+    places = [place for _, rank_places in collected for place in rank_places]
+    with comm.shared_errors():
+        for rank, (others, _) in enumerate(collected):
+            for first, other in zip_longest(collected[0][0], others):
+                if first != other:
+                    raise InvalidInput(
+                        f"checkpoint: where rank 0 gives the array {first}, rank {rank} gives {other}; "
+                        "all ranks give the same list"
+                    )
+        for number, array in enumerate(arrays):
+            check_cover(array, [place for place in places if place.array == number])
+    return places
+
+
+def check_cover(array: Array, places: Sequence[Place]) -> None:
+    """Raise `InvalidInput` unless slabs cover each row of an array once, and rank 0 gives a scalar."""
+    if array.shape == () and any(place.rank for place in places):
+        raise InvalidInput(f"checkpoint: {array.name} of shape () comes from another rank; it is rank 0's to give")
+    covered = 0
+    for place in sorted(places, key=lambda place: place.first_row):
+        if place.first_row != covered:
+            break
+        covered += place.rows
+    else:
+        if covered == (array.shape or (1,))[0] or 0 in array.shape:
+            return
+    raise InvalidInput(
+        f"checkpoint: the slabs of {array.name} of shape {array.shape} leave out or repeat a row after the first "
+        f"{covered}; together the ranks give each row once"
+    )
+
+
+def shared(arrays: Sequence[Array], comm: Communicator) -> list[int]:
+    """Numbers of the arrays that several ranks may contribute to; the others are rank 0's."""
+    return [number for number, array in enumerate(arrays) if array.shape and 0 not in array.shape and comm.size > 1]
+
+
+def dataset_in_part(array: Array, first_row: int) -> str:
+    """Name of a slab in the file of its rank."""
+    return f"{array.name}/{first_row}"
+
+
+def write_part(path: Path, arrays: Sequence[Array], numbers: Sequence[int]) -> tuple[int, Flush]:
+    """Write this rank's slabs of the arrays ``numbers`` into a file of its own; returns what `seal` does, too."""
+    slabs = [
+        (dataset_in_part(arrays[number], slab.first_row), slab.values)
+        for number in numbers
+        for slab in arrays[number].slabs
+    ]
+    with h5py.File(path, "w", libver=HDF5_VERSION, locking=False) as file:
+        for name, values in slabs:
+            file[name] = values
+    flush = Flush(path)
+    return seal(path, [SlabChecksum(name, 0, len(values), checksum(values)) for name, values in slabs]), flush
+
+
+def write_together(
+    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[Place], comm: Communicator
+) -> None:
+    """Write the slabs that all ranks have of the arrays ``numbers`` into one file through MPI. Collective.
+
+    Raises
+    ------
+    Exception
+        Of HDF5, on the ranks where it failed, after all have come to the end.
+    """
+    failures = []
+    with h5py.File(path, "w", driver="mpio", comm=comm.mpi, libver=HDF5_VERSION, locking=False) as file:
+        collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
+        collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
+        for number in numbers:
+            array = arrays[number]
+            # Without the fill value, which would be written to disk before the values.
+            dataset = file.create_dataset(array.name, array.shape, array.dtype, fill_time="never")
+            counts = np.bincount([place.rank for place in places if place.array == number])
+            for turn in range(counts.max()):
+                try:
+                    write_slab(dataset.id, array.slabs[turn] if turn < len(array.slabs) else None, collective)
+                except Exception as error:
+                    # The others go on to the next collective write; to stay away would leave them waiting there.
+                    failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def write_slab(dataset: h5py.h5d.DatasetID, slab: Slab | None, collective: h5py.h5p.PropDXID) -> None:
+    """Write one slab, or take part with nothing: h5py itself leaves an empty slice out (h5py/h5py#965). Collective."""
+    target = dataset.get_space()
+    if slab is None:
+        source, values = target.copy(), np.empty(0, dataset.dtype)
+        source.select_none()
+        target.select_none()
+    else:
+        source, values = h5py.h5s.create_simple(slab.values.shape), slab.values
+        target.select_hyperslab((slab.first_row,) + (0,) * (values.ndim - 1), values.shape)
+    dataset.write(source, target, values, dxpl=collective)
+
+
+def write_own(path: Path, arrays: Sequence[Array]) -> None:
+    """On rank 0: write arrays to which only it contributes into the main file, which may be there already."""
+    with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:
+        for array in arrays:
+            dataset = file.create_dataset(array.name, array.shape, array.dtype)
+            for slab in array.slabs:
+                part = slice(slab.first_row, slab.first_row + slab.rows) if array.shape else ()
+                dataset[part] = slab.values
+
+
+def show_parts(
+    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[Place], parts: str
+) -> None:
+    """On rank 0: make of the slabs in directory ``parts`` virtual datasets of the main file, the arrays ``numbers``."""
+    with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:
+        for number in numbers:
+            array = arrays[number]
+            layout = h5py.VirtualLayout(array.shape, array.dtype)
+            for place in (place for place in places if place.array == number):
+                layout[place.first_row : place.first_row + place.rows] = h5py.VirtualSource(
+                    f"{parts}/{part_name(place.rank)}",  # relative to the main file
+                    dataset_in_part(array, place.first_row),
+                    (place.rows, *array.shape[1:]),
+                    array.dtype,
+                )
+            file.create_virtual_dataset(array.name, layout)
+
+
+def finish_file(path: Path, index: str, metadata: str, slabs: Iterable[SlabChecksum]) -> None:
+    """On rank 0: add the two texts to the main file, and seal it with the CRC-32 of the ``slabs`` in it."""
+    with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:
+        for name, text in ((INDEX, index), (METADATA, metadata)):
+            file[name] = np.frombuffer(text.encode(), dtype=np.uint8)
+    seal(path, slabs)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file that occupies disk space for ``size`` bytes of values, or raise `OSError`."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(number, 0, size + RESERVE)
+    finally:
+        os.close(number)
+
+
+class Flush:
+    """Brings a file to disk, from now on and in the background, while it is verified; `finish` ends it."""
+
+    def __init__(self, path: Path) -> None:
+        # Opened here, as the file may soon have another name.
+        number = os.open(path, os.O_RDONLY)
+        self._number = number
+        self._close = weakref.finalize(self, os.close, number)
+        self._flushing = ThreadPoolExecutor(1).submit(os.fsync, number)
+
+    def finish(self) -> None:
+        """Wait until the file as it is now is on disk."""
+        self._flushing.result()
+        os.fsync(self._number)
+        self._close()
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_file(path: Path, arrays: Sequence[Array]) -> None:
+    """Write a checkpoint of arrays without MPI, and read it back.
+
+    Raises
+    ------
+    InvalidInput, OSError, RuntimeError
+        If the arrays cannot be saved or the file not written.
+    """
+    arrays = prepare(arrays, copy=False)
+    write_own(path, arrays)
+    finish_file(path, describe(arrays, 0, "", ()), "{}", slab_checksums(arrays))
+    with Checkpoint(path) as checkpoint:
+        checkpoint.verify()
+    synchronise(path)

@@ -1,0 +1,39 @@
+"""Ranks that are threads of one process, for what is to be tested without mpirun."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+from apts_mpi.comm import Communicator
+from apts_mpi.events import Events
+
+
+class ThreadRank:
+    """What `Communicator` needs of an MPI communicator to exchange small objects."""
+
+    def __init__(self, rank, slots, barrier):
+        self.rank, self.slots, self.barrier = rank, slots, barrier
+
+    def Get_attr(self, key):
+        return SimpleNamespace(comm=self, groups={})
+
+    def Get_rank(self):
+        return self.rank
+
+    def Get_size(self):
+        return len(self.slots)
+
+    def allgather(self, value):
+        self.slots[self.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+
+def on_ranks(size, function):
+    """What ``function`` returns on each of ``size`` ranks, called with the rank's communicator."""
+    slots, barrier = [None] * size, threading.Barrier(size)
+    comms = [Communicator(ThreadRank(rank, slots, barrier), Events()) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(function, comms))
