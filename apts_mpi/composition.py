@@ -14,7 +14,7 @@ from apts_mpi.partition import Layer, Subdomain, make_subdomains, most_subdomain
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE_BLOCK = 4096
 
-DAMPING = {"kfac": 3e-3, "gauss-newton": 1e-7}
+DAMPING = {"kfac": 0.3, "gauss-newton": 1e-7}
 
 
 def compose(

@@ -2,8 +2,9 @@
 
 Per layer the Fisher matrix is taken for A (x) G with A = E[a a^T] of the inputs and G = E[l l^T] of the per-sample
 output gradients (Martens and Grosse, arXiv 1503.05671); convolutions sum A over positions (Grosse and Martens,
-arXiv 1602.01407). Damping gamma is split as in section 6.3 of the first: A + pi sqrt(gamma) I and
-G + sqrt(gamma)/pi I with pi^2 the ratio of their mean eigenvalues.
+arXiv 1602.01407). The damping is split over the factors as in section 6.3 of the first, but relative to them: A + a
+sqrt(gamma) I and G + g sqrt(gamma) I with a and g their mean eigenvalues. Relative, as G scales with the square of the
+loss's scale, of the samples' positions, and falls with the loss: against it an absolute damping soon is everything.
 """
 
 from __future__ import annotations
@@ -93,10 +94,7 @@ class KroneckerFactors:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
-        inputs, outputs = statistics
-        ratio = (inputs.diagonal().mean() / outputs.diagonal().mean().clamp_min(TINY)).sqrt().clamp(1e-6, 1e6)
-        self._inverse_inputs = _damped_inverse(inputs, damping**0.5 * ratio)
-        self._inverse_outputs = _damped_inverse(outputs, damping**0.5 / ratio)
+        self._inverse_inputs, self._inverse_outputs = (_damped_inverse(factor, damping**0.5) for factor in statistics)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
@@ -125,9 +123,8 @@ class EmbeddingFactors:
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
         inputs, outputs = statistics
-        ratio = (inputs.mean() / outputs.diagonal().mean().clamp_min(TINY)).sqrt().clamp(1e-6, 1e6)
-        self._inverse_inputs = 1.0 / (inputs + damping**0.5 * ratio)
-        self._inverse_outputs = _damped_inverse(outputs, damping**0.5 / ratio)
+        self._inverse_inputs = _damped_reciprocal(inputs, damping**0.5)
+        self._inverse_outputs = _damped_inverse(outputs, damping**0.5)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
@@ -162,7 +159,7 @@ class NormalisationDiagonal:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
-        self._inverse = 1.0 / (statistics[0] + damping)
+        self._inverse = _damped_reciprocal(statistics[0], damping)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
@@ -178,14 +175,14 @@ class GradientDiagonal:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
-        self._inverse = 1.0 / (statistics[0] + damping)
+        self._inverse = _damped_reciprocal(statistics[0], damping)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
         return -gradient * self._inverse
 
 
-# Keeps ratios of traces finite where a layer's gradients vanish.
+# Least damping, for layers whose gradients vanish.
 TINY = 1e-30
 
 
@@ -207,12 +204,17 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     return GradientDiagonal()
 
 
-def _damped_inverse(matrix: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """Inverse of a positive semi-definite matrix plus ``damping`` times the identity, by Cholesky."""
+def _damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Inverse of a positive semi-definite matrix plus ``damping`` times its mean eigenvalue, by Cholesky."""
     damped = matrix.clone()
-    damped.diagonal().add_(damping)
+    damped.diagonal().add_((damping * matrix.diagonal().mean()).clamp_min(TINY))
     factor, _ = torch.linalg.cholesky_ex(damped)
     return torch.cholesky_inverse(factor)
+
+
+def _damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """The same of a diagonal matrix."""
+    return 1.0 / (diagonal + (damping * diagonal.mean()).clamp_min(TINY))
 
 
 def _rows_of_channels(gradient: torch.Tensor, module: nn.Linear | nn.Conv2d) -> torch.Tensor:

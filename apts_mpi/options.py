@@ -82,8 +82,8 @@ class LocalOptions:
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping
-        Of the curvature: for kfac the Tikhonov term, for gauss-newton relative to the mean diagonal. null: 3e-3 and
-        1e-7.
+        Of the curvature: for kfac relative to the mean eigenvalue of a layer's, for gauss-newton to that of the
+        block's. null: 0.3 and 1e-7.
     decay
         Of the running means of kfac, an update.
     refresh

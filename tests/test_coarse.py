@@ -198,7 +198,7 @@ def test_corrections_of_the_step_before_widen_the_span(world):
     """With them the reduced model is never worse, and the iterates are those of one rank."""
 
     def run(comm, *columns):
-        base = gauss_newton(initial_radius=10.0)
+        base = gauss_newton(initial_radius=0.1, subdomains=3)
         coarse = dataclasses.replace(base.coarse, columns=("correction", *columns), damping=0.0, samples=1.0)
         solver = networks.make_solver(comm, dataclasses.replace(base, coarse=coarse))
         first, second = (solver.step(networks.classified(seed=seed)).schwarz for seed in (1, 2))
@@ -337,7 +337,7 @@ def test_the_samples_that_measure_the_curvature_do_not_depend_on_the_ranks():
 
 def test_defaults_compose():
     solver = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=3))
-    assert solver.options.local == LocalOptions(solver="kfac", damping=3e-3)
+    assert solver.options.local == LocalOptions(solver="kfac", damping=0.3)
     assert solver.options.schwarz.variant == "inexact" and solver.options.schwarz.local_data == "shard"
 
 

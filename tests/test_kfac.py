@@ -98,9 +98,11 @@ def test_direction_is_the_damped_inverse_of_the_factors(kind):
     activations = rows.T @ rows / 6
     torch.testing.assert_close(statistics[0], activations, rtol=1e-12, atol=1e-14)
     outputs = statistics[1]
-    ratio = torch.sqrt(activations.diagonal().mean() / outputs.diagonal().mean())
-    left = torch.linalg.inv(outputs + damping**0.5 / ratio * torch.eye(3, dtype=torch.float64))
-    right = torch.linalg.inv(activations + damping**0.5 * ratio * torch.eye(len(activations), dtype=torch.float64))
+    # Damped relative to the mean eigenvalue of each.
+    left, right = (
+        torch.linalg.inv(factor + damping**0.5 * factor.trace() / len(factor) * torch.eye(len(factor)).double())
+        for factor in (outputs, activations)
+    )
     weights = gradient[: layer.weight.numel()].view(3, -1)
     if kind != "no bias":
         weights = torch.cat([weights, gradient[layer.weight.numel() :, None]], dim=1)
@@ -231,3 +233,39 @@ def test_weights_used_without_calling_their_layer_fall_back_to_the_gradient():
     kinds = [type(layer[0]) for layer in solver.schwarz.solvers[0]._layers]
     assert kinds == [GradientDiagonal]
     assert results[-1].schwarz.loss < results[0].schwarz.loss
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (nn.Linear(4, 3), torch.randn(6, 4)),
+        (nn.Embedding(5, 3), torch.tensor([0, 1, 2, 3, 4, 0])),
+        (nn.LayerNorm(4), torch.randn(6, 4)),
+        (nn.Bilinear(4, 4, 3), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_scale_of_the_loss_does_not_matter_but_for_the_length(layer, inputs):
+    """A loss times c has c^2 times the curvature by gradients, and c times the gradient: 1/c times the direction."""
+    torch.manual_seed(0)
+    layer.double()
+    inputs = torch.randn(6, 4).double() if inputs is None else inputs.double() if inputs.is_floating_point() else inputs
+    pair = isinstance(layer, nn.Bilinear)
+    targets = torch.randn_like(layer(inputs, inputs) if pair else layer(inputs))
+    curvature = make_curvature(layer, sum(parameter.numel() for parameter in layer.parameters()))
+
+    def direction(scale):
+        layer.zero_grad()
+
+        def loss(outputs, targets):
+            return scale * nn.functional.mse_loss(outputs, targets)
+
+        if pair:
+            gradient = torch.autograd.grad(loss(layer(inputs, inputs), targets), list(layer.parameters()))
+            records, flat = [], torch.cat([part.flatten() for part in gradient])
+        else:
+            records, flat = recorded(nn.Sequential(layer), layer, inputs, targets, loss)
+        curvature.refresh(curvature.measure(batch_of(records, flat, 6)), 0.3)
+        return curvature.direction(flat)
+
+    torch.testing.assert_close(1e-4 * direction(1e-4), direction(1.0), rtol=1e-9, atol=1e-12)
