@@ -1,7 +1,7 @@
 """Local solvers: a few iterations on a local objective inside the subdomain's ball.
 
-Those of this file do not wait for the device: what depends on values is written with tensors, so that a GPU is kept
-busy. Those with second-order models are in `apts_mpi.local_second_order`.
+Those of this file do not wait for the device, but for dense Gauss-Newton: what depends on values is written with
+tensors, so that a GPU is kept busy. Those with second-order models are in `apts_mpi.local_second_order`.
 """
 
 from __future__ import annotations
