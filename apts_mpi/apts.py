@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
 from apts_mpi.batch import passes_of_batch, team_shares
+from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
-from apts_mpi.composition import compose, split_parameters
+from apts_mpi.composition import compose, describe, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
@@ -20,11 +23,21 @@ from apts_mpi.iteration import Judged, State, StepResult
 from apts_mpi.local import needs_evaluations
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layer, Layout
+from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
+from apts_mpi.solver_state import load_solver, save_solver
 from apts_mpi.trust_region import judge, steepest_descent
 from apts_mpi.vector import FlatParameters, clip_to_ball, norm
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was known at the point of a checkpoint: loss, gradient, and a rejected correction to be used again."""
+
+    evaluated: bool = False
+    differentiated: bool = False
+    correction: torch.Tensor | None = None
 
 
 class APTS:
@@ -74,12 +87,16 @@ class APTS:
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward)
             self.vector = FlatParameters(network)
-            layers = segmented.layers(self.vector)
-            self.subdomains = split_parameters(options, layers, self.comm.size)
+            self.layers = segmented.layers(self.vector)
+            self.subdomains = split_parameters(options, self.layers, self.comm.size)
             count = len(self.subdomains)
             self.layout = Layout(self.comm.size, count, options.replicas)
             options = compose(
-                options, network=network, called=forward is not None, layers=layers, subdomains=self.subdomains
+                options,
+                network=network,
+                called=forward is not None,
+                layers=self.layers,
+                subdomains=self.subdomains,
             )
         self.options = options
         self.comm.share_tensors([self.vector.values, *network.buffers()])
@@ -91,7 +108,7 @@ class APTS:
             loss=loss,
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
-            recorded=self._recorded(layers) if options.local.solver == "kfac" else (),
+            recorded=self._recorded() if options.local.solver == "kfac" else (),
             comm=self.comm,
             events=self.events,
         )
@@ -101,7 +118,7 @@ class APTS:
             trust_region=options.trust_region,
             objective=self.objective,
             subdomains=self.subdomains,
-            layers=layers,
+            layers=self.layers,
             layout=self.layout,
             comm=self.comm,
             team=team,
@@ -138,6 +155,7 @@ class APTS:
         self._run: Run | None = None
         self._has_gradient = False
         self._has_correction = False
+        self._saved = Saved()
 
     def step(
         self, batch: tuple[torch.Tensor, torch.Tensor] | None = None, rows: torch.Tensor | None = None
@@ -159,7 +177,7 @@ class APTS:
             On every rank, for a batch that is too small or a network whose parameters were moved.
         """
         started = seconds()
-        self._work_before = self.events.work
+        self.events.work = 0.0
         repeated = batch is None
         if batch is not None:
             self._take(batch, rows)
@@ -184,9 +202,13 @@ class APTS:
 
     def _take(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Make a new batch the present function f_k."""
+        self.state.functions += 1
+        self._cut(batch, rows)
+
+    def _cut(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
+        """Cut the batch of the present function into this rank's passes."""
         with self.comm.shared_errors():
             self.vector.check_alias()
-        self.state.functions += 1
         local_data = self.options.schwarz.local_data
         self._passes, self._batch_size = passes_of_batch(
             batch,
@@ -230,8 +252,7 @@ class APTS:
             )
             with self.events.timed("assembly"):
                 pending.wait()
-            if self.coarse is not None:
-                self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient, self._batch_size)
+            self._prepare_coarse()
             self._has_correction = True
         if self.coarse is not None:
             predicted = self.coarse.recombine(self.state.radius)
@@ -240,12 +261,16 @@ class APTS:
         clip_to_ball(correction, self.state.radius, self.options.trust_region.norm)
         return correction, None
 
-    def _recorded(self, layers: Sequence[Layer]) -> list[torch.nn.Module]:
+    def _prepare_coarse(self) -> None:
+        if self.coarse is not None:
+            self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient, self._batch_size)
+
+    def _recorded(self) -> list[torch.nn.Module]:
         """The layers of the subdomains that this rank carries."""
         carried = [self.subdomains[index] for index in self.layout.subdomains_of(self.layout.team_of(self.comm.rank))]
         return [
             self.network.get_submodule(layer.name)
-            for layer in layers
+            for layer in self.layers
             if any(part.start < layer.stop and layer.start < part.stop for part in carried)
         ]
 
@@ -290,8 +315,9 @@ class APTS:
                     table[:, 2].max(),
                 )
 
-            work = self.events.work - self._work_before
-            *record, self._most_work = self.comm.agree([float(self._run.loss), float(trial.loss), work], decide)
+            *record, self._most_work = self.comm.agree(
+                [float(self._run.loss), float(trial.loss), self.events.work], decide
+            )
         judged = Judged(*record[:5], bool(record[5]), *record[6:])
         self.state.radius = judged.next_radius
         if judged.accepted:
@@ -341,28 +367,76 @@ class APTS:
         self._gradient.copy_(gradient)
         return radius
 
+    def save(self) -> tuple[list[Array], dict[str, Any]]:
+        """Network and state of the solver, for `apts_mpi.checkpoint.CheckpointDirectory.save`. Collective.
+
+        The arrays are views where the values are in host memory: save them before the next `step`.
+
+        Returns
+        -------
+        arrays
+            Named arrays, of which each rank has a share.
+        metadata
+            The rest, for JSON.
+        """
+        # After a rejection the next step on the same batch uses the corrections again.
+        correction = self.schwarz.assembled if self._has_correction else None
+        arrays, metadata = save_solver(self.network, self._parts, correction, self.schwarz, self.comm)
+        known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
+        return arrays, metadata | known | {"state": asdict(self.state)}
+
+    def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
+        """Take over network and state from a checkpoint of any number of ranks and subdomains. Collective.
+
+        If the next step is to be one without a batch, as after a rejection, `repeat` has to give the batch before.
+
+        Parameters
+        ----------
+        checkpoint
+            The file, from `apts_mpi.checkpoint.open_checkpoint` or `newest_valid`.
+        metadata
+            What `save` returned.
+
+        Returns
+        -------
+        list of str
+            What could not be taken over because the options are others now, one sentence each.
+
+        Raises
+        ------
+        SharedInvalidInput
+            If the checkpoint is of another network, naming the first difference.
+        """
+        with self.comm.shared_errors():
+            self.vector.check_alias()
+            correction, notices = load_solver(self.network, self._parts, self.schwarz, checkpoint, metadata)
+            self.state = State(**metadata["state"])
+        self._forget()
+        self._saved = Saved(metadata["evaluated"], metadata["differentiated"], correction)
+        return notices
+
+    @property
+    def _parts(self) -> dict[str, CoarseLevel | GlobalStep | None]:
+        return {"coarse": self.coarse, "global_step": self.global_step}
+
+    def repeat(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> None:
+        """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
+        self._cut(batch, rows)
+        if self._saved.differentiated:
+            self._evaluate()
+        elif self._saved.evaluated:
+            self._run = self.objective.forward(self._passes, keep_graph=True)
+        if self._saved.correction is not None:
+            self.schwarz.assembled.copy_(self._saved.correction)
+            self._prepare_coarse()
+            self._has_correction = True
+
     def describe(self) -> str:
         """The composed solver, in words, for ``--view``."""
-        return describe(self)
-
-
-def describe(solver: APTS) -> str:
-    """The composed solver, in words."""
-    options, layout = solver.options, solver.layout
-    lines = [
-        f"APTS: {solver.vector.values.numel()} parameters, {solver.vector.values.dtype}, "
-        f"{len(solver.objective.segmented)} segments",
-        f"  ranks: {layout.ranks} in {layout.teams} teams, replicas {layout.replicas}",
-        f"  schwarz: {options.schwarz}",
-        f"  local: {options.local}",
-        f"  trust region: {options.trust_region}",
-        f"  coarse: {options.coarse}",
-        f"  global step: {options.global_step}",
-    ]
-    for subdomain in solver.subdomains:
-        lines.append(
-            f"  subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop} "
-            f"(owned {subdomain.owned_start} to {subdomain.owned_stop}), "
-            f"segments {subdomain.first_segment} to {subdomain.last_segment}"
+        return describe(
+            self.options,
+            self.layout,
+            self.subdomains,
+            f"{self.vector.values.numel()} parameters, {self.vector.values.dtype}, "
+            f"{len(self.objective.segmented)} segments",
         )
-    return "\n".join(lines)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mpi4py import MPI
 
 from apts_mpi.batch import passes_of_batch
+from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
+from apts_mpi.network_state import (
+    load_network,
+    named_tensors,
+    put_tensors,
+    reader,
+    replicated_arrays,
+    take_tensors,
+)
 from apts_mpi.objective import Loss, Objective
 from apts_mpi.partition import Layout, Subdomain
 from apts_mpi.segments import Forward, SegmentedNetwork
@@ -35,6 +45,7 @@ class BaselineResult:
     gradient_norm: float
     gradient_evaluations: float
     seconds: float
+    accepted: bool = True
 
 
 class DataParallel:
@@ -63,6 +74,7 @@ class DataParallel:
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
+        self.network = network
         self.events = Events()
         self.comm = Communicator(comm, self.events)
         with self.comm.shared_errors():
@@ -90,7 +102,8 @@ class DataParallel:
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> BaselineResult:
         """One step on the whole batch, given on every rank. Collective. See `apts_mpi.APTS.step`."""
-        started, work = seconds(), self.events.work
+        started = seconds()
+        self.events.work = 0.0
         self.iteration += 1
         passes, batch_size = passes_of_batch(
             batch,
@@ -109,7 +122,7 @@ class DataParallel:
             nonlocal most_work
             run = self.objective.forward(passes, keep_graph=True)
             self.objective.backward(passes, run)
-            own = [float(run.loss), self.events.work - work]
+            own = [float(run.loss), self.events.work]
             loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
             if not first:
                 self.objective.buffers.accept()
@@ -119,6 +132,23 @@ class DataParallel:
         self.optimizer.step(closure)
         evaluations = most_work * self.comm.size / batch_size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
+
+    def save(self) -> tuple[list[Array], dict[str, Any]]:
+        """Network and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""
+        tensors: dict[str, torch.Tensor] = {}
+        kept = self.optimizer.state_dict()["state"].get(0)
+        metadata = {"iteration": self.iteration, "optimizer": take_tensors(kept, "optimizer", tensors)}
+        return replicated_arrays(named_tensors(self.network) | tensors, self.comm), metadata
+
+    def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
+        """Take over what `save` has saved, on any number of ranks. Collective. See `apts_mpi.APTS.load`."""
+        with self.comm.shared_errors():
+            load_network(self.network, checkpoint)
+            self.iteration = metadata["iteration"]
+            kept = put_tensors(metadata["optimizer"], reader(checkpoint, self._flat.device))
+            if kept is not None:
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": {0: kept}})
+        return []
 
     def describe(self) -> str:
         """The optimizer and its settings, in words."""

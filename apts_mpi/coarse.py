@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -198,6 +198,17 @@ class CoarseLevel:
         self.step.zero_()
         for coefficient, column in zip(coefficients, self._columns, strict=True):
             self.step[column.start : column.stop].add_(column.values, alpha=float(coefficient))
+
+    def state(self) -> dict[str, Any]:
+        """What lasts from one iteration to the next, by name: numbers and tensors of shape (n,)."""
+        return {"last_step": self.last_step, "last_correction": self.last_correction, "raised": self.raised}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` has returned; a last correction only where both or neither keep it."""
+        self.last_step.copy_(state["last_step"])
+        if len(state["last_correction"]) == len(self.last_correction):
+            self.last_correction.copy_(state["last_correction"])
+        self.raised = state["raised"]
 
     def follow(self, accepted: bool, poor: bool) -> None:
         """Take note of how the step was judged."""

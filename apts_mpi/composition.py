@@ -9,7 +9,7 @@ import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layer, Subdomain, make_subdomains, most_subdomains, whole_subdomains
+from apts_mpi.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE_BLOCK = 4096
@@ -128,3 +128,23 @@ def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int) 
     if options.subdomains is None:
         count = min(count, most_subdomains(layers, schwarz.partition))
     return make_subdomains(layers, count, schwarz.partition, schwarz.overlap)
+
+
+def describe(options: APTSOptions, layout: Layout, subdomains: Sequence[Subdomain], network: str) -> str:
+    """The composed solver, in words; ``network`` says what it works on."""
+    lines = [
+        f"APTS: {network}",
+        f"  ranks: {layout.ranks} in {layout.teams} teams, replicas {layout.replicas}",
+        f"  schwarz: {options.schwarz}",
+        f"  local: {options.local}",
+        f"  trust region: {options.trust_region}",
+        f"  coarse: {options.coarse}",
+        f"  global step: {options.global_step}",
+    ]
+    for subdomain in subdomains:
+        lines.append(
+            f"  subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop} "
+            f"(owned {subdomain.owned_start} to {subdomain.owned_stop}), "
+            f"segments {subdomain.first_segment} to {subdomain.last_segment}"
+        )
+    return "\n".join(lines)

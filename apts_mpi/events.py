@@ -32,8 +32,9 @@ class Events:
     totals : dict of str to Event
         Totals by name of event.
     work : float
-        Samples times share of the network times `FORWARD` or `BACKWARD`, summed over passes. Divided by the samples
-        of a rank when the batch is spread evenly, it is a number of gradient evaluations.
+        Of the present iteration: samples times share of the network times `FORWARD` or `BACKWARD`, summed over
+        passes. Divided by the samples of a rank when the batch is spread evenly, it is a number of gradient
+        evaluations.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -82,6 +83,26 @@ class GlobalStep:
         if function == self._function:
             self.memory.update(values - self._values, gradient - self._gradient)
         self._function, self._values, self._gradient = function, values.clone(), gradient.clone()
+
+    def state(self) -> dict[str, Any]:
+        """What lasts from one iteration to the next: numbers, tensors of shape (n,) and lists of them, by name."""
+        if self._function is None:
+            return {}
+        memory = self.memory
+        return {
+            "function": self._function,
+            "values": self._values,
+            "gradient": self._gradient,
+            "steps": memory.steps,
+            "changes": memory.changes,
+            "gamma": memory.gamma,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` has returned."""
+        if state:
+            self._function, self._values, self._gradient = state["function"], state["values"], state["gradient"]
+            self.memory.restore(state["steps"], state["changes"], state["gamma"])
 
     def find(self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float) -> tuple[torch.Tensor, float | None]:
         """The model's step within ``radius``. Collective.

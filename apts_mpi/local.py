@@ -15,6 +15,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.curvature import TINY, Curvature, GradientDiagonal, LayerBatch
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
+from apts_mpi.local_state import LayerState, LocalState, Memoryless
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.recorder import LayerRecord
 from apts_mpi.transport import Mirror
@@ -28,8 +29,14 @@ class LocalSolver(Protocol):
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """Collective over the team where it evaluates the objective."""
 
+    def state(self) -> LocalState:
+        """What it keeps from one iteration to the next."""
 
-class SteepestDescent:
+    def restore(self, state: LocalState) -> None:
+        """Take over the state of a solver of the same kind."""
+
+
+class SteepestDescent(Memoryless):
     """Steps of length radius / iterations down the gradient."""
 
     def __init__(self, iterations: int) -> None:
@@ -74,6 +81,17 @@ class Adam:
             length = norm(direction, kind)
             length = torch.where(length > 0.0, length, torch.ones_like(length))
             local.block.add_(direction.mul_(-radius / self._iterations / length))
+
+    def state(self) -> LocalState:
+        """See `LocalSolver`."""
+        moments = {"first_moment": self.first_moment, "second_moment": self.second_moment}
+        return LocalState(numbers={"count": self.count}, vectors=moments)
+
+    def restore(self, state: LocalState) -> None:
+        """See `LocalSolver`."""
+        self.count = state.numbers["count"]
+        self.first_moment.copy_(state.vectors["first_moment"])
+        self.second_moment.copy_(state.vectors["second_moment"])
 
 
 class KFAC:
@@ -127,6 +145,27 @@ class KFAC:
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """Minus the inverse curvature of the block times a gradient, both of shape (stop - start,)."""
         return torch.cat([curvature.direction(gradient[part]) for curvature, _, part in self._layers])
+
+    def state(self) -> LocalState:
+        """See `LocalSolver`; the factors follow from the running means."""
+        layers = [
+            LayerState(type(curvature).__name__, means)
+            for (curvature, _, _), means in zip(self._layers, self.statistics, strict=False)
+        ]
+        return LocalState(numbers={"count": self.count, "updates": self.updates}, layers=layers)
+
+    def restore(self, state: LocalState) -> None:
+        """See `LocalSolver`."""
+        self.count, self.updates = state.numbers["count"], state.numbers["updates"]
+        self.statistics = [layer.tensors for layer in state.layers]
+        if state.layers:
+            unseen = [layer.kind == GradientDiagonal.__name__ for layer in state.layers]
+            self._layers = [
+                (GradientDiagonal() if replaced else curvature, module, part)
+                for (curvature, module, part), replaced in zip(self._layers, unseen, strict=True)
+            ]
+        for means, (curvature, _, _) in zip(self.statistics, self._layers, strict=False):
+            curvature.refresh(means, self._options.damping)
 
     def _update(self, local: LocalObjective) -> None:
         """Take in the statistics of this batch, and factorise."""
@@ -213,8 +252,16 @@ class GaussNewton:
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
 
+    def state(self) -> LocalState:
+        """See `LocalSolver`."""
+        return LocalState(numbers={"shift": self.shift})
 
-class TrustRegion:
+    def restore(self, state: LocalState) -> None:
+        """See `LocalSolver`."""
+        self.shift = state.numbers["shift"]
+
+
+class TrustRegion(Memoryless):
     """First-order trust region on the local objective; its own radius starts at the ball's.
 
     The last iteration evaluates the objective without its gradient.

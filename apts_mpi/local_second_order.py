@@ -9,10 +9,14 @@ import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.local_objective import LocalObjective
+from apts_mpi.local_state import LocalState, Memoryless
 from apts_mpi.models import LSR1, Model, ProductKind, ProductModel
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.trust_region import NormKind, euclidean_radius, judge
 from apts_mpi.vector import clip_to_ball, norm
+
+# Names of the two vectors of a pair in the state.
+PAIR = ("step", "change")
 
 
 class LSR1TrustRegion:
@@ -51,8 +55,22 @@ class LSR1TrustRegion:
             self.memory.update(step, gradient - before)
             trials.judge(value, gradient)
 
+    def state(self) -> LocalState:
+        """See `apts_mpi.local.LocalSolver`."""
+        memory = self.memory
+        pairs = enumerate(zip(memory.steps, memory.changes, strict=True))
+        vectors = {f"{name}_{index}": vector for index, pair in pairs for name, vector in zip(PAIR, pair, strict=True)}
+        return LocalState(numbers={"pairs": len(memory.steps), "gamma": memory.gamma}, vectors=vectors)
 
-class SteihaugTrustRegion:
+    def restore(self, state: LocalState) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        steps, changes = (
+            [state.vectors[f"{name}_{index}"] for index in range(state.numbers["pairs"])] for name in PAIR
+        )
+        self.memory.restore(steps, changes, state.numbers["gamma"])
+
+
+class SteihaugTrustRegion(Memoryless):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
     An iteration costs up to `apts_mpi.models.CG_ITERATIONS` + 1 products. The last one evaluates the objective without

@@ -82,6 +82,12 @@ class LSR1:
                 self.changes.append(pair[1])
                 self._form()
 
+    def restore(self, steps: Sequence[torch.Tensor], changes: Sequence[torch.Tensor], gamma: float) -> None:
+        """Take over the pairs and the scale of another model."""
+        self.steps, self.changes, self.gamma = list(steps), list(changes), gamma
+        if self.steps:
+            self._form()
+
     def _admits(self, step: torch.Tensor, change: torch.Tensor) -> bool:
         residual = change - self.product(step)
         length = norm(residual, "2")

@@ -155,7 +155,7 @@ def make_subdomains(
 
 
 def _subdomain(layers: Sequence[Layer], index: int, owned: tuple[int, int], extended: tuple[int, int]) -> Subdomain:
-    touched = [layer for layer in layers if layer.start < extended[1] and extended[0] < layer.stop]
+    touched = layers_between(layers, *extended)
     return Subdomain(
         index,
         *extended,
@@ -163,6 +163,11 @@ def _subdomain(layers: Sequence[Layer], index: int, owned: tuple[int, int], exte
         first_segment=min(layer.first_segment for layer in touched),
         last_segment=max(layer.last_segment for layer in touched),
     )
+
+
+def layers_between(layers: Sequence[Layer], start: int, stop: int) -> list[Layer]:
+    """The layers that have parameters in a range of the flat vector."""
+    return [layer for layer in layers if layer.start < stop and start < layer.stop]
 
 
 def whole_subdomains(layers: Sequence[Layer], count: int) -> tuple[Subdomain, ...]:

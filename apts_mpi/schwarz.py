@@ -14,7 +14,7 @@ from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
-from apts_mpi.partition import Layer, Layout, Subdomain, multiplicity
+from apts_mpi.partition import Layer, Layout, Subdomain, layers_between, multiplicity
 from apts_mpi.reduction import BUCKET_BYTES
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import subdomain_radius
@@ -40,8 +40,14 @@ class AdditiveSchwarz:
 
     Attributes
     ----------
+    subdomains, layers, comm
+        As given.
+    leads : bool
+        Whether this rank speaks for its team.
     correction : Tensor, shape (n,)
         The assembled correction, once the pending operation has completed.
+    local_solver : str
+        Name of the local solver.
     solvers : dict of int to LocalSolver
         Local solvers of the subdomains that this rank carries, with their state.
     """
@@ -62,12 +68,14 @@ class AdditiveSchwarz:
         events: Events,
     ) -> None:
         self._objective = objective
-        self._comm = comm
+        self.comm = comm
         self._team = team
         self._events = events
+        self.local_solver = local_options.solver
         self._damping = options.damping
         self._norm = trust_region.norm
-        self._subdomains = subdomains
+        self.subdomains = subdomains
+        self.layers = layers
         self._data = options.decomposition == "data"
         self._values = objective.vector.values
         own_team = layout.team_of(comm.rank)
@@ -86,7 +94,7 @@ class AdditiveSchwarz:
         self._mirror = Mirror(self.correction)
         self._disjoint = not self._data and (options.overlap == 0 or options.type == "restrict")
         self._weights = {} if self._disjoint else _weights(subdomains, self.carried, self._values)
-        self._leads = team.rank == 0
+        self.leads = team.rank == 0
         self._ranges = [_led_range(layout, subdomains, rank) for rank in range(comm.size)]
         self._stack: torch.Tensor | None = None
         if self._data and recombined:
@@ -122,7 +130,7 @@ class AdditiveSchwarz:
             Radius of the ball that will hold the assembled correction.
         """
         # A mean of steps within a ball lies in it.
-        count = 1 if self._data else len(self._subdomains)
+        count = 1 if self._data else len(self.subdomains)
         local_radius = subdomain_radius(radius, count, self._norm)
         if not self._disjoint:
             self.correction.zero_()
@@ -156,14 +164,19 @@ class AdditiveSchwarz:
             owned = slice(subdomain.owned_start, subdomain.owned_stop)
             inner = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
             self.correction[owned] = ensure_descent(gradient[owned], inner, radius, self._norm)
-        elif self._leads:
+        elif self.leads:
             weights = self._weights[subdomain.index]
             weighted = ensure_descent(local.gradient * weights, displacement * weights, radius, self._norm)
             self.correction[subdomain.start : subdomain.stop] += weighted
 
+    @property
+    def assembled(self) -> torch.Tensor:
+        """What the pending operation completes: the correction, or one after the other those of all data subdomains."""
+        return self._mirror.tensor
+
     def columns(self) -> list[Column]:
         """The corrections one by one, for the coarse level: of each subdomain's own parameters, or all of them."""
-        parts = [(part.owned_start, part.owned_stop) for part in self._subdomains]
+        parts = [(part.owned_start, part.owned_stop) for part in self.subdomains]
         if self._stack is None:
             return [Column(start, stop, self.correction[start:stop]) for start, stop in parts]
         rows = self._stack.view(len(parts), -1)
@@ -187,23 +200,23 @@ class AdditiveSchwarz:
             owned = slice(subdomain.owned_start, subdomain.owned_stop)
             inner = direction[owned.start - subdomain.start : owned.stop - subdomain.start]
             torch.neg(inner, out=solved.tensor[owned])
-        pending = self._comm.pending()
-        self._comm.start_gather(pending, solved, self._ranges)
+        pending = self.comm.pending()
+        self.comm.start_gather(pending, solved, self._ranges)
         pending.wait()
 
     def _start_assembly(self) -> Pending:
         """Gather disjoint corrections, which moves half of what a sum does; sum overlapping ones bucket by bucket."""
-        pending = self._comm.pending()
+        pending = self.comm.pending()
         if self._damping != 1.0:
             self._mirror.tensor.mul_(self._damping)
         if self._disjoint or self._stack is not None:
-            self._comm.start_gather(pending, self._mirror, self._ranges)
+            self.comm.start_gather(pending, self._mirror, self._ranges)
             return pending
         bucket = BUCKET_BYTES // self.correction.element_size()
         size = self.correction.numel()
         for start in range(0, size, bucket):
             stop = min(start + bucket, size)
-            self._comm.start_sum(pending, self._mirror, self._mirror, start, stop)
+            self.comm.start_sum(pending, self._mirror, self._mirror, start, stop)
         return pending
 
 
@@ -212,9 +225,7 @@ def _curvatures(
 ) -> list[tuple[Curvature, torch.nn.Module, slice]]:
     """The layers of a subdomain with their curvature and their range within its block."""
     found = []
-    for layer in layers:
-        if layer.stop <= subdomain.start or subdomain.stop <= layer.start:
-            continue
+    for layer in layers_between(layers, subdomain.start, subdomain.stop):
         module = network.get_submodule(layer.name)
         part = slice(layer.start - subdomain.start, layer.stop - subdomain.start)
         found.append((make_curvature(module, layer.stop - layer.start), module, part))

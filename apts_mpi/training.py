@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
-from apts_mpi.baselines import DataParallel
+from apts_mpi.baselines import BaselineResult, DataParallel
+from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
-from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.iteration import StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
@@ -26,6 +27,39 @@ RETRIES = 3
 
 # Samples a forward pass when metrics are computed: bounds the memory of the activations.
 METRIC_SAMPLES = 2048
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes
+    ----------
+    epoch : int
+        The present one, from 1.
+    batch : int
+        Batches of it that are done with.
+    tries : int
+        Steps on the next batch that were rejected.
+    iteration, accepted, rejected : int
+        Steps so far.
+    gradient_evaluations, seconds : float
+        Of the steps; metrics are not counted.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    tries: int = 0
+    iteration: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    gradient_evaluations: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether the present epoch has begun."""
+        return self.batch > 0 or self.tries > 0
 
 
 class Training:
@@ -44,10 +78,8 @@ class Training:
     ----------
     solver : APTS or DataParallel
         The solver.
-    iteration, epoch : int
+    progress : Progress
         How far training has come.
-    gradient_evaluations, seconds : float
-        Their sums over the iterations; metrics are not counted.
     """
 
     def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Comm) -> None:
@@ -81,9 +113,9 @@ class Training:
             )
         self._check_batch()
         self.comm: Communicator = self.solver.comm
-        self.iteration = self.epoch = 0
-        self.accepted = self.rejected = 0
-        self.gradient_evaluations = self.seconds = 0.0
+        self.progress = Progress()
+        self._resumed = False
+        self._shuffled = 0
 
     def _check_batch(self) -> None:
         local_data = self.solver.options.schwarz.local_data if isinstance(self.solver, APTS) else "shard"
@@ -99,71 +131,136 @@ class Training:
         """Batches an epoch; samples that do not fill one are left out, others each epoch."""
         return self.samples // self.batch_size
 
-    def run(self, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Train to the end and return the metrics. Collective.
+    def run(
+        self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool] = lambda done: False
+    ) -> dict[str, Any] | None:
+        """Train to the end and return the metrics, or None if stopped before. Collective.
 
         Parameters
         ----------
         record
             Called on every rank with one dictionary an iteration and one an epoch, the same on every rank up to
             the seconds.
+        boundary
+            Called on every rank after each iteration, and told whether it was the last one; true stops the run.
+            Between the iterations `save` may be called.
         """
-        metrics: dict[str, Any] = {}
-        limit = self.options.max_iterations or math.inf
-        while self.epoch < self.epochs and self.iteration < limit:
+        metrics: dict[str, Any] | None = None
+        progress = self.progress
+        while not self.done:
             self.problem.network.train()
-            self.epoch += 1
-            for rows in self._rows():
-                for result in self._steps(rows):
-                    record(self._progress(result))
-                if self.iteration >= limit:
-                    break
-            metrics = self.metrics()
-            record({"epoch": self.epoch, "iteration": self.iteration, **self._totals(), **metrics})
+            record(self._note(self._step()))
+            metrics = None
+            if progress.batch == self.batches:
+                metrics = self._end_epoch(record)
+                progress.epoch += 1
+                progress.batch = 0
+            if boundary(self.done) and not self.done:
+                return None
+        if metrics is None:
+            # A run that its limit ends within an epoch, or that had nothing left to do.
+            metrics = self._end_epoch(record) if progress.within_epoch else self.metrics()
         return metrics
 
-    def _rows(self) -> Iterator[torch.Tensor | None]:
-        """Samples of each batch of this epoch; None is the full batch."""
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        progress = self.progress
+        return progress.epoch > self.epochs or progress.iteration >= (self.options.max_iterations or math.inf)
+
+    def _rows(self) -> torch.Tensor | None:
+        """Samples of the present batch; None is the full batch."""
         if self.batch_size == self.samples:
-            yield None
-            return
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.samples, generator=generator).to(self.train[0].device)
-        for index in range(self.batches):
-            yield order[index * self.batch_size : (index + 1) * self.batch_size]
+            return None
+        epoch, batch = self.progress.epoch, self.progress.batch
+        if epoch != self._shuffled:
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(self.samples, generator=generator).to(self.train[0].device)
+            self._shuffled = epoch
+        return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def _steps(self, rows: torch.Tensor | None) -> Iterator[StepResult | Any]:
-        """The iterations on one batch: one, and with APTS more while the step is rejected."""
+    def _step(self) -> StepResult | BaselineResult:
+        """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
+        rows = self._rows()
         if isinstance(self.solver, DataParallel):
-            yield self.solver.step(self.train, rows)
-            return
-        known = rows is None and self.iteration > 0
-        result = self.solver.step(None if known else self.train, rows)
-        yield result
-        for _ in range(RETRIES):
-            if result.accepted or self.iteration >= (self.options.max_iterations or math.inf):
-                return
-            result = self.solver.step()
-            yield result
+            return self.solver.step(self.train, rows)
+        known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
+        if known and self._resumed:
+            self.solver.repeat(self.train, rows)
+        self._resumed = False
+        return self.solver.step() if known else self.solver.step(self.train, rows)
 
-    def _progress(self, result: StepResult | Any) -> dict[str, Any]:
-        self.iteration += 1
-        self.gradient_evaluations += result.gradient_evaluations
-        self.seconds += result.seconds
-        values: dict[str, Any] = {"iteration": self.iteration, "epoch": self.epoch}
+    def _note(self, result: StepResult | BaselineResult) -> dict[str, Any]:
+        """Count an iteration, and say what it did."""
+        progress = self.progress
+        progress.iteration += 1
+        progress.gradient_evaluations += result.gradient_evaluations
+        progress.seconds += result.seconds
+        progress.accepted += result.accepted
+        progress.rejected += not result.accepted
+        values: dict[str, Any] = {"iteration": progress.iteration, "epoch": progress.epoch}
         if isinstance(result, StepResult):
-            self.accepted += result.accepted
-            self.rejected += not result.accepted
             values |= asdict(result.schwarz)
             if result.global_step is not None:
                 values["global_step"] = asdict(result.global_step)
         else:
-            self.accepted += 1
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
+        progress.tries += 1
+        if result.accepted or progress.tries > RETRIES:
+            progress.tries = 0
+            progress.batch += 1
         return values | self._totals()
 
+    def _end_epoch(self, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        metrics = self.metrics()
+        progress = self.progress
+        record({"epoch": progress.epoch, "iteration": progress.iteration, **self._totals(), **metrics})
+        return metrics
+
     def _totals(self) -> dict[str, float]:
-        return {"gradient_evaluations": self.gradient_evaluations, "seconds": self.seconds}
+        return {"gradient_evaluations": self.progress.gradient_evaluations, "seconds": self.progress.seconds}
+
+    def save(self) -> tuple[list[Array], dict[str, Any]]:
+        """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
+        arrays, solver = self.solver.save()
+        return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
+
+    def load(self, checkpoint: Checkpoint) -> list[str]:
+        """Go on where a checkpoint was saved; return what could not be taken over, one sentence each. Collective.
+
+        Raises
+        ------
+        SharedInvalidInput
+            If the checkpoint is not one of such a run, naming the first difference.
+        """
+        with self.comm.shared_errors():
+            self._check_identity(checkpoint)
+            self.progress = Progress(**checkpoint.metadata["progress"])
+        self._resumed = True
+        return self.solver.load(checkpoint, checkpoint.metadata["solver"])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run has to share with one that it goes on with: the order of the batches depends on it."""
+        options = self.options
+        return {
+            "problem": self.problem.name,
+            "optimizer": options.optimizer,
+            "dtype": options.dtype,
+            "seed": options.seed,
+            "train_samples": self.samples,
+            "batch_size": self.batch_size,
+        }
+
+    def _check_identity(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.metadata.get("run")
+        if saved is None:
+            raise InvalidInput(f"resume: {checkpoint.path} was not saved by a training run; give one that was")
+        for name, value in self._identity().items():
+            if saved[name] != value:
+                raise InvalidInput(
+                    f"{name}: {value!r} differs from the {saved[name]!r} with which {checkpoint.path} was made; "
+                    "resume with the same, or start a new run"
+                )
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
@@ -208,13 +305,12 @@ class Training:
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
             "parameters": self.solver.vector.values.numel(),
-            "epochs": self.epoch,
-            "iterations": self.iteration,
+            "epochs": self.progress.epoch - (not self.progress.within_epoch),
+            "iterations": self.progress.iteration,
             **metrics,
-            "accepted_steps": self.accepted,
-            "rejected_steps": self.rejected,
-            "gradient_evaluations": self.gradient_evaluations,
-            "seconds": self.seconds,
+            "accepted_steps": self.progress.accepted,
+            "rejected_steps": self.progress.rejected,
+            **self._totals(),
             "seconds_in_communication": communication,
         }
 

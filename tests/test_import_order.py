@@ -14,10 +14,10 @@ ROOT = Path(apts_mpi.__file__).parent
 LEVELS = (
     ("environment", "errors", "options", "events", "training_options"),
     ("transport", "comm", "checkpoint"),
-    ("partition", "vector", "buffers"),
+    ("partition", "vector", "buffers", "network_state"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
-    ("local_objective", "local_second_order", "local", "batch"),
-    ("iteration", "composition", "schwarz", "coarse", "global_step"),
+    ("local_objective", "local_state", "local_second_order", "local", "batch"),
+    ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
     ("apts", "__init__"),
     ("problems", "baselines"),
     ("records", "training", "train", "bench", "comparison", "comparison_table", "comparison_plots", "compare"),

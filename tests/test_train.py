@@ -231,9 +231,9 @@ def test_samples_that_fill_no_batch_wait_for_another_epoch(world):
 def test_full_batch_is_repeated(world):
     """From the second repetition on a gradient is a backward pass alone."""
     _, training = train(world, "--batch-size=60", "--epochs=4", "--local.solver=sgd", "--local.iterations=1")
-    assert training.iteration == training.accepted == 4
+    assert training.progress.iteration == training.progress.accepted == 4
     # On an even share: 4/3 for the first and second iteration, 1 for the others.
-    busiest = training.gradient_evaluations / (2 * (1.0 + 1.0 / 3.0) + 2.0)
+    busiest = training.progress.gradient_evaluations / (2 * (1.0 + 1.0 / 3.0) + 2.0)
     assert 1.0 - 1e-12 <= busiest < 2.7  # 3 subdomains on 8 ranks leave some with more than their share
 
 

@@ -1,0 +1,99 @@
+"""The tensors of a network and of solvers as named arrays of a checkpoint, and back.
+
+Parameters are ``parameters/NAME`` and buffers ``buffers/NAME`` with the names of ``network.state_dict()``, so that a
+checkpoint without a solver is a ``state_dict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from apts_mpi.checkpoint import Array, Checkpoint, split_evenly
+from apts_mpi.comm import Communicator
+from apts_mpi.errors import InvalidInput
+
+PARAMETERS, BUFFERS = "parameters/", "buffers/"
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor in host memory; a view where they are there already."""
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def replicated_arrays(tensors: Mapping[str, torch.Tensor], comm: Communicator) -> list[Array]:
+    """Arrays of tensors that all ranks have; each rank contributes an even share."""
+    return split_evenly({name: to_numpy(tensor) for name, tensor in tensors.items()}, comm)
+
+
+def named_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a network by their names in a checkpoint.
+
+    As in a ``state_dict``, a tensor with two names comes twice, and buffers that are not persistent do not come.
+    """
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    return {
+        (PARAMETERS if name in parameters else BUFFERS) + name: tensor
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+@torch.no_grad()
+def load_network(network: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Put the parameters and buffers of a checkpoint into a network.
+
+    Raises
+    ------
+    InvalidInput
+        If they are not those of the network, naming the first difference; the network is then as before.
+    """
+    own = named_tensors(network)
+    saved = [name for name in checkpoint.names if name.startswith((PARAMETERS, BUFFERS))]
+    remedy = "; give the checkpoint of the same network, or the options with which it was made"
+    for name in [*own, *saved]:
+        place = f"{checkpoint.path}: {name}"
+        if name not in own:
+            raise InvalidInput(f"{place} is not in the network{remedy}")
+        if name not in saved:
+            raise InvalidInput(f"{place} of the network is missing{remedy}")
+        for what, there, here in (
+            ("shape", checkpoint.shape(name), tuple(own[name].shape)),
+            ("type", checkpoint.dtype(name), to_numpy(own[name]).dtype),
+        ):
+            if there != here:
+                raise InvalidInput(f"{place} has {what} {there}, in the network it has {here}{remedy}")
+    for name, tensor in own.items():
+        # Not in place through the tensor itself: a solver takes that for a change by the user.
+        tensor.data.copy_(torch.from_numpy(checkpoint.read(name)))
+
+
+def take_tensors(tree: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
+    """A copy of nested dictionaries and lists with names in the place of their tensors, which go into ``found``."""
+    if isinstance(tree, torch.Tensor):
+        found[name] = tree
+        return {"array": name}
+    if isinstance(tree, Mapping):
+        return {str(key): take_tensors(value, f"{name}/{key}", found) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [take_tensors(value, f"{name}/{index}", found) for index, value in enumerate(tree)]
+    return tree
+
+
+def put_tensors(tree: Any, read: Callable[[str], torch.Tensor]) -> Any:
+    """The inverse of `take_tensors`; tuples are lists."""
+    if isinstance(tree, Mapping):
+        if set(tree) == {"array"}:
+            return read(tree["array"])
+        return {key: put_tensors(value, read) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [put_tensors(value, read) for value in tree]
+    return tree
+
+
+def reader(checkpoint: Checkpoint, device: torch.device) -> Callable[[str], torch.Tensor]:
+    """Function that reads a whole array as a tensor on ``device``."""
+    return lambda name: torch.from_numpy(checkpoint.read(name)).to(device)

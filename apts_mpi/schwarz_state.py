@@ -1,0 +1,163 @@
+"""The state of all local solvers in a checkpoint, by subdomain and layer, whichever ranks carry them.
+
+A vector of the subdomains is one array, the subdomains one after the other: without overlap it is a vector of all
+parameters. A tensor of a layer has one row for each subdomain that carries the layer. Other subdomains than those
+that were saved take what they need from the saved owners.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from apts_mpi.checkpoint import Array, Checkpoint, Slab
+from apts_mpi.local_second_order import LSR1TrustRegion
+from apts_mpi.local_state import LayerState, LocalState
+from apts_mpi.network_state import to_numpy
+from apts_mpi.partition import Layer, Subdomain, layers_between
+from apts_mpi.schwarz import AdditiveSchwarz
+
+VECTORS, LAYERS = "solver/local/vectors/", "solver/local/layers/"
+
+
+def save_local_solvers(schwarz: AdditiveSchwarz) -> tuple[list[Array], list[dict[str, Any]]]:
+    """Arrays of a checkpoint, and a record of each subdomain for its metadata. Collective."""
+    states = {index: solver.state() for index, solver in schwarz.solvers.items()} if schwarz.leads else {}
+    collected = schwarz.comm.collect(
+        [_describe(schwarz.subdomains[index], state, schwarz.layers) for index, state in states.items()]
+    )
+    records = sorted(itertools.chain.from_iterable(collected), key=lambda record: record["index"])
+    return [*_vectors(states, records), *_layer_arrays(states, records)], records
+
+
+def _describe(subdomain: Subdomain, state: LocalState, layers: Sequence[Layer]) -> dict[str, Any]:
+    return asdict(subdomain) | {
+        "numbers": state.numbers,
+        "vectors": {name: to_numpy(vector).dtype.str for name, vector in state.vectors.items()},
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": kept.kind,
+                "tensors": [(tuple(tensor.shape), to_numpy(tensor).dtype.str) for tensor in kept.tensors],
+            }
+            for layer, kept in zip(layers_between(layers, subdomain.start, subdomain.stop), state.layers, strict=False)
+        ],
+    }
+
+
+def _vectors(states: Mapping[int, LocalState], records: Sequence[dict[str, Any]]) -> Iterator[Array]:
+    """A subdomain that lacks a vector which another one has contributes zeros."""
+    starts = _first_rows(records)
+    total = starts[-1]
+    names = {name: dtype for record in records for name, dtype in record["vectors"].items()}
+    for name, dtype in sorted(names.items()):
+        slabs = []
+        for index, state in states.items():
+            missing = np.zeros(starts[index + 1] - starts[index], dtype)
+            values = to_numpy(state.vectors[name]) if name in state.vectors else missing
+            slabs.append(Slab(starts[index], values))
+        yield Array(VECTORS + name, (total,), np.dtype(dtype), slabs)
+
+
+def _first_rows(records: Sequence[dict[str, Any]]) -> list[int]:
+    """Where each subdomain's part of a vector begins, and the end."""
+    return [0, *itertools.accumulate(record["stop"] - record["start"] for record in records)]
+
+
+def _layer_arrays(states: Mapping[int, LocalState], records: Sequence[dict[str, Any]]) -> Iterator[Array]:
+    carriers: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+    for record in records:
+        for place, layer in enumerate(record["layers"]):
+            carriers.setdefault(layer["name"], []).append((record["index"], place, layer))
+    for name, carried in carriers.items():
+        for number, (shape, dtype) in enumerate(carried[0][2]["tensors"]):
+            slabs = [
+                Slab(row, to_numpy(states[index].layers[place].tensors[number])[None])
+                for row, (index, place, _) in enumerate(carried)
+                if index in states
+            ]
+            yield Array(_place(name, number), (len(carried), *shape), np.dtype(dtype), slabs)
+
+
+def _place(layer: str, number: int) -> str:
+    """Name of the array of a layer's tensor; the network's own parameters belong to a layer without a name."""
+    return f"{LAYERS}{layer or '(network)'}/{number}"
+
+
+def load_local_solvers(
+    schwarz: AdditiveSchwarz, checkpoint: Checkpoint, records: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Give the local solvers of this rank what `save_local_solvers` has saved; return what could not be given."""
+    same = [_extent(record) for record in records] == [_extent(asdict(part)) for part in schwarz.subdomains]
+    if not same and any(isinstance(solver, LSR1TrustRegion) for solver in schwarz.solvers.values()):
+        return ["the pairs of local solver lsr1 are dropped: they belong to the saved subdomains, which are others now"]
+    device = schwarz.correction.device
+    for index, solver in schwarz.solvers.items():
+        source = _Reader(checkpoint, records, device, index if same else None)
+        solver.restore(source.read(schwarz.subdomains[index], schwarz.layers))
+    return []
+
+
+def _extent(record: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(record[name] for name in ("start", "stop", "owned_start", "owned_stop"))
+
+
+class _Reader:
+    """Reads the state of a subdomain from saved ones: from its own, or (``index`` None) from the owners."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, records: Sequence[dict[str, Any]], device: torch.device, index: int | None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._records = records
+        self._starts = _first_rows(records)
+        self._device = device
+        self._index = index
+
+    def read(self, subdomain: Subdomain, layers: Sequence[Layer]) -> LocalState:
+        source = self._owner(subdomain.owned_start) if self._index is None else self._records[self._index]
+        own_layers = layers_between(layers, subdomain.start, subdomain.stop)
+        return LocalState(
+            numbers=source["numbers"],
+            vectors={name: self._vector(name, subdomain) for name in source["vectors"]},
+            layers=[state for layer in own_layers for state in self._layer(layer)],
+        )
+
+    def _owner(self, parameter: int) -> dict[str, Any]:
+        return next(r for r in self._records if r["owned_start"] <= parameter < r["owned_stop"])
+
+    def _vector(self, name: str, subdomain: Subdomain) -> torch.Tensor:
+        if self._index is not None:
+            start = self._starts[self._index]
+            return self._tensor(VECTORS + name, start, subdomain.stop - subdomain.start)
+        parts, at = [], subdomain.start
+        while at < subdomain.stop:
+            owner = self._owner(at)
+            stop = min(owner["owned_stop"], subdomain.stop)
+            row = self._starts[owner["index"]] + at - owner["start"]
+            parts.append(self._tensor(VECTORS + name, row, stop - at))
+            at = stop
+        return torch.cat(parts)
+
+    def _layer(self, layer: Layer) -> list[LayerState]:
+        """The layer's state, in a list that is empty if nothing was saved."""
+        carriers = [record for record in self._records if _kept(record, layer.name)]
+        if not carriers:
+            return []
+        wanted = self._owner(layer.start)["index"] if self._index is None else self._index
+        row = [record["index"] for record in carriers].index(wanted)
+        kept = _kept(carriers[row], layer.name)
+        tensors = [self._tensor(_place(layer.name, number), row, 1)[0] for number in range(len(kept["tensors"]))]
+        return [LayerState(kept["kind"], tensors)]
+
+    def _tensor(self, name: str, first_row: int, rows: int) -> torch.Tensor:
+        return torch.from_numpy(self._checkpoint.read(name, first_row, rows)).to(self._device)
+
+
+def _kept(record: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    return next((layer for layer in record["layers"] if layer["name"] == name), None)
