@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ class CheckpointDirectory:
         self._keep_every = keep_every
         self._writer = writer or choose_writer(comm)
         self._saving: Saving | None = None
+        self._remover = ThreadPoolExecutor(1)
+        self._removal: Future[None] | None = None
         self._lock: int | None = None
         with comm.shared_errors(), explained(path):
             if keep_last < 1 or keep_every < 0:
@@ -157,7 +160,7 @@ class CheckpointDirectory:
             If arrays or metadata cannot be saved, or the file system fails (disk full, no permission); on all ranks.
             Earlier checkpoints are as they were.
         """
-        self.finish()
+        self._settle()
         with self._cleared_after_failure():
             saving = self._begin(arrays, metadata, step, copy=False)
             saving.write()
@@ -171,7 +174,7 @@ class CheckpointDirectory:
         if self._writer == "mpio":
             self.save(arrays, metadata, step)
             return
-        self.finish()
+        self._settle()
         with self._cleared_after_failure():
             self._saving = self._begin(arrays, metadata, step, copy=True)
         self._saving.start()
@@ -187,8 +190,9 @@ class CheckpointDirectory:
     def close(self) -> None:
         """Finish, and let other runs save here. Collective."""
         try:
-            self.finish()
+            self._settle()
         finally:
+            self._remover.shutdown()
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -199,8 +203,16 @@ class CheckpointDirectory:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         # After an error the other ranks may be elsewhere, and a collective would wait for them for ever.
         if kind is not None:
-            self._saving = None
+            self._saving = self._removal = None
         self.close()
+
+    def _settle(self) -> None:
+        """Come to the end of all that is under way."""
+        self.finish()
+        removal, self._removal = self._removal, None
+        if removal is not None:
+            with self._comm.shared_errors(), explained(self.path):
+                removal.result()
 
     def _begin(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int, copy: bool) -> Saving:
         with self._comm.shared_errors(), explained(self.path):
@@ -218,11 +230,14 @@ class CheckpointDirectory:
         with self._comm.shared_errors(), explained(self.path):
             if self._comm.rank == 0:
                 saving.commit()
-                self._retain(saving.step)
+        # In the background: to remove a large file takes as long as half of its writing.
+        self._removal = self._remover.submit(self._retain, saving.step)
         return self.path / file_name(saving.step)
 
     def _retain(self, newest: int) -> None:
-        """Remove old checkpoints, and the parts of a replaced one."""
+        """Remove old checkpoints, and the parts of a replaced one. No MPI."""
+        if self._comm.rank != 0:
+            return
         # Those after the newest are left: the run was resumed before them and will replace them when it gets there.
         steps = [step for step in saved_steps(self.path) if step <= newest]
         for step in steps[: -self._keep_last]:
