@@ -1,12 +1,13 @@
-"""``python -m apts_mpi.bench iteration``: what an iteration costs beside its bare passes, as ratios within one run."""
+"""``python -m apts_mpi.bench iteration|checkpoint``: what a part costs, as ratios within one run.
+
+An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -15,8 +16,9 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
-from apts_mpi.environment import pause, seconds
+from apts_mpi.bench_checkpoint import checkpoint
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
+from apts_mpi.timing import Timing, time_in_turn, wait_for_all
 
 BATCH = 2000
 WIDTHS = (784, 128, 128, 128, 128, 128, 10)
@@ -74,29 +76,6 @@ class Iteration:
         self._solver.step(self._batch)
 
 
-@dataclass
-class Timing:
-    """Median seconds of a call, and its quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-def time_in_turn(calls: list[Callable[[], None]], repetitions: int) -> list[Timing]:
-    """Time calls in turn, so that all meet the same state of a machine that is shared."""
-    for call in calls * 3:
-        call()
-    taken: list[list[float]] = [[] for _ in calls]
-    for _ in range(repetitions):
-        for call, times in zip(calls, taken, strict=True):
-            start = seconds()
-            call()
-            times.append(seconds() - start)
-    quartiles = [statistics.quantiles(times, n=4) for times in taken]
-    return [Timing(middle, low, high) for low, middle, high in quartiles]
-
-
 def iteration(repetitions: int) -> None:
     """Time iterations on one rank beside their passes, and on all ranks beside one rank. Collective."""
     world = MPI.COMM_WORLD
@@ -112,10 +91,7 @@ def iteration(repetitions: int) -> None:
             Iteration(MPI.COMM_SELF, subdomains),
         ]
         alone = time_in_turn(calls, repetitions)
-    # A blocking barrier spins, and would take a core from the rank that is timed.
-    arrived = world.Ibarrier()
-    while not arrived.Test():
-        pause(0.01)
+    wait_for_all(world, 0.01)
     together = time_in_turn([Iteration(world, plain), Iteration(world, subdomains)], repetitions)
     if world.rank == 0:
         print_table(alone, together, world.size)
@@ -147,10 +123,19 @@ def print_table(alone: list[Timing], together: list[Timing], ranks: int) -> None
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run.")
-    parser.add_argument("command", choices=["iteration"])
-    parser.add_argument("--repetitions", type=int, default=30, help="timed calls of each kind (default: 30)")
-    arguments = parser.parse_args()
-    iteration(arguments.repetitions)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
+    one.add_argument("--repetitions", type=int, default=30, help="timed calls of each kind (default: 30)")
+    one.set_defaults(command=iteration)
+    two = subparsers.add_parser("checkpoint", help="saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4")
+    two.add_argument("--repetitions", type=int, default=10, help="timed calls of each kind (default: 10)")
+    two.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
+    two.add_argument(
+        "--directory", type=Path, default=Path.cwd(), help="on the disk to measure (default: the current directory)"
+    )
+    two.set_defaults(command=checkpoint)
+    arguments = vars(parser.parse_args())
+    arguments.pop("command")(**arguments)
 
 
 if __name__ == "__main__":

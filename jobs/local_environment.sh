@@ -1,16 +1,18 @@
-# Shared by local_train.sh and local_test.sh, which source it: the Python environment .venv and the MPI that runs it.
+# Sourced by the scripts that run Python: the environment .venv and the MPI that runs it.
+# VENV=.venv-parallel-hdf5 chooses the one that setup_parallel_hdf5.sh makes. MPIRUN is the launcher of the MPI to make
+# .venv for, instead of the active one; empty, it stands for MPICH from its wheel.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=$root/${VENV:-.venv}
 python=$venv/bin/python # by its path, as some launchers put a Python of theirs first on PATH
-stamp=$venv/set_up # what .venv was made from; empty until the set-up is complete
+stamp=$venv/set_up # what it was made from; empty until the set-up is complete
 constraints=$root/jobs/constraints.txt
 
-# The Python and the MPI sought below are the user's, even where .venv is activated.
+# The Python and the MPI sought below are the user's, even where an environment made here is activated.
 kept=
 while read -r -d : directory; do
-    [ "$directory" -ef "$venv/bin" ] || kept+=:$directory
+    [ -e "$directory/../set_up" ] || kept+=:$directory
 done <<<"$PATH:"
 PATH=${kept#:}
 
@@ -29,17 +31,14 @@ fail() {
     exit 1
 }
 
-# Make .venv where it is missing or out of date, put it first on PATH and set `launcher`.
+# Put the environment first on PATH and set `launcher`. Make .venv where it is missing or out of date.
 prepare_environment() {
-    local active wanted
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "Python 3.10 or newer is needed as python3: load its module or activate its environment"
-    active=$(type -P mpirun || type -P mpiexec || true)
-    wanted=$(describe_set_up "$active")
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        empty_environment "$wanted"
-        fill_environment "$active"
-        printf '%s\n' "$wanted" >"$stamp"
+    local active
+    active=$(find_active_mpi)
+    if [ -z "${VENV:-}" ]; then
+        make_environment "$active"
+    elif ! [ -x "$venv/bin/mpirun" ] || ! grep -qxF "$(describe_requirements)" "$stamp"; then
+        fail "$venv is missing or out of date: call jobs/setup_parallel_hdf5.sh"
     fi
     PATH=$venv/bin:$PATH
     launcher=$active
@@ -47,7 +46,29 @@ prepare_environment() {
     say "MPI: $(describe_launcher "$launcher")"
 }
 
-# All that .venv depends on, a line each.
+# The launcher of the MPI that the user has chosen, or nothing.
+find_active_mpi() {
+    local active
+    active=${MPIRUN-$(type -P mpirun || type -P mpiexec || true)}
+    # One among the system's programs may be there for another environment: a .venv with an MPI of its own keeps that.
+    if [ -z "${MPIRUN-}" ] && [ -x "$venv/bin/mpirun" ] && [ "$(dirname "$active")" -ef /usr/bin ]; then return; fi
+    echo "$active"
+}
+
+# Make the environment for the MPI of a launcher, unless it is there and was made from the same.
+make_environment() {
+    local active=$1 wanted
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "Python 3.10 or newer is needed as python3: load its module or activate its environment"
+    wanted=$(describe_set_up "$active")
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        empty_environment "$wanted"
+        fill_environment "$active"
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+}
+
+# All that the environment depends on, a line each.
 describe_set_up() {
     python3 -c 'import sys; print("Python:", sys.version.split()[0], "in", sys.prefix)'
     if [ -n "$1" ]; then
@@ -56,6 +77,10 @@ describe_set_up() {
         echo "active MPI: none"
     fi
     echo "place: $root"
+    describe_requirements
+}
+
+describe_requirements() {
     echo "requirements: $(cd "$root" && cat setup.cfg jobs/constraints.txt | cksum)"
 }
 
@@ -67,10 +92,10 @@ empty_environment() {
     if [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
         [ -e "$stamp" ] || fail "$venv was not made by this script: move it away and call again"
         if [ -s "$stamp" ]; then
-            say "Making .venv again, as something changed (< then, > now):"
+            say "Making $venv again, as something changed (< then, > now):"
             diff "$stamp" - <<<"$1" | grep '^[<>]' >&2 || true
         else
-            say "Making .venv again, as its set-up was interrupted"
+            say "Making $venv again, as its set-up was interrupted"
         fi
     fi
     mkdir -p "$venv"

@@ -25,6 +25,7 @@ from apts_mpi.checkpoint import (
     newest_valid,
     open_checkpoint,
     resolve,
+    saving,
     split_evenly,
     writers,
 )
@@ -391,7 +392,7 @@ def test_background_uses_no_mpi_and_its_failure_is_told_at_the_end(mpi_tmp_path,
         checkpoints.save(split_evenly(network(1), comm), {}, 1)
         before = listing(mpi_tmp_path, comm)
         if comm.rank == 0:
-            monkeypatch.setattr(directory, "write_own", fail)
+            monkeypatch.setattr(saving, "write_own", fail)
         checkpoints.start_save(split_evenly(network(2), comm), {}, 2)
         with pytest.raises(SharedInvalidInput, match="No space left on device"):
             checkpoints.finish()
@@ -453,7 +454,7 @@ def test_values_that_do_not_reach_the_disk_as_they_were(mpi_tmp_path, comm, monk
     with CheckpointDirectory(mpi_tmp_path, comm) as checkpoints:
         checkpoints.save(split_evenly(network(1), comm), {}, 1)
         before = listing(mpi_tmp_path, comm)
-        monkeypatch.setattr(directory, "finish_file", write_and_change)
+        monkeypatch.setattr(saving, "finish_file", write_and_change)
         with pytest.raises(SharedInvalidInput, match="is damaged"):
             checkpoints.save(split_evenly({"a": scalar, "b": np.zeros(50)}, comm), {}, 2)
         assert listing(mpi_tmp_path, comm) == before

@@ -20,16 +20,17 @@ LEVELS = (
     ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
     ("apts", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "train", "bench", "comparison", "comparison_table", "comparison_plots", "compare"),
+    ("records", "training", "train", "timing", "bench_checkpoint", "bench"),
+    ("comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
 # What the package imports from outside, where few files may.
 PLACES = {
-    "mpi4py": {"comm", "apts", "baselines", "training", "train", "bench"},
+    "mpi4py": {"comm", "apts", "baselines", "training", "train", "timing", "bench_checkpoint", "bench"},
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench", "checkpoint"},
+    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint"},
     "h5py": {"checkpoint"},
 }
 

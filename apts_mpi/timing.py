@@ -1,0 +1,51 @@
+"""Timings of calls in turn, for the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+from apts_mpi.environment import pause, seconds
+
+
+@dataclass
+class Timing:
+    """Median seconds of a call, and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], None]],
+    repetitions: int,
+    warm_up: int = 3,
+    between: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Time calls in turn, so that all meet the same state of a machine that is shared.
+
+    ``between`` is called before each of them and is not timed, nor are the first ``warm_up`` calls of each.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(warm_up + repetitions):
+        for call, times in zip(calls, taken, strict=True):
+            between()
+            start = seconds()
+            call()
+            times.append(seconds() - start)
+    quartiles = [statistics.quantiles(times[warm_up:], n=4) for times in taken]
+    return [Timing(middle, low, high) for low, middle, high in quartiles]
+
+
+def wait_for_all(comm: MPI.Comm, interval: float) -> None:
+    """Wait until all ranks are here, looking every ``interval`` seconds. Collective.
+
+    A blocking barrier spins, and would take a core from the ranks that are timed.
+    """
+    arrived = comm.Ibarrier()
+    while not arrived.Test():
+        pause(interval)
