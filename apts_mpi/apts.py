@@ -21,6 +21,7 @@ from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.iteration import Judged, State, StepResult
 from apts_mpi.local import needs_evaluations
+from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.partition import Layout
@@ -414,6 +415,11 @@ class APTS:
         self._forget()
         self._saved = Saved(metadata["evaluated"], metadata["differentiated"], correction)
         return notices
+
+    def shared(self) -> tuple[list[torch.Tensor], object]:
+        """Tensors and numbers that have the same bits on all ranks."""
+        last_step = [] if self.coarse is None else [self.coarse.last_step]
+        return [*named_tensors(self.network).values(), *last_step], self.state
 
     @property
     def _parts(self) -> dict[str, CoarseLevel | GlobalStep | None]:

@@ -150,6 +150,10 @@ class DataParallel:
                 self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": {0: kept}})
         return []
 
+    def shared(self) -> tuple[list[torch.Tensor], object]:
+        """Tensors and numbers that have the same bits on all ranks."""
+        return list(named_tensors(self.network).values()), self.iteration
+
     def describe(self) -> str:
         """The optimizer and its settings, in words."""
         return f"data-parallel over {self.comm.size} ranks: {self.optimizer}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
 
@@ -15,6 +17,24 @@ LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+
+_STARTED = time.perf_counter()
+
+
+def since_start() -> float:
+    """Seconds since this module was imported, a few seconds after the process started."""
+    return time.perf_counter() - _STARTED
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("apts_mpi", "torch", "numpy", "mpi4py", "h5py"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"  # used from its source tree
+    return found
 
 
 def seconds() -> float:

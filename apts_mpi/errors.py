@@ -7,3 +7,7 @@ class InvalidInput(ValueError):
 
 class SharedInvalidInput(InvalidInput):
     """The same, raised on all ranks together: each may leave in its own time, none waits for another."""
+
+
+class SharedFailure(RuntimeError):
+    """What went wrong while a run was under way, raised on all ranks together with one message."""

@@ -25,6 +25,8 @@ class RunDirectory:
         Made if it does not exist.
     overwrite
         Whether the records of an earlier run may be replaced.
+    history
+        Records with which the history begins, of the run that is resumed.
 
     Raises
     ------
@@ -32,7 +34,7 @@ class RunDirectory:
         If the directory holds a run already, or cannot be written.
     """
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
+    def __init__(self, path: Path, overwrite: bool, history: bytes = b"") -> None:
         self.path = path
         earlier = [name for name in (CONFIG, HISTORY, SUMMARY) if (path / name).exists()]
         if earlier and not overwrite:
@@ -44,7 +46,8 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for name in earlier:
                 (path / name).unlink()
-            self._history: IO[str] = open(path / HISTORY, "w", encoding="utf-8")  # noqa: SIM115
+            (path / HISTORY).write_bytes(history)
+            self._history: IO[str] = open(path / HISTORY, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
 
@@ -59,6 +62,11 @@ class RunDirectory:
     def flush(self) -> None:
         """Let readers see the history so far."""
         self._history.flush()
+
+    def history(self) -> bytes:
+        """All records so far, as the file has them."""
+        self.flush()
+        return (self.path / HISTORY).read_bytes()
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and end the history."""

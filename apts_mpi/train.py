@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import re
@@ -20,23 +21,36 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apts_mpi import environment
+from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
-from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput
 from apts_mpi.events import Events
 from apts_mpi.problems import build
 from apts_mpi.records import RunDirectory, print_summary
+from apts_mpi.resume import (
+    CHECKPOINTS,
+    LATEST_OF_RUN,
+    history_of,
+    open_earlier,
+    replaces,
+    run_directory,
+    same_subdomains,
+)
+from apts_mpi.signals import StopSignals
+from apts_mpi.survival import Survival
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
 from apts_mpi.transport import choose_device
 
-# Exit status after input that cannot be used, as shells and argparse have it.
-USAGE = 2
+# Exit status after input that cannot be used, as shells and argparse have it; after a failure of the run; and where
+# the run is to go on later (EX_TEMPFAIL of sysexits.h).
+USAGE, FAILED, REQUEUE = 2, 1, 75
 
 # Groups of which the first option is named by the group's own name: --global-step first-order.
 SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"}
 
 # Options that need no value.
-SWITCHES = ("--overwrite", "--view", "--monitor")
+SWITCHES = ("--overwrite", "--checkpoint_in_background", "--view", "--monitor")
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -53,19 +67,28 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def spell(arguments: Sequence[str]) -> list[str]:
     """Options as the parser knows them: underscores for hyphens, short forms and switches written out."""
-    spelled = []
+    spelled: list[str] = []
     for argument, following in itertools.pairwise([*arguments, ""]):
         if match := re.match(r"--([A-Za-z][^=]*)", argument):
             name = "--" + match.group(1).replace("-", "_")
             argument = SHORT_FORMS.get(name, name) + argument[match.end() :]
             if argument in SWITCHES and following not in ("true", "false"):
                 argument += "=true"
+            if argument == "--resume" and (not following or following.startswith("-")):
+                argument += f"={LATEST_OF_RUN}"
         spelled.append(argument)
     return spelled
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainingOptions, str]:
+def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions, str]:
     """The options, and the configuration as YAML that makes the same run again in a new directory.
+
+    Parameters
+    ----------
+    arguments
+        Of the command line.
+    earlier
+        Configuration of a run that is resumed, which the arguments change.
 
     Raises
     ------
@@ -74,12 +97,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainingOptions, str]:
     """
     parser = make_parser()
     try:
-        parsed = parser.parse_args(spell(arguments))
+        parsed = parser.parse_args([*([f"--config={earlier}"] if earlier else []), *spell(arguments)])
     except (argparse.ArgumentError, TypeError) as error:
         raise InvalidInput(f"{error}; --help lists the options and their values") from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
-    parsed.run_dir, parsed.overwrite = None, False
+    parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False
     return TrainingOptions(**values), parser.dump(parsed)
 
 
@@ -93,11 +116,10 @@ def check_launcher(world: MPI.Comm) -> None:
         return
     size, number = launched
     if number == 0:
-        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         print(
             f"apts_mpi.train: error: the launcher started {size} processes, but MPI has {world.size}: mpirun belongs "
-            f"to another MPI than the library in use ({library}). Call the mpirun of that library (its full path), "
-            "or choose the library of the launcher by MPI4PY_MPIABI=mpich or openmpi",
+            f"to another MPI than the library in use ({mpi_version()}). Call the mpirun of that library (its full "
+            "path), or choose the library of the launcher by MPI4PY_MPIABI=mpich or openmpi",
             file=sys.stderr,
             flush=True,
         )
@@ -109,33 +131,83 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = MPI.COMM_WORLD
     try:
         check_launcher(world)
-        train(sys.argv[1:] if arguments is None else arguments, world)
-    except SharedInvalidInput as error:
+        status = train(sys.argv[1:] if arguments is None else arguments, world)
+    except (SharedInvalidInput, SharedFailure) as error:
         if world.rank == 0:
             print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USAGE)
+        sys.exit(USAGE if isinstance(error, SharedInvalidInput) else FAILED)
     except Exception as error:
         # The other ranks are waiting for this one, or soon will be: end them all.
         told = f"apts_mpi.train: error: {error}\n" if isinstance(error, InvalidInput) else traceback.format_exc()
         print(f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}", file=sys.stderr, flush=True)
         # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.
         environment.pause(0.5)
-        world.Abort(1)
+        world.Abort(FAILED)
+    sys.exit(status)
 
 
-def train(arguments: Sequence[str], world: MPI.Comm) -> None:
-    """Set up, train and report. Collective.
+def train(arguments: Sequence[str], world: MPI.Comm) -> int:
+    """Set up, train and report; return the exit status. Collective.
 
     Raises
     ------
     SharedInvalidInput
         On every rank, before any work, for input that cannot be used.
+    SharedFailure
+        On every rank, for what went wrong later.
     """
     comm = Communicator(world, Events())
+    console = Console(quiet=comm.rank != 0)
     # --help and --print_config print and exit, on every rank.
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(signals := StopSignals())
+        tell = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        checkpoint = open_earlier(options, comm, tell)
+        if checkpoint is not None:
+            stack.enter_context(checkpoint)
+            with comm.shared_errors():
+                options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
+                options = same_subdomains(options, checkpoint)
+        training = make_training(options, comm, world)
+        if checkpoint is not None:
+            for notice in training.load(checkpoint):
+                tell(f"note: {notice}")
+            tell(f"resumed after iteration {training.progress.iteration} from {checkpoint.path}")
+        if options.view:
+            tell(training.solver.describe())
+        path = Path(comm.agree_on_text(str(run_directory(options, training.problem.name, checkpoint))))
+        checkpoints = stack.enter_context(
+            CheckpointDirectory(path / CHECKPOINTS, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
+        )
+        directory = None
+        with comm.shared_errors():
+            if comm.rank == 0:
+                directory = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint))
+                directory.write_config(config)
+        if checkpoint is None:
+            checkpoints.clear()
+        metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
+        history = directory.history if directory is not None else bytes
+        survival = Survival(training, checkpoints, options, signals, metadata, history, tell)
+        with Reporter(training, directory, console, options.monitor) as reporter:
+            metrics = training.run(reporter.record, survival.boundary)
+    if metrics is None:
+        iteration = training.progress.iteration
+        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
+        return REQUEUE
+    summary = training.summary(metrics)
+    if directory is not None:
+        directory.close(summary)
+        print_summary(console, summary)
+        tell(f"records: {path}")
+    return 0
+
+
+def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Comm) -> Training:
+    """The run that the options describe. Collective."""
     local_rank = comm.local_rank()
     with comm.shared_errors():
         device = choose_device(options.device, local_rank)
@@ -146,24 +218,12 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> None:
             seed=options.seed,
             dtype=getattr(torch, options.dtype),
         )
-    training = Training(problem, options, device, world)
-    console = Console()
-    if options.view and comm.rank == 0:
-        console.print(training.solver.describe(), markup=False, highlight=False, soft_wrap=True)
-    default = Path("runs") / f"{problem.name.replace(':', '.')}-{options.optimizer}-{environment.timestamp()}"
-    path = Path(comm.agree_on_text(options.run_dir or str(default)))
-    directory = None
-    with comm.shared_errors():
-        if comm.rank == 0:
-            directory = RunDirectory(path, options.overwrite)
-            directory.write_config(config)
-    with Reporter(training, directory, console, options.monitor) as reporter:
-        metrics = training.run(reporter.record)
-    summary = training.summary(metrics)
-    if directory is not None:
-        directory.close(summary)
-        print_summary(console, summary)
-        console.print(f"records: {path}", highlight=False, soft_wrap=True)
+    return Training(problem, options, device, world)
+
+
+def mpi_version() -> str:
+    """First line of what the MPI library says of itself."""
+    return MPI.Get_library_version().split("\n")[0].strip("\0 ")
 
 
 class Reporter:
@@ -186,7 +246,9 @@ class Reporter:
         self._console = console
         self._monitor = monitor
         self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
-        self._task = self._progress.add_task("training", total=training.epochs * training.batches)
+        self._task = self._progress.add_task(
+            "training", total=training.epochs * training.batches, completed=training.progress.accepted
+        )
 
     def __enter__(self) -> Reporter:
         self._progress.start()

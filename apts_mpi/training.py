@@ -14,6 +14,7 @@ from apts_mpi.apts import APTS
 from apts_mpi.baselines import BaselineResult, DataParallel
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
+from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.iteration import StepResult
 from apts_mpi.partition import split
@@ -224,6 +225,10 @@ class Training:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
         arrays, solver = self.solver.save()
         return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
+
+    def fingerprint(self) -> int:
+        """A checksum of what all ranks share, see `apts_mpi.drift`."""
+        return fingerprint(*self.solver.shared())
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where a checkpoint was saved; return what could not be taken over, one sentence each. Collective.

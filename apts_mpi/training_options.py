@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -53,6 +54,24 @@ class TrainingOptions:
         Directory that keeps the records. null: a new one under ``runs``.
     overwrite
         Replace the records of an earlier run in ``run_dir``.
+    resume
+        Go on with an earlier run, with its configuration but for the options that are given: ``latest`` (or nothing)
+        for the latest checkpoint in ``run_dir``, where a run without one begins anew; or the path of a checkpoint, or
+        of a directory with some.
+    checkpoint_every
+        Iterations (a number) or time (such as 10min) between checkpoints in ``run_dir``/checkpoints. null: only at
+        the end, and when the run is stopped by SIGTERM, SIGUSR1 or ``walltime``.
+    checkpoint_keep_last
+        How many checkpoints to keep.
+    checkpoint_keep_every
+        Also keep those of iterations that are multiples of this; 0: none.
+    checkpoint_in_background
+        Train on while a checkpoint is written, from a copy in memory.
+    walltime
+        [DAYS-]HH:MM:SS from the start of the program, in which the run saves and stops, with exit status 75.
+    drift_check_every
+        Iterations between checks that all ranks have the same parameters and state; each save checks, too. 0: no
+        others.
     view
         Print the composed solver before training.
     monitor
@@ -76,6 +95,13 @@ class TrainingOptions:
     replicas: int = 1
     run_dir: str | None = None
     overwrite: bool = False
+    resume: str | None = None
+    checkpoint_every: int | str | None = "10min"
+    checkpoint_keep_last: int = 2
+    checkpoint_keep_every: int = 0
+    checkpoint_in_background: bool = False
+    walltime: str | None = None
+    drift_check_every: int = 100
     view: bool = False
     monitor: bool = False
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
@@ -91,10 +117,33 @@ class TrainingOptions:
         require_choice("dtype", self.dtype, ("float32", "float64"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
+        self._check_survival()
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
         self.solver_options()
+
+    def _check_survival(self) -> None:
+        every = self.checkpoint_every
+        interval = as_seconds(every) if isinstance(every, str) else every
+        valid = every is None or (interval is not None and interval > 0 and not isinstance(every, bool))
+        remedy = "give a number of iterations above 0, a time such as 10min or 01:30:00, or null"
+        require(valid, "checkpoint_every", every, remedy)
+        require(self.checkpoint_keep_last >= 1, "checkpoint_keep_last", self.checkpoint_keep_last, "give 1 or more")
+        for name in ("checkpoint_keep_every", "drift_check_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        time = self.walltime
+        require(time is None or bool(as_seconds(time)), "walltime", time, "give HH:MM:SS, such as 01:30:00")
 
     def solver_options(self) -> APTSOptions:
         """The part that configures `apts_mpi.APTS`."""
         shared = {option.name for option in fields(APTSOptions)} & {option.name for option in fields(self)}
         return APTSOptions(**{name: getattr(self, name) for name in shared})
+
+
+def as_seconds(text: str) -> float | None:
+    """Seconds of a time such as 90s, 10min, 1.5h, 01:30:00 or 2-00:00:00 (days first); None for another text."""
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?) *(s|min|h)", text):
+        return float(match[1]) * {"s": 1.0, "min": 60.0, "h": 3600.0}[match[2]]
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text):
+        days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+    return None

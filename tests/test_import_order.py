@@ -12,15 +12,15 @@ ROOT = Path(apts_mpi.__file__).parent
 
 # From the bottom up; a file imports only files before its own, in its row or in the rows above.
 LEVELS = (
-    ("environment", "errors", "options", "events", "training_options"),
+    ("environment", "errors", "signals", "options", "events", "training_options"),
     ("transport", "comm", "checkpoint"),
-    ("partition", "vector", "buffers", "network_state"),
+    ("partition", "vector", "buffers", "network_state", "drift"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
     ("local_objective", "local_state", "local_second_order", "local", "batch"),
     ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
     ("apts", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "train", "timing", "bench_checkpoint", "bench"),
+    ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))

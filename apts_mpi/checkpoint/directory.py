@@ -137,6 +137,15 @@ class CheckpointDirectory:
                 path.mkdir(parents=True, exist_ok=True)
                 self._lock = lock(path)
 
+    def clear(self) -> None:
+        """Remove all checkpoints, of an earlier run. Collective."""
+        with self._comm.shared_errors(), explained(self.path):
+            if self._comm.rank == 0:
+                for step in saved_steps(self.path):
+                    (self.path / file_name(step)).unlink()
+                (self.path / LATEST).unlink(missing_ok=True)
+                remove_leftovers(self.path)
+
     def save(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int) -> Path:
         """Save a checkpoint and make it the latest. Collective.
 

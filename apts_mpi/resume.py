@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from apts_mpi import environment
+from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
+from apts_mpi.comm import Communicator
+from apts_mpi.errors import InvalidInput
+from apts_mpi.survival import saved_history
+from apts_mpi.training_options import TrainingOptions
+
+# Folder of the checkpoints in a run directory, and the value of --resume that asks for the latest of them.
+CHECKPOINTS = "checkpoints"
+LATEST_OF_RUN = "latest"
+
+
+def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[str], None]) -> Checkpoint | None:
+    """Open the checkpoint to go on from; None for a new run. Collective.
+
+    Parameters
+    ----------
+    options
+        What was asked for.
+    comm
+        All ranks.
+    tell
+        Shows a message, on rank 0.
+
+    Raises
+    ------
+    SharedInvalidInput
+        If there is none at the place that was given, or none that can be used.
+    """
+    if options.resume is None:
+        return None
+    with comm.shared_errors():
+        path = place(options)
+    # Rank 0 looks, as a file system may show other ranks another moment.
+    kind = comm.agree_on_text("file" if path.is_file() else "directory" if has_checkpoint(path) else "")
+    if kind == "file":
+        return open_checkpoint(path, comm)
+    if kind == "" and options.resume == LATEST_OF_RUN:
+        tell(f"{path} has no checkpoint yet: a new run begins")
+        return None
+    checkpoint, messages = newest_valid(path, comm)
+    for message in messages:
+        tell(f"warning: {message}")
+    return checkpoint
+
+
+def place(options: TrainingOptions) -> Path:
+    """A checkpoint, or a directory where they are."""
+    if options.resume == LATEST_OF_RUN:
+        if options.run_dir is None:
+            raise InvalidInput(
+                "resume: 'latest' needs the directory of the run; give --run-dir, or the path of a checkpoint "
+                "after --resume"
+            )
+        return Path(options.run_dir) / CHECKPOINTS
+    path = Path(options.resume)
+    if not path.exists():
+        raise InvalidInput(f"resume: {options.resume!r} does not exist; give a checkpoint, or the directory of a run")
+    return path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether there is a file that looks like one."""
+    return any(directory.glob("step-*.h5"))
+
+
+def same_subdomains(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
+    """As many subdomains as before, however many ranks there are now: the run stays the same."""
+    solver = checkpoint.metadata.get("solver", {})
+    if options.subdomains is not None or "subdomains" not in solver:
+        return options
+    return replace(options, subdomains=len(solver["subdomains"]))
+
+
+def run_directory(options: TrainingOptions, problem: str, checkpoint: Checkpoint | None) -> Path:
+    """The directory that was asked for, that of the run which goes on, or a new one."""
+    if options.run_dir is not None:
+        return Path(options.run_dir)
+    if checkpoint is not None and checkpoint.path.parent.name == CHECKPOINTS:
+        return checkpoint.path.parent.parent
+    return Path("runs") / f"{problem.replace(':', '.')}-{options.optimizer}-{environment.timestamp()}"
+
+
+def replaces(options: TrainingOptions, path: Path, checkpoint: Checkpoint | None) -> bool:
+    """Whether the records in directory ``path`` may be replaced: those of a run that goes on are kept in it."""
+    if checkpoint is None:
+        return options.overwrite or options.resume == LATEST_OF_RUN
+    return options.overwrite or checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
+
+
+def history_of(checkpoint: Checkpoint | None) -> bytes:
+    """The records of the run that goes on."""
+    return b"" if checkpoint is None else saved_history(checkpoint)

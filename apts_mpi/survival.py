@@ -1,0 +1,151 @@
+"""When a training run saves itself, and when it stops before its end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
+from apts_mpi.comm import Communicator
+from apts_mpi.drift import check_shared
+from apts_mpi.environment import seconds, since_start
+from apts_mpi.errors import SharedFailure, SharedInvalidInput
+from apts_mpi.signals import StopSignals, name_of
+from apts_mpi.training import Training
+from apts_mpi.training_options import TrainingOptions, as_seconds
+
+# Array with the records of the run so far: the bytes of its lines, compressed.
+HISTORY = "training/history"
+
+# Steps and saves may take that many times as long as the longest so far without being cut off by the wall time.
+MARGIN = 2.0
+
+# Why a run stops, beside the numbers of signals.
+GO_ON, WALLTIME = 0, -1
+
+
+class Survival:
+    """Decides after each iteration whether to save and whether to stop. Collective.
+
+    Parameters
+    ----------
+    training
+        The run.
+    directory
+        Where checkpoints go.
+    options
+        When.
+    signals
+        What asks the run to stop.
+    metadata
+        What to save beside the state: configuration, versions.
+    history
+        On rank 0: the records so far.
+    tell
+        Shows a message, on rank 0.
+
+    Attributes
+    ----------
+    stopped_by : str
+        What stopped the run, in words; empty as long as nothing has.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        directory: CheckpointDirectory,
+        options: TrainingOptions,
+        signals: StopSignals,
+        metadata: dict[str, Any],
+        history: Callable[[], bytes],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._training = training
+        self._comm: Communicator = training.comm
+        self._directory = directory
+        self._options = options
+        self._signals = signals
+        self._metadata = metadata
+        self._history = history
+        self._tell = tell
+        self._walltime = as_seconds(options.walltime) if options.walltime else None
+        every = options.checkpoint_every
+        self._iterations = every if isinstance(every, int) else None
+        self._interval = as_seconds(every) if isinstance(every, str) else None
+        self._last_step = self._last_save = seconds()
+        self._longest_step = self._longest_save = 0.0
+        self._saves = 0
+        self.stopped_by = ""
+
+    def boundary(self, done: bool) -> bool:
+        """Save if it is time to; return whether to stop. Collective.
+
+        Raises
+        ------
+        SharedFailure
+            If the ranks no longer share one state, or the last save of the run fails.
+        """
+        iteration = self._training.progress.iteration
+        save, reason = self._decide(done, iteration)
+        watch = self._options.drift_check_every
+        if save or (watch and iteration % watch == 0):
+            check_shared(self._training.fingerprint(), iteration, self._comm)
+        if save:
+            self._save(iteration, last=done or reason != GO_ON)
+        self._last_step = seconds()
+        if reason == WALLTIME:
+            self.stopped_by = "the wall time is nearly over"
+        elif reason != GO_ON:
+            self.stopped_by = f"{name_of(reason)} was received"
+        return reason != GO_ON
+
+    def _decide(self, done: bool, iteration: int) -> tuple[bool, int]:
+        """Whether to save, and why to stop; rank 0's clock and any rank's signal decide."""
+
+        def decide(table: np.ndarray) -> list[float]:
+            now = seconds()
+            self._longest_step = max(self._longest_step, now - self._last_step)
+            reason = int(table[:, 0].max())
+            if reason == GO_ON and self._walltime is not None:
+                needed = MARGIN * (self._longest_step + self._longest_save)
+                reason = WALLTIME if since_start() + needed > self._walltime else GO_ON
+            due = self._iterations is not None and iteration % self._iterations == 0
+            due = due or (self._interval is not None and now - self._last_save >= self._interval)
+            # The first save tells how long the one at the end of the wall time will take.
+            due = due or (self._walltime is not None and self._saves == 0)
+            return [due or done or reason != GO_ON, reason]
+
+        save, reason = self._comm.agree([self._signals.received], decide)
+        return bool(save), int(reason)
+
+    def _save(self, iteration: int, last: bool) -> None:
+        started = seconds()
+        try:
+            arrays, metadata = self._training.save()
+            arrays.append(self._history_array())
+            in_background = self._options.checkpoint_in_background and not last
+            save = self._directory.start_save if in_background else self._directory.save
+            save(arrays, metadata | self._metadata, iteration)
+        except SharedInvalidInput as error:
+            if last:
+                raise SharedFailure(f"the last checkpoint could not be saved: {error}") from error
+            # The run is worth more than this checkpoint, and the ones before it are still there.
+            self._tell(f"warning: checkpoint {iteration} could not be saved, training goes on: {error}")
+        self._saves += 1
+        self._last_save = seconds()
+        self._longest_save = max(self._longest_save, self._last_save - started)
+
+    def _history_array(self) -> Array:
+        values = np.zeros(0, np.uint8)
+        if self._comm.rank == 0:
+            values = np.frombuffer(zlib.compress(self._history(), 1), np.uint8)
+        (size,) = self._comm.decide(lambda: [values.size])
+        return Array(HISTORY, (int(size),), values.dtype, [Slab(0, values)] if self._comm.rank == 0 else [])
+
+
+def saved_history(checkpoint: Checkpoint) -> bytes:
+    """The records of a run up to its checkpoint."""
+    return zlib.decompress(checkpoint.read(HISTORY).tobytes())
