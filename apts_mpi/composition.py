@@ -47,9 +47,10 @@ def compose(
     edges = {layer.start for layer in layers} | {layers[-1].stop}
     whole = all(part.start in edges and part.stop in edges for part in subdomains)
     normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    random = any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in network.modules())
     solver, variant = options.local.solver, options.schwarz.variant
     if solver == "auto":
-        dense = called and not normalised and largest <= LARGEST_DENSE_BLOCK
+        dense = called and not normalised and not random and largest <= LARGEST_DENSE_BLOCK
         solver = "gauss-newton" if dense else "kfac" if whole and not called else "adam"
     data = options.schwarz.decomposition == "data"
     curved_outputs = solver == "steihaug" and options.local.product == "gauss-newton"
@@ -89,12 +90,12 @@ def compose(
             "local.solver: 'kfac' needs whole layers, but subdomains cut them; choose --schwarz.partition layer, or "
             "another local solver"
         )
-    if solver == "gauss-newton" and (normalised or largest > LARGEST_DENSE_BLOCK):
-        reason = (
-            "batch normalisation ties samples together"
-            if normalised
-            else f"a subdomain of {largest} parameters exceeds {LARGEST_DENSE_BLOCK}"
-        )
+    if solver == "gauss-newton" and (normalised or random or largest > LARGEST_DENSE_BLOCK):
+        reason = f"a subdomain of {largest} parameters exceeds {LARGEST_DENSE_BLOCK}"
+        if normalised:
+            reason = "batch normalisation ties samples together"
+        elif random:
+            reason = "dropout draws other masks for each row of the Jacobian"
         raise InvalidInput(f"local.solver: 'gauss-newton' cannot be used: {reason}; choose kfac or another one")
     local_data = options.schwarz.local_data
     if local_data == "auto":
