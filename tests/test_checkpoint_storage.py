@@ -444,18 +444,19 @@ def test_values_that_do_not_reach_the_disk_as_they_were(mpi_tmp_path, comm, monk
     """Verification finds what the disk, or a write that others share, has changed."""
 
     def write_and_change(path, *arguments):
-        original(path, *arguments)
+        written = original(path, *arguments)
         content = bytearray(path.read_bytes())
         content[content.index(scalar.tobytes())] ^= 1
         path.write_bytes(content)
+        return written
 
     scalar = np.array(0x1234567890ABCDEF)
-    original = writers.finish_file
+    original = writers.write_own
     with CheckpointDirectory(mpi_tmp_path, comm) as checkpoints:
         checkpoints.save(split_evenly(network(1), comm), {}, 1)
         before = listing(mpi_tmp_path, comm)
-        monkeypatch.setattr(saving, "finish_file", write_and_change)
-        with pytest.raises(SharedInvalidInput, match="is damaged"):
+        monkeypatch.setattr(saving, "write_own", write_and_change)
+        with pytest.raises(SharedInvalidInput, match="does not hold what was written to it"):
             checkpoints.save(split_evenly({"a": scalar, "b": np.zeros(50)}, comm), {}, 2)
         assert listing(mpi_tmp_path, comm) == before
 
