@@ -18,8 +18,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -116,7 +117,7 @@ class Region(NamedTuple):
     is_slab: int
 
 
-def file_checksum(file: BinaryIO, start: int, length: int) -> int:
+def file_checksum(file: BufferedIOBase | FileIO, start: int, length: int) -> int:
     """CRC-32 of a part of a file."""
     result = 0
     buffer = memoryview(bytearray(min(BUFFER, length)))
@@ -151,11 +152,11 @@ def read_back(path: Path, written: Iterable[Written]) -> list[Region]:
         return [Region(start, values.nbytes, compared_checksum(file, start, values), True) for start, values in written]
 
 
-def compared_checksum(file: BinaryIO, start: int, values: np.ndarray) -> int:
+def compared_checksum(file: BufferedReader, start: int, values: np.ndarray) -> int:
     """CRC-32 of values that a part of a file holds, too."""
     # Comparison and checksum in one pass, and the comparison takes a fraction of the time of a second checksum.
     result = 0
-    content = memoryview(values.reshape(-1).view(np.uint8)).cast("B")
+    content = values.reshape(-1).view(np.uint8).data
     buffer = bytearray(BUFFER)
     file.seek(start)
     for offset in range(0, len(content), BUFFER):
@@ -253,7 +254,7 @@ class SealedFile:
                     raise damaged(self.path, f"bytes {start} to {start + length} have another checksum")
 
     @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
+    def _opened(self) -> Iterator[FileIO]:
         try:
             with self.path.open("rb", buffering=0) as file:
                 yield file
