@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 
-import h5py
 import pytest
+from test_checkpoint_storage import WRITERS
 from test_train_processes import JOB_VARIABLES, LIMIT, TESTS, find_mpirun, needs_mpirun
 from thread_ranks import on_ranks
 
 from apts_mpi.checkpoint import newest_valid
 
-WRITERS = ("parts", "mpio") if h5py.get_config().mpi else ("parts",)
 RANKS = 3
 
 # Each rank of a job begins with this; `save` gives arrays that tell their step.
