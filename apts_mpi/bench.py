@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def iteration(repetitions: int) -> None:
     plain = APTSOptions(subdomains=world.size, local=PLAIN.local, coarse=PLAIN.coarse)
     alone: list[Timing] = []
     if world.rank == 0:
-        calls = [
+        calls: list[Callable[[], None]] = [
             BarePasses(gradients=1, losses=1),
             Iteration(MPI.COMM_SELF, PLAIN),
             Iteration(MPI.COMM_SELF, APTSOptions()),

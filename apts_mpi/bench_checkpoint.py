@@ -73,7 +73,7 @@ def cases_of(size: int, arrays: dict[str, np.ndarray], directory: Path, stack: E
     world = MPI.COMM_WORLD
     taking_part = world.rank < size
     group = Communicator(world, Events()).group(taking_part)
-    content = memoryview(np.concatenate([values.ravel() for values in arrays.values()])).cast("B")
+    content = np.concatenate([values.ravel() for values in arrays.values()]).data.cast("B")
     start, stop = (len(content) * (world.rank + end) // size for end in (0, 1))
     raw = partial(write_raw, directory / f"{world.rank}.raw", content[start:stop])
     yield Case("raw write and fsync", size, raw if taking_part else None)

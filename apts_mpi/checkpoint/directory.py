@@ -139,6 +139,7 @@ class CheckpointDirectory:
 
     def clear(self) -> None:
         """Remove all checkpoints, of an earlier run. Collective."""
+        self._settle()
         with self._comm.shared_errors(), explained(self.path):
             if self._comm.rank == 0:
                 for step in saved_steps(self.path):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apts_mpi.checkpoint.format import Array, describe, open_checkpoint, part_name, slab_checksums
+from apts_mpi.checkpoint.format import Array, Checkpoint, Region, Written, describe, part_name, read_back
 from apts_mpi.checkpoint.writers import (
     Flush,
     Writer,
@@ -68,6 +68,10 @@ class Saving:
         self._temporary_parts = directory / f".step-{step:08d}.parts.tmp"
         self._thread = threading.Thread(target=self._write_and_note, daemon=True)
         self._failure: Exception | None = None
+        # Into the main file, by this rank.
+        self._written: list[Written] = []
+        self._main_slabs: list[Region] = []
+        self._flushes: list[Flush] = []
         with comm.shared_errors(), explained(directory):
             if comm.rank == 0 and self._in_parts:
                 self._temporary_parts.mkdir()
@@ -102,7 +106,7 @@ class Saving:
         """Bring the slabs to disk. Collective."""
         with self._comm.shared_errors(), explained(self._directory):
             if self._together:
-                write_together(self._temporary, self._arrays, self._numbers, self._places, self._comm)
+                self._written += write_together(self._temporary, self._arrays, self._numbers, self._places, self._comm)
         with self._comm.shared_errors(), explained(self._directory):
             self._write_own()
 
@@ -124,11 +128,12 @@ class Saving:
             self._failure = error
 
     def _write_own(self) -> None:
-        """Write what this rank writes alone. No MPI: this may run beside the main thread."""
-        self._flushes = []
-        self._main_slabs = []
+        """Write what this rank writes alone, and read all it has written back.
+
+        No MPI: this may run beside the main thread.
+        """
         if self._comm.rank == 0:
-            write_own(self._temporary, self._alone)
+            self._written += write_own(self._temporary, self._alone)
         if self._in_parts:
             part = self._temporary_parts / part_name(self._comm.rank)
             self._part_checksum, flush = write_part(part, self._arrays, self._numbers)
@@ -136,10 +141,10 @@ class Saving:
         if self._comm.rank == 0 or not self._in_parts:
             # Also the other ranks: their machines may hold what they have written together.
             self._flushes.append(Flush(self._temporary))
-            self._main_slabs = slab_checksums(self._alone if self._in_parts else self._arrays)
+            self._main_slabs = read_back(self._temporary, self._written)
 
     def complete(self) -> None:
-        """Finish the main file, compare what was written with the checksums, and see it to disk. Collective."""
+        """Finish the main file, see whether it can be opened, and that all is on disk. Collective."""
         main_slabs = itertools.chain.from_iterable(self._comm.collect(self._main_slabs))
         part_checksums = self._comm.collect(self._part_checksum) if self._in_parts else []
         parts = ""
@@ -150,7 +155,7 @@ class Saving:
                     show_parts(self._temporary, self._arrays, self._numbers, self._places, parts)
                 index = describe(self._arrays, self.step, parts, part_checksums)
                 finish_file(self._temporary, index, self._metadata, main_slabs)
-        open_checkpoint(self._temporary, self._comm).close()
+                Checkpoint(self._temporary).close()
         with self._comm.shared_errors(), explained(self._directory):
             for flush in self._flushes:
                 flush.finish()

@@ -20,13 +20,13 @@ from apts_mpi.checkpoint.format import (
     METADATA,
     Array,
     Checkpoint,
+    Region,
     Slab,
-    SlabChecksum,
-    checksum,
+    Written,
     describe,
     part_name,
+    read_back,
     seal,
-    slab_checksums,
 )
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
@@ -164,22 +164,35 @@ def dataset_in_part(array: Array, first_row: int) -> str:
 
 def write_part(path: Path, arrays: Sequence[Array], numbers: Sequence[int]) -> tuple[int, Flush]:
     """Write this rank's slabs of the arrays ``numbers`` into a file of its own; returns what `seal` does, too."""
-    slabs = [
-        (dataset_in_part(arrays[number], slab.first_row), slab.values)
-        for number in numbers
-        for slab in arrays[number].slabs
-    ]
+    written = []
     with h5py.File(path, "w", libver=HDF5_VERSION, locking=False) as file:
-        for name, values in slabs:
-            file[name] = values
-    flush = Flush(path)
-    return seal(path, [SlabChecksum(name, 0, len(values), checksum(values)) for name, values in slabs]), flush
+        for number in numbers:
+            for slab in arrays[number].slabs:
+                name = dataset_in_part(arrays[number], slab.first_row)
+                file[name] = slab.values
+                start = file[name].id.get_offset()
+                written.append(Written(start, slab.values))
+                # Linux begins to bring these bytes to disk, and does not wait.
+                os.posix_fadvise(file.id.get_vfd_handle(), start, slab.values.nbytes, os.POSIX_FADV_DONTNEED)
+    seal_checksum = seal(path, read_back(path, written))
+    return seal_checksum, Flush(path)
+
+
+def written_slabs(dataset: h5py.Dataset, array: Array) -> list[Written]:
+    """Where this rank's slabs lie in the dataset of a whole array."""
+    start = dataset.id.get_offset()
+    return [Written(start + slab.first_row * (slab.values.nbytes // slab.rows), slab.values) for slab in array.slabs]
 
 
 def write_together(
     path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[Place], comm: Communicator
-) -> None:
+) -> list[Written]:
     """Write the slabs that all ranks have of the arrays ``numbers`` into one file through MPI. Collective.
+
+    Returns
+    -------
+    list of Written
+        This rank's.
 
     Raises
     ------
@@ -187,6 +200,7 @@ def write_together(
         Of HDF5, on the ranks where it failed, after all have come to the end.
     """
     failures = []
+    written = []
     with h5py.File(path, "w", driver="mpio", comm=comm.mpi, libver=HDF5_VERSION, locking=False) as file:
         collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
         collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
@@ -201,8 +215,10 @@ def write_together(
                 except Exception as error:
                     # The others go on to the next collective write; to stay away would leave them waiting there.
                     failures.append(error)
+            written += written_slabs(dataset, array)
     if failures:
         raise failures[0]
+    return written
 
 
 def write_slab(dataset: h5py.h5d.DatasetID, slab: Slab | None, collective: h5py.h5p.PropDXID) -> None:
@@ -218,14 +234,17 @@ def write_slab(dataset: h5py.h5d.DatasetID, slab: Slab | None, collective: h5py.
     dataset.write(source, target, values, dxpl=collective)
 
 
-def write_own(path: Path, arrays: Sequence[Array]) -> None:
+def write_own(path: Path, arrays: Sequence[Array]) -> list[Written]:
     """On rank 0: write arrays to which only it contributes into the main file, which may be there already."""
+    written = []
     with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:
         for array in arrays:
             dataset = file.create_dataset(array.name, array.shape, array.dtype)
             for slab in array.slabs:
                 part = slice(slab.first_row, slab.first_row + slab.rows) if array.shape else ()
                 dataset[part] = slab.values
+            written += written_slabs(dataset, array)
+    return written
 
 
 def show_parts(
@@ -246,8 +265,8 @@ def show_parts(
             file.create_virtual_dataset(array.name, layout)
 
 
-def finish_file(path: Path, index: str, metadata: str, slabs: Iterable[SlabChecksum]) -> None:
-    """On rank 0: add the two texts to the main file, and seal it with the CRC-32 of the ``slabs`` in it."""
+def finish_file(path: Path, index: str, metadata: str, slabs: Iterable[Region]) -> None:
+    """On rank 0: add the two texts to the main file, and seal it with the checksums of the ``slabs`` in it."""
     with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:
         for name, text in ((INDEX, index), (METADATA, metadata)):
             file[name] = np.frombuffer(text.encode(), dtype=np.uint8)
@@ -264,7 +283,7 @@ def reserve(path: Path, size: int) -> None:
 
 
 class Flush:
-    """Brings a file to disk, from now on and in the background, while it is verified; `finish` ends it."""
+    """Brings a file to disk, from now on and in the background; `finish` ends it."""
 
     def __init__(self, path: Path) -> None:
         # Opened here, as the file may soon have another name.
@@ -298,8 +317,7 @@ def write_file(path: Path, arrays: Sequence[Array]) -> None:
         If the arrays cannot be saved or the file not written.
     """
     arrays = prepare(arrays, copy=False)
-    write_own(path, arrays)
-    finish_file(path, describe(arrays, 0, "", ()), "{}", slab_checksums(arrays))
-    with Checkpoint(path) as checkpoint:
-        checkpoint.verify()
+    slabs = read_back(path, write_own(path, arrays))
+    finish_file(path, describe(arrays, 0, "", ()), "{}", slabs)
+    Checkpoint(path).close()
     synchronise(path)
