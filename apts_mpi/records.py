@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,17 +52,26 @@ class RunDirectory:
         except OSError as error:
             raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InvalidInput(f"run_dir: {str(self.path)!r} cannot be written any more ({error.strerror})") from error
+
     def write_config(self, text: str) -> None:
         """Keep the configuration, in a form that ``--config`` reads."""
         (self.path / CONFIG).write_text(text, encoding="utf-8")
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one object to the history."""
-        self._history.write(json.dumps(finite(values)) + "\n")
+        with self._explained():
+            self._history.write(json.dumps(finite(values)) + "\n")
 
     def flush(self) -> None:
         """Let readers see the history so far."""
-        self._history.flush()
+        with self._explained():
+            self._history.flush()
 
     def history(self) -> bytes:
         """All records so far, as the file has them."""

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
+from processes import LIMIT, find_mpirun, needs_mpirun, surroundings
 from test_checkpoint_storage import WRITERS
-from test_train_processes import JOB_VARIABLES, LIMIT, TESTS, find_mpirun, needs_mpirun
 from thread_ranks import on_ranks
 
 from apts_mpi.checkpoint import newest_valid
@@ -98,11 +98,9 @@ class Job:
     """A job of `RANKS` ranks under mpirun, with its own process group, ended at the end of a ``with`` block."""
 
     def __init__(self, script, place, writer):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
         command = [find_mpirun(), "-n", str(RANKS), sys.executable, "-c", script, "checkpoints", writer]
         self.process = subprocess.Popen(
-            command, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command, cwd=place, env=surroundings(place), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 

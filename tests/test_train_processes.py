@@ -1,53 +1,11 @@
 """The command line as users call it: ``python -m apts_mpi.train``, alone and with mpirun."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from mpi4py import MPI
-
-TESTS = Path(__file__).parent
-LIMIT = 100  # seconds; a run takes a few, most of them to import torch
-
-SMALL = (
-    "--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --subdomains=3 "
-    "--local.solver=sgd --schwarz.variant=exact --schwarz.local_data=shard --coarse=none "
-    "--trust-region.initial_radius=0.2"
-).split()
-
-# What MPI told this process about its own job does not hold for the jobs that it starts.
-JOB_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "SLURM_")
-
-
-def find_mpirun():
-    """Beside the Python that runs the tests, or on the path."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return shutil.which("mpirun", path=places)
-
-
-needs_mpirun = pytest.mark.skipif(find_mpirun() is None, reason="needs mpirun")
-
-
-def start(directory, ranks, arguments, **variables):
-    """Run the command line; ``ranks`` None is without mpirun. Return status, output and errors."""
-    launcher = [] if ranks is None else [find_mpirun(), "-n", str(ranks)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
-    paths = [str(TESTS.parent), str(TESTS), str(directory), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [*launcher, sys.executable, "-m", "apts_mpi.train", *arguments],
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+from processes import SMALL, needs_mpirun, start
 
 
 @needs_mpirun
@@ -60,7 +18,7 @@ def test_alone_and_with_mpirun(tmp_path):
         assert run.stderr == ""
         assert run.stdout.count("train loss") == 1
         path = tmp_path / f"run_{ranks}"
-        assert {file.name for file in path.iterdir()} == {"config.yaml", "history.jsonl", "summary.json"}
+        assert {file.name for file in path.iterdir()} == {"checkpoints", "config.yaml", "history.jsonl", "summary.json"}
         assert json.loads((path / "summary.json").read_text())["ranks"] == (ranks or 1)
         records = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
         losses.append([record.get("loss", record.get("train_loss")) for record in records])
