@@ -94,7 +94,8 @@ class Survival:
         if save or (watch and iteration % watch == 0):
             check_shared(self._training.fingerprint(), iteration, self._comm)
         if save:
-            self._save(iteration, last=done or reason != GO_ON)
+            with self._training.solver.events.timed("checkpoint"):
+                self._save(iteration, last=done or reason != GO_ON)
         self._last_step = seconds()
         if reason == WALLTIME:
             self.stopped_by = "the wall time is nearly over"

@@ -303,8 +303,8 @@ class Training:
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the run came to. Collective."""
-        waiting = self.solver.events.totals["wait"].seconds
-        (communication,) = self.comm.agree([waiting], lambda table: [table[:, 0].max()])
+        own = [self.solver.events.totals[name].seconds for name in ("wait", "checkpoint")]
+        communication, checkpoints = self.comm.agree(own, lambda table: table.max(axis=0))
         return {
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
@@ -317,6 +317,7 @@ class Training:
             "rejected_steps": self.progress.rejected,
             **self._totals(),
             "seconds_in_communication": communication,
+            "seconds_in_checkpoints": checkpoints,
         }
 
 
