@@ -15,7 +15,7 @@ from apts_mpi.batch import passes_of_batch, team_shares
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
-from apts_mpi.composition import compose, describe, split_parameters
+from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
@@ -90,7 +90,8 @@ class APTS:
             segmented = SegmentedNetwork(network, forward)
             self.vector = FlatParameters(network)
             self.layers = segmented.layers(self.vector)
-            self.subdomains = split_parameters(options, self.layers, self.comm.size)
+            dense = may_be_dense(options, network, called=forward is not None)
+            self.subdomains = split_parameters(options, self.layers, self.comm.size, dense)
             count = len(self.subdomains)
             self.layout = Layout(self.comm.size, count, options.replicas)
             options = compose(
