@@ -108,6 +108,9 @@ def compose(
     local_data = options.schwarz.local_data
     if local_data == "auto":
         local_data = "full" if solver == "gauss-newton" and not data else "shard"
+    partition = options.schwarz.partition
+    if partition == "auto":
+        partition = "layer" if whole else "index"
     damping = options.local.damping if options.local.damping is not None else DAMPING.get(solver)
     coarse = options.coarse
     if coarse.norm == "auto":
@@ -122,7 +125,7 @@ def compose(
             options.schwarz,
             variant=variant,
             local_data=local_data,
-            partition=_partition(options, may_be_dense(options, network, called)),
+            partition=partition,
         ),
     )
 
@@ -154,23 +157,35 @@ def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int, 
     InvalidInput
         If the partition cannot make as many as the options ask for.
     """
-    schwarz, size = options.schwarz, layers[-1].stop
-    count = options.subdomains or max(ranks // options.replicas, 1)
+    schwarz = options.schwarz
+    step = max(ranks // options.replicas, 1)
+    count = options.subdomains or step
     if schwarz.decomposition == "data":
         return whole_subdomains(layers, count)
-    partition = _partition(options, dense)
+    partition: Literal["layer", "index"] = "index" if schwarz.partition == "index" else "layer"
     if options.subdomains is None:
-        if dense and partition == "index" and size <= LARGEST_DENSE_NETWORK:
-            count *= math.ceil(size / (count * USUAL_DENSE_BLOCK))
         count = min(count, most_subdomains(layers, partition))
+    if dense and schwarz.partition == "auto":
+        partition, count = _dense_partition(layers, step, options.subdomains) or (partition, count)
     return make_subdomains(layers, count, partition, schwarz.overlap)
 
 
-def _partition(options: APTSOptions, dense: bool) -> Literal["layer", "index"]:
-    """Dense blocks gain nothing from layers, and few of these are of a suitable size."""
-    if options.schwarz.partition != "auto":
-        return options.schwarz.partition
-    return "index" if dense else "layer"
+def _dense_partition(
+    layers: Sequence[Layer], step: int, count: int | None
+) -> tuple[Literal["layer", "index"], int] | None:
+    """Kind and number of dense blocks: layers where they make blocks of usual size, else equal ranges.
+
+    ``count`` if given, else the least multiple of ``step``. None where the network is too large for such blocks.
+    """
+    size = layers[-1].stop
+    for number in [count] if count else range(step, len(layers) + 1, step):
+        if number <= len(layers):
+            parts = make_subdomains(layers, number, "layer", 0)
+            if max(part.stop - part.start for part in parts) <= USUAL_DENSE_BLOCK:
+                return "layer", number
+    if size > min(LARGEST_DENSE_NETWORK, (count or size) * LARGEST_DENSE_BLOCK):
+        return None
+    return "index", min(count or step * math.ceil(size / (step * USUAL_DENSE_BLOCK)), size)
 
 
 def _is_normalised(network: torch.nn.Module) -> bool:

@@ -34,8 +34,8 @@ class SchwarzOptions:
         subdomain's own layers only, against the cached gradient of the loss with respect to their output. ``auto``:
         inexact where the network is called for its outputs alone.
     partition
-        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``auto``: index
-        where the local solver is dense Gauss-Newton, else layer.
+        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``auto``: layer,
+        but for dense Gauss-Newton where layers make blocks of more than 640 parameters.
     overlap
         Layers (``layer``) or indices (``index``) that a subdomain takes from each neighbour.
     type

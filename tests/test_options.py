@@ -202,7 +202,10 @@ def test_number_of_dense_blocks(width, ranks, expected):
 
 def test_partition_of_dense_blocks():
     assert composed_partition() == composed_partition(classifier(batch_norm=True), forward=call) == "layer"
-    assert composed_partition(forward=call) == "index"
+    wide = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 1))
+    narrow = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    assert composed_partition(wide, forward=call) == "index"
+    assert composed_partition(narrow, forward=call) == "layer"
     assert composed_partition(forward=call, solver="adam") == "layer"
 
 
