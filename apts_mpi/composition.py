@@ -133,7 +133,7 @@ def compose(
 def may_be_dense(options: APTSOptions, network: torch.nn.Module, called: bool) -> bool:
     """Whether dense Gauss-Newton is, or with small blocks would be, the local solver for subdomains of parameters."""
     solver = options.local.solver
-    automatic = solver == "auto" and called and not _is_normalised(network)
+    automatic = solver == "auto" and called and not (_is_normalised(network) or _is_random(network))
     return options.schwarz.decomposition == "parameters" and (automatic or solver == "gauss-newton")
 
 
@@ -186,6 +186,10 @@ def _dense_partition(
     if size > min(LARGEST_DENSE_NETWORK, (count or size) * LARGEST_DENSE_BLOCK):
         return None
     return "index", min(count or step * math.ceil(size / (step * USUAL_DENSE_BLOCK)), size)
+
+
+def _is_random(network: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in network.modules())
 
 
 def _is_normalised(network: torch.nn.Module) -> bool:
