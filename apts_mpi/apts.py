@@ -15,12 +15,13 @@ from apts_mpi.batch import passes_of_batch, team_shares
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
-from apts_mpi.composition import compose, describe, split_parameters
+from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.iteration import Judged, State, StepResult
 from apts_mpi.local import needs_evaluations
+from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions
@@ -89,7 +90,8 @@ class APTS:
             segmented = SegmentedNetwork(network, forward)
             self.vector = FlatParameters(network)
             self.layers = segmented.layers(self.vector)
-            self.subdomains = split_parameters(options, self.layers, self.comm.size)
+            dense = may_be_dense(options, network, called=forward is not None)
+            self.subdomains = split_parameters(options, self.layers, self.comm.size, dense)
             count = len(self.subdomains)
             self.layout = Layout(self.comm.size, count, options.replicas)
             options = compose(
@@ -264,7 +266,15 @@ class APTS:
 
     def _prepare_coarse(self) -> None:
         if self.coarse is not None:
-            self.coarse.prepare(self._passes, self.schwarz.columns(), self._gradient, self._batch_size)
+            self.coarse.prepare(
+                self._passes, self.schwarz.columns(), self._gradient, self._batch_size, self._coarse_rows()
+            )
+
+    def _coarse_rows(self) -> Sequence[GaussNewtonRows]:
+        """The rows of the local solvers, if those of all ranks together are on the samples of the coarse level."""
+        options = self.options
+        own = options.local.solver == "gauss-newton" and options.schwarz.local_data == "full"
+        return self.schwarz.rows if own and options.batch == "whole" and options.coarse.samples == 1.0 else ()
 
     def _recorded(self) -> list[torch.nn.Module]:
         """The layers of the subdomains that this rank carries."""
@@ -436,6 +446,7 @@ class APTS:
             self._run = self.objective.forward(self._passes, keep_graph=True)
         if self._saved.correction is not None:
             self.schwarz.assembled.copy_(self._saved.correction)
+            self.schwarz.open_rows(self._run.caches)
             self._prepare_coarse()
             self._has_correction = True
 

@@ -13,6 +13,7 @@ import torch
 from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.partition import Subdomain
@@ -23,8 +24,9 @@ from apts_mpi.vector import norm
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
 RAISE, LOWER = 4.0, 0.5
 
-# Targets that are enough for the curvature between a few columns.
-ENOUGH_TARGETS = 512
+# Targets that are enough for the curvature between a few columns, and the largest share of a batch: of a small one the
+# tangents of all samples would cost as much as the rest of the iteration.
+ENOUGH_TARGETS, LARGEST_SHARE = 512, 0.45
 
 # Columns whose part outside the span of the others is below this share of their length are dropped.
 DEPENDENT = 1e-6
@@ -129,9 +131,29 @@ class CoarseLevel:
         self._model: ReducedModel | None = None
 
     def prepare(
-        self, passes: Sequence[Pass], corrections: Sequence[Column], gradient: torch.Tensor, batch_size: int
+        self,
+        passes: Sequence[Pass],
+        corrections: Sequence[Column],
+        gradient: torch.Tensor,
+        batch_size: int,
+        rows: Sequence[GaussNewtonRows] = (),
     ) -> None:
-        """Form the reduced model of the subdomains' corrections. Collective."""
+        """Form the reduced model of the subdomains' corrections. Collective.
+
+        Parameters
+        ----------
+        passes
+            This rank's samples.
+        corrections
+            One column a subdomain.
+        gradient : Tensor, shape (n,)
+            The global gradient.
+        batch_size
+            Number of samples of the batch.
+        rows
+            Where every rank has the rows of its own subdomains on the whole batch: those, one a pass. They give the
+            curvature without another pass through the network.
+        """
         vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
         with self._events.timed("coarse"):
             self._corrections = corrections
@@ -141,21 +163,47 @@ class CoarseLevel:
                 if name != "correction"
                 for start, stop in self._parts
             ]
-            curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
-            for part in passes:
-                thinned = part.thinned(self._share(batch_size, part.targets))
-                if thinned is not None:
-                    curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns).cpu()
-            total = self._comm.sum_on_root(curvature.numpy())
+            if rows:
+                total = self._curvature_from_rows(passes, rows, batch_size)
+            else:
+                total = self._curvature_of_passes(passes, batch_size)
             if total is not None:
                 slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
                 self._model = ReducedModel(slope.double().cpu().numpy(), total, self._gram())
+
+    def _curvature_of_passes(self, passes: Sequence[Pass], batch_size: int) -> np.ndarray | None:
+        """The reduced curvature on rank 0: all columns on a share of each rank's samples, summed."""
+        curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
+        for part in passes:
+            thinned = part.thinned(self._share(batch_size, part.targets))
+            if thinned is not None:
+                curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns).cpu()
+        return self._comm.sum_on_root(curvature.numpy())
+
+    def _curvature_from_rows(
+        self, passes: Sequence[Pass], rows: Sequence[GaussNewtonRows], batch_size: int
+    ) -> np.ndarray | None:
+        """The same from products of rows: each rank its own columns on its samples, put side by side."""
+        products = np.zeros((0, 0))
+        for part, of_pass in zip(passes, rows, strict=True):
+            for number, column in enumerate(self._columns):
+                if (column.start, column.stop) not in of_pass.owned:
+                    continue
+                product = of_pass.of(column.start, column.stop) @ column.values
+                outputs = len(product) // part.samples
+                if products.size == 0:
+                    products = np.zeros((len(self._columns), batch_size * outputs))
+                place = slice(part.position * outputs, (part.position + part.samples) * outputs)
+                # The rows are those of the mean over this rank's samples.
+                products[number, place] = product.double().cpu().numpy() * math.sqrt(part.samples / batch_size)
+        total = self._comm.sum_on_root(products)
+        return None if total is None else total @ total.T
 
     def _share(self, batch_size: int, targets: torch.Tensor) -> float:
         """Share of the batch on which the curvature is measured."""
         if self._options.samples is not None:
             return self._options.samples
-        return min(1.0, ENOUGH_TARGETS / (batch_size * targets[0].numel()))
+        return min(LARGEST_SHARE, ENOUGH_TARGETS / (batch_size * targets[0].numel()))
 
     def _gram(self) -> np.ndarray:
         """Inner products of the columns; zero for those that share no index."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -13,6 +15,13 @@ from apts_mpi.partition import Layer, Layout, Subdomain, make_subdomains, most_s
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE_BLOCK = 4096
+
+# Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
+# and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
+USUAL_DENSE_BLOCK = 640
+
+# Networks beyond this many parameters are not cut into usual dense blocks: the rows of 2,000 samples take 256 MB.
+LARGEST_DENSE_NETWORK = 32768
 
 DAMPING = {"kfac": 0.3, "gauss-newton": 1e-7}
 
@@ -46,8 +55,7 @@ def compose(
     largest = max(part.stop - part.start for part in subdomains)
     edges = {layer.start for layer in layers} | {layers[-1].stop}
     whole = all(part.start in edges and part.stop in edges for part in subdomains)
-    normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
-    random = any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in network.modules())
+    normalised, random = _is_normalised(network), _is_random(network)
     solver, variant = options.local.solver, options.schwarz.variant
     if solver == "auto":
         dense = called and not normalised and not random and largest <= LARGEST_DENSE_BLOCK
@@ -100,6 +108,9 @@ def compose(
     local_data = options.schwarz.local_data
     if local_data == "auto":
         local_data = "full" if solver == "gauss-newton" and not data else "shard"
+    partition = options.schwarz.partition
+    if partition == "auto":
+        partition = "layer" if whole else "index"
     damping = options.local.damping if options.local.damping is not None else DAMPING.get(solver)
     coarse = options.coarse
     if coarse.norm == "auto":
@@ -110,12 +121,36 @@ def compose(
         options,
         coarse=coarse,
         local=replace(options.local, solver=solver, damping=damping),
-        schwarz=replace(options.schwarz, variant=variant, local_data=local_data),
+        schwarz=replace(
+            options.schwarz,
+            variant=variant,
+            local_data=local_data,
+            partition=partition,
+        ),
     )
 
 
-def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int) -> tuple[Subdomain, ...]:
-    """The subdomains; without a number of them, one for each rank of a replica if the partition can make as many.
+def may_be_dense(options: APTSOptions, network: torch.nn.Module, called: bool) -> bool:
+    """Whether dense Gauss-Newton is, or with small blocks would be, the local solver for subdomains of parameters."""
+    solver = options.local.solver
+    automatic = solver == "auto" and called and not (_is_normalised(network) or _is_random(network))
+    return options.schwarz.decomposition == "parameters" and (automatic or solver == "gauss-newton")
+
+
+def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int, dense: bool) -> tuple[Subdomain, ...]:
+    """The subdomains.
+
+    Without a number of them, one for each rank of a replica if the partition can make as many; or for dense blocks a
+    multiple of that, so that they are of the usual size.
+
+    Parameters
+    ----------
+    options, layers
+        As in `compose`.
+    ranks
+        Number of ranks.
+    dense
+        What `may_be_dense` says.
 
     Raises
     ------
@@ -123,12 +158,42 @@ def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int) 
         If the partition cannot make as many as the options ask for.
     """
     schwarz = options.schwarz
-    count = options.subdomains or max(ranks // options.replicas, 1)
+    step = max(ranks // options.replicas, 1)
+    count = options.subdomains or step
     if schwarz.decomposition == "data":
         return whole_subdomains(layers, count)
+    partition: Literal["layer", "index"] = "index" if schwarz.partition == "index" else "layer"
     if options.subdomains is None:
-        count = min(count, most_subdomains(layers, schwarz.partition))
-    return make_subdomains(layers, count, schwarz.partition, schwarz.overlap)
+        count = min(count, most_subdomains(layers, partition))
+    if dense and schwarz.partition == "auto":
+        partition, count = _dense_partition(layers, step, options.subdomains) or (partition, count)
+    return make_subdomains(layers, count, partition, schwarz.overlap)
+
+
+def _dense_partition(
+    layers: Sequence[Layer], step: int, count: int | None
+) -> tuple[Literal["layer", "index"], int] | None:
+    """Kind and number of dense blocks: layers where they make blocks of usual size, else equal ranges.
+
+    ``count`` if given, else the least multiple of ``step``. None where the network is too large for such blocks.
+    """
+    size = layers[-1].stop
+    for number in [count] if count else range(step, len(layers) + 1, step):
+        if number <= len(layers):
+            parts = make_subdomains(layers, number, "layer", 0)
+            if max(part.stop - part.start for part in parts) <= USUAL_DENSE_BLOCK:
+                return "layer", number
+    if size > min(LARGEST_DENSE_NETWORK, (count or size) * LARGEST_DENSE_BLOCK):
+        return None
+    return "index", min(count or step * math.ceil(size / (step * USUAL_DENSE_BLOCK)), size)
+
+
+def _is_random(network: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in network.modules())
+
+
+def _is_normalised(network: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def describe(options: APTSOptions, layout: Layout, subdomains: Sequence[Subdomain], network: str) -> str:

@@ -1,4 +1,4 @@
-"""Dense Gauss-Newton matrix of one block, for small blocks on small batches."""
+"""Rows of the dense Gauss-Newton matrix of a block, for small blocks on small batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch.func import functional_call, jacrev, vmap
 
 from apts_mpi.objective import Loss
 
+# The derivatives of more samples at once would take several times the memory of the result.
+SAMPLES_AT_ONCE = 1024
+
 
 class BlockJacobian:
     """Derivatives of every sample's outputs with respect to the parameters of a block.
@@ -19,7 +22,7 @@ class BlockJacobian:
     segments
         The segments from the block's first to the network's last.
     parameters
-        The tensors that hold the block, in the order of the flat vector.
+        The tensors that hold the block, in the order of the flat vector; neighbours there.
     loss
         The loss.
     """
@@ -46,7 +49,7 @@ class BlockJacobian:
 
         with torch.no_grad():
             outputs = self._chain(inputs)
-            derivatives = vmap(jacrev(outputs_of_sample), in_dims=(None, 0))(values, inputs)
+            derivatives = vmap(jacrev(outputs_of_sample), in_dims=(None, 0), chunk_size=SAMPLES_AT_ONCE)(values, inputs)
             jacobian = torch.cat([derivatives[name].flatten(2) for name in self._names], dim=2)
         return (self._roots(outputs, targets) @ jacobian).flatten(0, 1)
 
@@ -60,5 +63,6 @@ class BlockJacobian:
             directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
             (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True)
         values, vectors = torch.linalg.eigh(curved.reshape(size, samples, size).transpose(0, 1))
-        # A loss that is not convex in the outputs has negative curvature there, which is left out.
-        return values.clamp_min(0.0).sqrt()[:, :, None] * vectors.transpose(1, 2)
+        # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
+        # it is unique, so that rows of different ranks belong together.
+        return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)

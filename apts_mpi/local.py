@@ -239,7 +239,7 @@ class GaussNewton:
         """See `LocalSolver`."""
         start = local.block.clone()
         for gradient in _gradients(local, self._iterations):
-            rows = local.gauss_newton_rows().double().mul_(local.weight**0.5)
+            rows = local.gauss_newton_rows().to(torch.float64, copy=True).mul_(local.weight**0.5)
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             matrix = rows.T @ rows
             if self._team.size > 1:

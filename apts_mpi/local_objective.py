@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from apts_mpi.comm import Communicator
@@ -11,6 +13,56 @@ from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.transport import Mirror
+
+
+class GaussNewtonRows:
+    """Rows of the Gauss-Newton matrix on the samples of one pass, for the neighbouring subdomains of a rank.
+
+    They are computed when first asked for, at the parameters of that moment, for all subdomains at once, which costs
+    little more than for one: each needs the same passes through the network.
+
+    Parameters
+    ----------
+    objective
+        The global objective.
+    caches
+        Of the subdomains, on the same samples.
+    events
+        Where work is counted.
+
+    Attributes
+    ----------
+    owned : set of (int, int)
+        Ranges of the flat vector that the subdomains own.
+    """
+
+    def __init__(self, objective: Objective, caches: Sequence[Cache], events: Events) -> None:
+        self._objective = objective
+        self._cache = min(caches, key=lambda cache: cache.subdomain.first_segment)
+        start, stop = min(c.subdomain.start for c in caches), max(c.subdomain.stop for c in caches)
+        self.owned = {(c.subdomain.owned_start, c.subdomain.owned_stop) for c in caches}
+        self._touched = objective.vector.touching(start, stop)
+        self._start = objective.vector.entries[self._touched][0].start
+        self._events = events
+        self._rows: torch.Tensor | None = None
+
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """R with ``R^T R`` the matrix of a range of the flat vector, shape (samples * outputs, stop - start)."""
+        if self._rows is None:
+            self._rows = self._compute()
+        return self._rows[:, start - self._start : stop - self._start]
+
+    def _compute(self) -> torch.Tensor:
+        objective, cache = self._objective, self._cache
+        segments, device = objective.segmented, cache.inputs.device
+        first = cache.subdomain.first_segment
+        parameters = objective.vector.parameters[self._touched]
+        jacobian = BlockJacobian(segments.segments[first:], parameters, objective.loss)
+        with preserved_random_state(device), objective.buffers.copied():
+            set_random_state(cache.random_state, device)
+            rows = jacobian.rows(cache.inputs, cache.targets)
+        self._events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), FORWARD + BACKWARD)
+        return rows
 
 
 class LocalObjective:
@@ -36,6 +88,8 @@ class LocalObjective:
         Number of samples of the whole batch.
     events
         Where work is counted.
+    rows : GaussNewtonRows, optional
+        Those at theta_k on these samples, of this subdomain and others.
 
     Attributes
     ----------
@@ -58,6 +112,7 @@ class LocalObjective:
         weight: float,
         batch_size: int,
         events: Events,
+        rows: GaussNewtonRows | None = None,
     ) -> None:
         subdomain = cache.subdomain
         vector = objective.vector
@@ -71,6 +126,8 @@ class LocalObjective:
         self.records = cache.records
         self.samples = len(cache.targets)
         self._events = events
+        self._rows = rows
+        self._at_start = self.block if rows is None else self.block.clone()
         touched = vector.touching(subdomain.start, subdomain.stop)
         self._parameters = vector.parameters[touched]
         entries = vector.entries[touched]
@@ -114,15 +171,14 @@ class LocalObjective:
         return value + self._first_order()
 
     def gauss_newton_rows(self) -> torch.Tensor:
-        """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start)."""
-        objective, first = self._objective, self._cache.subdomain.first_segment
-        jacobian = BlockJacobian(objective.segmented.segments[first:], self._parameters, objective.loss)
-        with preserved_random_state(self.block.device), objective.buffers.copied():
-            set_random_state(self._cache.random_state, self.block.device)
-            rows = jacobian.rows(self._cache.inputs, self._cache.targets)
-        share = objective.segmented.share(first, len(objective.segmented) - 1)
-        self._events.count_work(self.samples, share, FORWARD + BACKWARD)
-        return rows[:, self._inside]
+        """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start).
+
+        At theta_k those of ``rows``, if given.
+        """
+        rows = self._rows
+        if rows is None or not torch.equal(self.block, self._at_start):
+            rows = GaussNewtonRows(self._objective, [self._cache], self._events)
+        return rows.of(self._cache.subdomain.start, self._cache.subdomain.stop)
 
     def products(self, kind: ProductKind) -> Product:
         """Products with the curvature of the local objective at the block's present values, while they stay.

@@ -34,7 +34,8 @@ class SchwarzOptions:
         subdomain's own layers only, against the cached gradient of the loss with respect to their output. ``auto``:
         inexact where the network is called for its outputs alone.
     partition
-        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges.
+        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``auto``: layer,
+        but for dense Gauss-Newton where layers make blocks of more than 640 parameters.
     overlap
         Layers (``layer``) or indices (``index``) that a subdomain takes from each neighbour.
     type
@@ -49,7 +50,7 @@ class SchwarzOptions:
 
     decomposition: Literal["parameters", "data"] = "parameters"
     variant: Literal["auto", "exact", "inexact"] = "auto"
-    partition: Literal["layer", "index"] = "layer"
+    partition: Literal["auto", "layer", "index"] = "auto"
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
     local_data: Literal["auto", "shard", "full"] = "auto"
@@ -58,7 +59,7 @@ class SchwarzOptions:
     def __post_init__(self) -> None:
         require_choice("schwarz.decomposition", self.decomposition, ("parameters", "data"))
         require_choice("schwarz.variant", self.variant, ("auto", "exact", "inexact"))
-        require_choice("schwarz.partition", self.partition, ("layer", "index"))
+        require_choice("schwarz.partition", self.partition, ("auto", "layer", "index"))
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
         require_choice("schwarz.type", self.type, ("basic", "restrict"))
         require_choice("schwarz.local_data", self.local_data, ("auto", "shard", "full"))
@@ -227,7 +228,7 @@ class CoarseOptions:
         of the ``gradient``, of the ``last_correction`` before recombination.
     samples
         Share of the batch on which the curvature is measured, in (0, 1]. null: all with local solver gauss-newton,
-        else as many as hold 512 targets.
+        else as many as hold 512 targets, at most 0.45.
     damping
         Of the reduced model, relative to its curvature in the norm.
     norm
@@ -264,7 +265,8 @@ class APTSOptions:
     Parameters
     ----------
     subdomains
-        Number of subdomains. None: one for each rank of a replica, or as many as the partition can make.
+        Number of subdomains. None: one for each rank of a replica, or as many as the partition can make; for dense
+        Gauss-Newton the least multiple of it with at most 640 parameters a subdomain.
     replicas
         Ranks that share the work of one subdomain rank over its samples.
     batch

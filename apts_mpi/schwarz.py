@@ -11,7 +11,7 @@ from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column
 from apts_mpi.local import ensure_descent, make_local_solver
-from apts_mpi.local_objective import LocalObjective
+from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.partition import Layer, Layout, Subdomain, layers_between, multiplicity
@@ -50,6 +50,8 @@ class AdditiveSchwarz:
         Name of the local solver.
     solvers : dict of int to LocalSolver
         Local solvers of the subdomains that this rank carries, with their state.
+    rows : list of GaussNewtonRows
+        Those of each pass at the point of the last correction; computed if a local solver has asked for them.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class AdditiveSchwarz:
             )
             for subdomain in self.carried
         }
+        self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
         self._disjoint = not self._data and (options.overlap == 0 or options.type == "restrict")
@@ -134,14 +137,27 @@ class AdditiveSchwarz:
         local_radius = subdomain_radius(radius, count, self._norm)
         if not self._disjoint:
             self.correction.zero_()
+        self.open_rows(caches)
         with self._events.timed("local solves"):
-            for weight, of_pass in zip(samples, caches, strict=True):
+            for weight, of_pass, rows in zip(samples, caches, self.rows, strict=True):
                 for cache in of_pass:
-                    self._solve(cache, weight, batch_size, gradient, local_radius)
+                    self._solve(cache, rows, weight, batch_size, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
 
-    def _solve(self, cache: Cache, weight: float, batch_size: int, gradient: torch.Tensor, radius: float) -> None:
+    def open_rows(self, caches: Sequence[Sequence[Cache]]) -> None:
+        """Have `rows` ready to be computed at the present parameters, for the caches of each pass there."""
+        self.rows = [GaussNewtonRows(self._objective, of_pass, self._events) for of_pass in caches]
+
+    def _solve(
+        self,
+        cache: Cache,
+        rows: GaussNewtonRows,
+        weight: float,
+        batch_size: int,
+        gradient: torch.Tensor,
+        radius: float,
+    ) -> None:
         subdomain = cache.subdomain
         local = LocalObjective(
             self._objective,
@@ -151,6 +167,7 @@ class AdditiveSchwarz:
             weight,
             batch_size,
             self._events,
+            rows,
         )
         start = local.block.clone()
         self.solvers[subdomain.index].solve(local, radius, self._norm)

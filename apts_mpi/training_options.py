@@ -47,7 +47,8 @@ class TrainingOptions:
     learning_rate
         Of torch's optimizers.
     subdomains
-        Number of subdomains. null: one for each rank of a replica, or as many as the partition can make.
+        Number of subdomains. null: one for each rank of a replica, or as many as the partition can make; for dense
+        Gauss-Newton the least multiple of it with at most 640 parameters a subdomain.
     replicas
         Ranks that share the work of one subdomain rank over its samples.
     run_dir

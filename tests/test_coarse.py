@@ -9,7 +9,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, TrustRegionOptions
+from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column, Linearisation
@@ -186,11 +186,43 @@ def test_columns_without_curvature_and_the_scaled_norm():
 
 @pytest.mark.parametrize(
     ("shape", "batch_size", "share"),
-    [((1,), 256, 1.0), ((1,), 2048, 0.25), ((16,), 64, 0.5), ((64,), 64, 0.125), ((64,), 4, 1.0)],
+    [((1,), 256, 0.45), ((1,), 2048, 0.25), ((16,), 80, 0.4), ((64,), 64, 0.125), ((64,), 4, 0.45)],
 )
-def test_as_many_samples_as_have_enough_targets(shape, batch_size, share):
+def test_as_many_samples_as_have_enough_targets_but_not_most_of_them(shape, batch_size, share):
     solver = networks.make_solver(MPI.COMM_SELF, dataclasses.replace(gauss_newton(), coarse=CoarseOptions()))
     assert solver.coarse._share(batch_size, torch.zeros(batch_size, *shape)) == share
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("overlap", [0, 5])
+@pytest.mark.parametrize(("loss", "iterations"), [("cross_entropy", 1), ("mse_loss", 2)])
+def test_curvature_from_the_rows_of_dense_blocks_equals_the_dense_one(world, overlap, loss, iterations):
+    """Each rank has rows of its own subdomains only, teams split the samples, a second local iteration has others."""
+    network = NETWORKS["multilayer"]().double()
+    inputs = torch.randn(23, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(23) % 3 if loss == "cross_entropy" else inputs[:, :3].sin()
+    function = getattr(nn.functional, loss)
+    options = APTSOptions(
+        subdomains=3,
+        schwarz=SchwarzOptions(variant="exact", partition="index", overlap=overlap),
+        local=LocalOptions(solver="gauss-newton", iterations=iterations),
+    )
+    solver = APTS(network, function, comm=world, options=options)
+    accepted = solver.step((inputs, targets)).accepted
+    values, last_step = solver.vector.values.clone(), solver.coarse.last_step.clone()
+    solver.step((inputs, targets))
+    assert accepted and solver._coarse_rows()
+    if world.rank > 0:
+        return
+    solver.vector.values.copy_(values)
+    columns = torch.zeros(len(values), 6, dtype=torch.float64)
+    for part in solver.subdomains:
+        owned = slice(part.owned_start, part.owned_stop)
+        columns[owned, part.index] = solver.schwarz.correction[owned]
+        columns[owned, 3 + part.index] = last_step[owned]
+    product = dense_jacobian(network, lambda net, x: net(x), inputs) @ columns
+    hessian = dense_hessian(function, network(inputs), targets)
+    np.testing.assert_allclose(solver.coarse._model.curvature, product.T @ hessian @ product, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.mpi

@@ -17,7 +17,7 @@ from apts_mpi import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.composition import compose, split_parameters
+from apts_mpi.composition import compose, may_be_dense, split_parameters
 from apts_mpi.partition import make_subdomains
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.training_options import TrainingOptions
@@ -26,7 +26,7 @@ from apts_mpi.vector import FlatParameters
 BAD_VALUES = [
     (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),
     (SchwarzOptions, {"variant": "both"}, "schwarz.variant: 'both' .* choose one of .*exact, inexact"),
-    (SchwarzOptions, {"partition": "row"}, "schwarz.partition: 'row' .* choose one of layer, index"),
+    (SchwarzOptions, {"partition": "row"}, "schwarz.partition: 'row' .* choose one of auto, layer, index"),
     (SchwarzOptions, {"overlap": -1}, "schwarz.overlap: -1 .* give 0 or more"),
     (SchwarzOptions, {"type": "additive"}, "schwarz.type: 'additive' .* choose one of basic, restrict"),
     (SchwarzOptions, {"local_data": "half"}, "schwarz.local_data: 'half' .* choose one of .*shard, full"),
@@ -120,7 +120,7 @@ def composed(network=None, forward=None, subdomains=2, **changes):
     parts = {"local": LocalOptions(**changes.pop("local", {})), "schwarz": SchwarzOptions(**changes)}
     options = APTSOptions(subdomains=subdomains, **parts)
     layers = SegmentedNetwork(network, forward).layers(FlatParameters(network))
-    split = make_subdomains(layers, subdomains, options.schwarz.partition, options.schwarz.overlap)
+    split = split_parameters(options, layers, 1, may_be_dense(options, network, forward is not None))
     options = compose(options, network=network, called=forward is not None, layers=layers, subdomains=split)
     return options.local.solver, options.schwarz.variant, options.schwarz.local_data
 
@@ -183,12 +183,44 @@ def test_number_of_subdomains(options, ranks, expected):
     """By default one a rank of a replica, as far as the classifier's six layers go."""
     network = classifier()
     layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
-    assert len(split_parameters(options, layers, ranks)) == expected
+    assert len(split_parameters(options, layers, ranks, dense=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "ranks", "expected"), [(16, 1, 2), (16, 3, 3), (64, 1, 20), (64, 8, 24), (512, 3, 3)]
+)
+def test_number_of_dense_blocks(width, ranks, expected):
+    """The least multiple of the ranks with at most 640 parameters a block; of large networks, one a rank."""
+    network = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+    layers = SegmentedNetwork(network, call).layers(FlatParameters(network))
+    dense = may_be_dense(APTSOptions(), network, called=True)
+    parts = split_parameters(APTSOptions(), layers, ranks, dense)
+    assert len(parts) == expected
+    if width < 512:
+        assert max(part.stop - part.start for part in parts) <= 640
+
+
+def test_partition_of_dense_blocks():
+    assert composed_partition() == composed_partition(classifier(batch_norm=True), forward=call) == "layer"
+    wide = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 1))
+    narrow = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
+    assert composed_partition(wide, forward=call) == "index"
+    assert composed_partition(narrow, forward=call) == "layer"
+    assert composed_partition(forward=call, solver="adam") == "layer"
+
+
+def composed_partition(network=None, forward=None, solver="auto"):
+    network = classifier() if network is None else network
+    options = APTSOptions(subdomains=3, local=LocalOptions(solver=solver))
+    layers = SegmentedNetwork(network, forward).layers(FlatParameters(network))
+    split = split_parameters(options, layers, 1, may_be_dense(options, network, forward is not None))
+    called = forward is not None
+    return compose(options, network=network, called=called, layers=layers, subdomains=split).schwarz.partition
 
 
 def test_subdomains_of_data_have_all_parameters():
     network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
-    parts = split_parameters(APTSOptions(subdomains=3, schwarz=SchwarzOptions(decomposition="data")), layers, 1)
+    parts = split_parameters(APTSOptions(subdomains=3, schwarz=SchwarzOptions(decomposition="data")), layers, 1, False)
     assert [(part.start, part.stop, part.first_segment, part.last_segment) for part in parts] == [(0, 9, 0, 2)] * 3
     assert torch.tensor([part.index for part in parts]).tolist() == [0, 1, 2]

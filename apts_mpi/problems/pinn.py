@@ -36,11 +36,11 @@ def least_squares_problem(
     network: nn.Module,
     operator: Operator,
     interior: tuple[np.ndarray, np.ndarray],
-    boundary: tuple[np.ndarray, np.ndarray],
-    coefficient: float,
     reference: tuple[np.ndarray, np.ndarray],
     epochs: int,
     dtype: torch.dtype,
+    boundary: tuple[np.ndarray, np.ndarray] | None = None,
+    coefficient: float = 1.0,
 ) -> Problem:
     """Put a physics-informed problem together.
 
@@ -52,25 +52,25 @@ def least_squares_problem(
         Left-hand side of the differential equation.
     interior : (ndarray (M_I, d), ndarray (M_I,))
         Points and right-hand side there.
-    boundary : (ndarray (M_B, d), ndarray (M_B,))
-        Points and prescribed values there.
-    coefficient : float
-        Factor of the boundary's mean square.
     reference : (ndarray (m, d), ndarray (m,))
         Points and the solution there, for the metric ``relative_l2_error``.
     dtype : torch.dtype
+    boundary : (ndarray (M_B, d), ndarray (M_B,)), optional
+        Points and prescribed values there; None where the network has them by construction.
+    coefficient : float
+        Factor of the boundary's mean square.
 
     Returns
     -------
     Problem
     """
-    samples = len(interior[0]) + len(boundary[0])
-    inputs = np.concatenate([_rows(interior[0], INTERIOR), _rows(boundary[0], BOUNDARY)])
+    parts = [(*interior, INTERIOR, 1.0)]
+    if boundary is not None:
+        parts.append((*boundary, BOUNDARY, coefficient))
+    samples = sum(len(points) for points, *_ in parts)
+    inputs = np.concatenate([_rows(points, kind) for points, _, kind, _ in parts])
     targets = np.concatenate(
-        [
-            _rows(interior[1][:, None], samples / len(interior[0])),
-            _rows(boundary[1][:, None], coefficient * samples / len(boundary[0])),
-        ]
+        [_rows(values[:, None], factor * samples / len(points)) for points, values, _, factor in parts]
     )
     # Mixed, so that a batch or a shard of consecutive samples has interior and boundary points.
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(_POINTS_SEED))
