@@ -189,6 +189,8 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
                 directory.write_config(config)
         if checkpoint is None:
             checkpoints.clear()
+        else:
+            checkpoint.close()
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         history = directory.history if directory is not None else bytes
         survival = Survival(training, checkpoints, options, signals, metadata, history, tell)
