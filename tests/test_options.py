@@ -80,6 +80,13 @@ BAD_VALUES = [
     (TrainingOptions, {"optimizer": "newton"}, "optimizer: 'newton' .* choose one of apts, adam, sgd, lbfgs"),
     (TrainingOptions, {"learning_rate": 0.0}, "learning_rate: 0.0 .* give a number above 0"),
     (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
+    (TrainingOptions, {"checkpoint_every": 0}, "checkpoint_every: 0 .* give a number of iterations above 0, a time"),
+    (TrainingOptions, {"checkpoint_every": True}, "checkpoint_every: True"),
+    (TrainingOptions, {"checkpoint_every": "0min"}, "checkpoint_every: '0min'"),
+    (TrainingOptions, {"checkpoint_keep_last": 0}, "checkpoint_keep_last: 0 .* give 1 or more"),
+    (TrainingOptions, {"checkpoint_keep_every": -1}, "checkpoint_keep_every: -1 .* give 0 or more"),
+    (TrainingOptions, {"drift_check_every": -1}, "drift_check_every: -1 .* give 0 or more"),
+    (TrainingOptions, {"walltime": "1:2"}, "walltime: '1:2' .* give HH:MM:SS"),
     (TrainingOptions, {"replicas": 0}, "replicas: 0"),
     (TrainingOptions, {"seed": -1}, "seed: -1"),
 ]
@@ -96,7 +103,7 @@ def test_bad_values_are_refused(kind, change, message):
 @pytest.mark.parametrize("kind", {kind for kind, _, _ in BAD_VALUES})
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
-    free = {"problem", "data_dir", "run_dir", "overwrite", "view", "monitor"}
+    free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}
