@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.
         environment.pause(0.5)
         world.Abort(FAILED)
+        sys.exit(FAILED)  # Abort may return before the end
     sys.exit(status)
 
 
