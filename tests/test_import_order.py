@@ -22,6 +22,7 @@ LEVELS = (
     ("problems", "baselines"),
     ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
+    ("run_records", "run_plots", "plot"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
