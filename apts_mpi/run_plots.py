@@ -127,7 +127,7 @@ def _has(group: Group, kind: str, name: str) -> bool:
 
 
 def _rejected(group: Group) -> bool:
-    return any(value == 0.0 for values in group.columns("iterations", "accepted") for value in values)
+    return any(not record["accepted"] for run in group.runs for record in run.iterations)
 
 
 def _curve(axes: Axes, group: Group, kind: str, place: str, name: str, style: dict[str, Any]) -> None:
