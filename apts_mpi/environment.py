@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
@@ -17,6 +17,9 @@ LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+
+# Beginnings of the variables by which launchers and batch systems tell a process its place in a job.
+JOB_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "HYDI_", "HYDRA_", "MPI_LOCAL", "SLURM_")
 
 _STARTED = time.perf_counter()
 
@@ -58,6 +61,27 @@ def launcher() -> tuple[int, int] | None:
         if os.environ.get(size, "").isdigit() and os.environ.get(rank, "").isdigit():
             return int(os.environ[size]), int(os.environ[rank])
     return None
+
+
+def outside_job() -> dict[str, str]:
+    """The environment variables without what a launcher told this process, for a job to be started from here."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
+
+
+def switched_on(names: Iterable[str]) -> list[str]:
+    """Those of the environment variables that are set, and not to nothing, 0 or no."""
+    off = ("", "0", "no", "off", "false", "disable")
+    return [name for name in names if os.environ.get(name, "").lower() not in off]
+
+
+def host() -> str:
+    """Name of this host."""
+    return platform.node()
+
+
+def cores() -> tuple[int, ...]:
+    """Numbers of the cores that this process may use."""
+    return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def random_state(device: torch.device) -> torch.Tensor:

@@ -106,24 +106,28 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     return TrainingOptions(**values), parser.dump(parsed)
 
 
+def launcher_mismatch(world: MPI.Comm) -> str:
+    """What is wrong if the launcher started more processes than MPI knows of, and the remedy; empty if it did not."""
+    launched = environment.launcher()
+    if launched is None or launched[0] == world.size:
+        return ""
+    return (
+        f"the launcher started {launched[0]} processes, but MPI has {world.size}: mpirun belongs to another MPI than "
+        f"the library in use ({mpi_version()}); call the mpirun of that library (its full path), or choose the "
+        "library of the launcher by MPI4PY_MPIABI=mpich or openmpi"
+    )
+
+
 def check_launcher(world: MPI.Comm) -> None:
     """End the process with a message if the launcher started more processes than MPI knows of.
 
     Every process then takes itself for rank 0 of 1, and would train by itself.
     """
-    launched = environment.launcher()
-    if launched is None or launched[0] == world.size:
-        return
-    size, number = launched
-    if number == 0:
-        print(
-            f"apts_mpi.train: error: the launcher started {size} processes, but MPI has {world.size}: mpirun belongs "
-            f"to another MPI than the library in use ({mpi_version()}). Call the mpirun of that library (its full "
-            "path), or choose the library of the launcher by MPI4PY_MPIABI=mpich or openmpi",
-            file=sys.stderr,
-            flush=True,
-        )
-    sys.exit(USAGE)
+    mismatch, launched = launcher_mismatch(world), environment.launcher()
+    if mismatch:
+        if launched is not None and launched[1] == 0:
+            print(f"apts_mpi.train: error: {mismatch}", file=sys.stderr, flush=True)
+        sys.exit(USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -226,7 +230,7 @@ def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Comm)
 
 def mpi_version() -> str:
     """First line of what the MPI library says of itself."""
-    return MPI.Get_library_version().split("\n")[0].strip("\0 ")
+    return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0").split())
 
 
 class Reporter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -71,3 +73,34 @@ def choose_device(kind: str, local_rank: int) -> torch.device:
     # Before anything touches CUDA: the first context made is the one that stays (pytorch/pytorch#21922).
     torch.cuda.set_device(device)
     return device
+
+
+def describe_transport(device: torch.device) -> str:
+    """How `Mirror` brings tensors of a device to MPI, in words."""
+    return "the tensors' own memory" if device.type == "cpu" else "staging through pinned host memory"
+
+
+def identity_of(device: torch.device) -> str:
+    """What tells a GPU from all others of its host, also where processes see them under other numbers; "" for a CPU."""
+    if device.type == "cpu":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    # Older releases of torch have no uuid.
+    return str(getattr(properties, "uuid", device))
+
+
+def sums_directly(comm: Any, device: torch.device, elements: int = 2**20) -> bool:
+    """Whether ``Iallreduce`` of an MPI communicator on memory of ``device`` gives right sums. Collective.
+
+    Libraries without it do not say so but crash, or never return: call it in a process that may be lost.
+    """
+    right = True
+    for dtype in ADMITTED_DTYPES:
+        send = torch.full((elements,), comm.rank + 1, dtype=dtype, device=device)
+        receive = torch.zeros_like(send)
+        if device.type == "cuda":
+            # mpi4py does not wait for the stream.
+            torch.cuda.synchronize(device)
+        comm.Iallreduce(send, receive).Wait()
+        right = right and bool((receive == comm.size * (comm.size + 1) // 2).all())
+    return right

@@ -1,4 +1,4 @@
-"""Training jobs as users start them: ``python -m apts_mpi.train``, alone and with mpirun."""
+"""Jobs as users start them: ``python -m apts_mpi.train`` and other commands, alone and with mpirun."""
 
 import os
 import shutil
@@ -31,10 +31,10 @@ def find_mpirun():
 needs_mpirun = pytest.mark.skipif(find_mpirun() is None, reason="needs mpirun")
 
 
-def command(ranks, arguments):
-    """The command line of a training run; ``ranks`` None is without mpirun."""
+def command(ranks, arguments, module="apts_mpi.train"):
+    """The command line of a job; ``ranks`` None is without mpirun."""
     launcher = [] if ranks is None else [find_mpirun(), "-n", str(ranks)]
-    return [*launcher, sys.executable, "-m", "apts_mpi.train", *arguments]
+    return [*launcher, sys.executable, "-m", module, *arguments]
 
 
 def surroundings(directory, **variables):
@@ -44,10 +44,10 @@ def surroundings(directory, **variables):
     return environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | variables
 
 
-def start(directory, ranks, arguments, **variables):
-    """Run a training job to its end. Return status, output and errors."""
+def start(directory, ranks, arguments, module="apts_mpi.train", **variables):
+    """Run a job to its end. Return status, output and errors."""
     return subprocess.run(
-        command(ranks, arguments),
+        command(ranks, arguments, module),
         cwd=directory,
         env=surroundings(directory, **variables),
         stdin=subprocess.DEVNULL,

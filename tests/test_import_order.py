@@ -22,15 +22,27 @@ LEVELS = (
     ("problems", "baselines"),
     ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
+    ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
 # What the package imports from outside, where few files may.
 PLACES = {
-    "mpi4py": {"comm", "apts", "baselines", "training", "train", "timing", "bench_checkpoint", "bench"},
+    "mpi4py": {
+        "comm",
+        "apts",
+        "baselines",
+        "training",
+        "train",
+        "timing",
+        "bench_checkpoint",
+        "bench",
+        "device_probe",
+        "doctor",
+    },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint"},
+    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint", "doctor"},
     "h5py": {"checkpoint"},
 }
 

@@ -2,6 +2,7 @@
 
 from apts_mpi.checkpoint.directory import CheckpointDirectory, newest_valid, resolve
 from apts_mpi.checkpoint.format import Array, Checkpoint, DamagedCheckpoint, Slab, open_checkpoint, split_evenly
+from apts_mpi.checkpoint.writers import hdf5_versions
 
 __all__ = [
     "Array",
@@ -9,6 +10,7 @@ __all__ = [
     "CheckpointDirectory",
     "DamagedCheckpoint",
     "Slab",
+    "hdf5_versions",
     "newest_valid",
     "open_checkpoint",
     "resolve",

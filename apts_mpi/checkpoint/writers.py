@@ -52,9 +52,15 @@ class Place(NamedTuple):
     rows: int
 
 
+def hdf5_versions() -> tuple[str, bool]:
+    """Versions of h5py and its HDF5, in words, and whether it has MPI."""
+    version = h5py.version
+    return f"h5py {version.version}, HDF5 {version.hdf5_version}", bool(h5py.get_config().mpi)
+
+
 def choose_writer(comm: Communicator) -> Writer:
     """``mpio`` where h5py has MPI and there are several ranks, else ``parts``."""
-    return "mpio" if h5py.get_config().mpi and comm.size > 1 else "parts"
+    return "mpio" if hdf5_versions()[1] and comm.size > 1 else "parts"
 
 
 def prepare(arrays: Sequence[Array], copy: bool) -> list[Array]:

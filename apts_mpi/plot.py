@@ -1,0 +1,66 @@
+"""``python -m apts_mpi.plot RUN…``: what training runs did, in a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.run_records import group, read_run
+from apts_mpi.train import USAGE
+
+FORMATS = (".png", ".svg")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The runs and where the plot goes; ends the process for ``--help`` and for arguments that are not known."""
+    parser = argparse.ArgumentParser(
+        prog="apts_mpi.plot",
+        description="Plot loss, accuracy, rho and radius of runs, with rejected steps marked, against iterations, "
+        "gradient evaluations and seconds. Runs that differ in their seed alone become one line with a band.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="directory of a run of apts_mpi.train")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("plot"),
+        help="file to write, its name ending in .png or .svg; without such an end, both are written (default: plot)",
+    )
+    return parser.parse_args(arguments)
+
+
+def files_of(out: Path) -> list[Path]:
+    """The files to write.
+
+    Raises
+    ------
+    InvalidInput
+        For a format that is not known.
+    """
+    if out.suffix in FORMATS:
+        return [out]
+    # What follows a dot is a format if it could be one, and part of a name such as run-0.01 if not.
+    if out.suffix[1:].isalpha():
+        raise InvalidInput(f"out: {str(out)!r} is in a format that is not known; end it in .png or .svg, or in neither")
+    return [out.with_name(out.name + end) for end in FORMATS]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plot; the process ends with a status that says how it went."""
+    options = parse(arguments)
+    try:
+        from apts_mpi.run_plots import plot_runs
+
+        files = files_of(options.out)
+        plot_runs(group(map(read_run, options.runs)), files)
+    except InvalidInput as error:
+        print(f"apts_mpi.plot: error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    for file in files:
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

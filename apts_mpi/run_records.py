@@ -1,0 +1,154 @@
+"""What training runs left behind, read back and put together by configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+
+Records = tuple[dict[str, Any], ...]
+
+# Options that change nothing of what a run does in its iterations, and the seed.
+APART = {"seed", "overwrite", "view", "monitor", "walltime", "drift_check_every"} | {
+    f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")
+}
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of one run.
+
+    Attributes
+    ----------
+    path
+        The run directory.
+    config
+        Its options by their full names, such as ``local.solver``.
+    ranks
+        Of MPI; None for a run that has not come to its end.
+    iterations, epochs
+        The records of each, in their order.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    ranks: int | None
+    iterations: Records
+    epochs: Records
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds alone.
+
+    Attributes
+    ----------
+    label
+        What sets them apart from the other groups.
+    runs
+        At least one.
+    """
+
+    label: str
+    runs: tuple[RunRecords, ...]
+
+    def columns(self, kind: str, name: str) -> list[list[float]]:
+        """The values of each run as far as the shortest reaches, not a number where a record has none.
+
+        Parameters
+        ----------
+        kind
+            ``iterations`` or ``epochs``.
+        name
+            Of an entry of the records.
+        """
+        histories = [getattr(run, kind) for run in self.runs]
+        length = min(map(len, histories))
+        return [[_number(record.get(name)) for record in history[:length]] for history in histories]
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def read_run(path: Path) -> RunRecords:
+    """The records of a run, also of one that is under way or was interrupted.
+
+    Raises
+    ------
+    InvalidInput
+        If the directory holds no run, or one that has not recorded anything, or files that cannot be read.
+    """
+    config, history = _text(path, CONFIG), _text(path, HISTORY)
+    try:
+        options = _flat(yaml.safe_load(config))
+        # A run under way writes in blocks: the last line may be there in part.
+        records = [json.loads(line) for line in history.split("\n")[:-1]]
+        iterations = tuple(record for record in records if "loss" in record)
+        epochs = tuple(record for record in records if "train_loss" in record)
+        summary = path / SUMMARY
+        ranks = json.loads(summary.read_text(encoding="utf-8"))["ranks"] if summary.exists() else None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(f"run: the files in {str(path)!r} are not those of a run ({error}); give another") from error
+    if not iterations:
+        raise InvalidInput(f"run: {str(path)!r} has no iteration in its {HISTORY} yet; wait, or give another run")
+    return RunRecords(path, options, ranks, iterations, epochs)
+
+
+def _text(path: Path, name: str) -> str:
+    try:
+        return (path / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"run: {str(path)!r} is no run directory, as its {name} cannot be read ({error}); "
+            "give a directory that apts_mpi.train has written"
+        ) from error
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return values
+
+
+def group(runs: Iterable[RunRecords]) -> list[Group]:
+    """Put runs together that differ in the seed alone, in the order of their first; a run given twice counts once."""
+    found: dict[str, list[RunRecords]] = {}
+    for run in {run.path.resolve(): run for run in runs}.values():
+        found.setdefault(json.dumps(_identity(run), sort_keys=True, default=str), []).append(run)
+    groups = list(found.values())
+    return [Group(label, tuple(runs)) for label, runs in zip(_labels(groups), groups, strict=True)]
+
+
+def _identity(run: RunRecords) -> dict[str, Any]:
+    """What sets a run apart from others but for its seed. The number of ranks matters for seconds and evaluations."""
+    without = APART | ({"learning_rate"} if run.config.get("optimizer") == "apts" else set())
+    options = {name: value for name, value in run.config.items() if name not in without and value is not None}
+    return options | {"ranks": run.ranks}
+
+
+def _labels(groups: Sequence[Sequence[RunRecords]]) -> list[str]:
+    """Of each group, the options in which the groups differ, or else its problem and optimizer."""
+    identities = [_identity(runs[0]) for runs in groups]
+    names = dict.fromkeys(name for identity in identities for name in identity)
+    differing = [name for name in names if any(other.get(name) != identities[0].get(name) for other in identities)]
+    labels = []
+    for identity in identities:
+        own = [name for name in differing if name in identity] or ["problem", "optimizer"]
+        labels.append(", ".join(_part(name, identity.get(name)) for name in own))
+    return labels
+
+
+def _part(name: str, value: Any) -> str:
+    if name == "ranks" and value is None:
+        return "not finished"
+    return str(value) if name in ("problem", "optimizer") else f"{name.replace('_', ' ')} {value}"
