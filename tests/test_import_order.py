@@ -20,7 +20,7 @@ LEVELS = (
     ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
     ("apts", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
+    ("records", "training", "survival", "resume", "train", "scaling", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
@@ -30,7 +30,7 @@ PLACES = {
     "mpi4py": {"comm", "apts", "baselines", "training", "train", "timing", "bench_checkpoint", "bench"},
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint"},
+    "rich": {"records", "train", "scaling", "compare", "bench", "bench_checkpoint", "checkpoint"},
     "h5py": {"checkpoint"},
 }
 
