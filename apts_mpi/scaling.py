@@ -19,6 +19,9 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.records import HISTORY, SUMMARY
 from apts_mpi.train import FAILED, USAGE
 
+# Columns of a table that goes to a file: enough for its cells to stay on one line.
+FILE_WIDTH = 120
+
 # What runs must share to be compared.
 SHARED = ("problem", "optimizer", "parameters")
 
@@ -155,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
     options = parser.parse_args(arguments)
     try:
-        status = report(options.runs, options.json, Console())
+        console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+        status = report(options.runs, options.json, console)
     except InvalidInput as error:
         print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
         sys.exit(USAGE)

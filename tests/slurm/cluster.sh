@@ -30,7 +30,7 @@ write_configuration() {
     host=$(hostname -s)
     cores=$(nproc)
     { read -r controller && read -r node; } < <(free_ports 2)
-    # Two ranks need two processors, also where the machine has one. A job that asks to be requeued begins again at once.
+    # Two ranks need two processors, also where the machine has one. A requeued job waits until its credential has expired.
     cat >"$SLURM_CONF" <<END
 ClusterName=here
 SlurmctldHost=$host(127.0.0.1)
@@ -39,7 +39,7 @@ SlurmdPort=$node
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
-AuthInfo=socket=$directory/munge.socket
+AuthInfo=socket=$directory/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation=$directory/state
 SlurmdSpoolDir=$directory/spool
@@ -51,7 +51,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
 KillWait=10
 ReturnToService=2
@@ -79,11 +79,20 @@ node_is_idle() {
 
 stop() {
     local daemon pid
+    # Jobs outlive the daemons.
+    if squeue >/dev/null 2>&1; then
+        scancel --user="$(id -un)"
+        wait_until "all jobs end" no_job_is_left
+    fi
     for daemon in slurmd slurmctld munged; do
         pid=$(cat "$directory/$daemon.pid" 2>/dev/null) || continue
         kill "$pid" 2>/dev/null || continue
         wait_until "$daemon ends" has_ended "$pid"
     done
+}
+
+no_job_is_left() {
+    [ -z "$(squeue --noheader)" ]
 }
 
 has_ended() {
