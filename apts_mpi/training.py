@@ -309,6 +309,7 @@ class Training:
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
+            "batch_size": self.batch_size,
             "parameters": self.solver.vector.values.numel(),
             "epochs": self.progress.epoch - (not self.progress.within_epoch),
             "iterations": self.progress.iteration,

@@ -4,6 +4,8 @@
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=jobs/messages.sh
+source "$root/jobs/messages.sh"
 venv=$root/${VENV:-.venv}
 python=$venv/bin/python # by its path, as some launchers put a Python of theirs first on PATH
 stamp=$venv/set_up # what it was made from; empty until the set-up is complete
@@ -21,15 +23,6 @@ PATH=${kept#:}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 export OMPI_MCA_mpi_yield_when_idle=1
-
-say() {
-    printf '%s\n' "$*" >&2
-}
-
-fail() {
-    say "error: $*"
-    exit 1
-}
 
 # Put the environment first on PATH and set `launcher`. Make .venv where it is missing or out of date.
 prepare_environment() {

@@ -20,7 +20,7 @@ LEVELS = (
     ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
     ("apts", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
+    ("records", "training", "survival", "resume", "train", "scaling", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
 )
@@ -42,7 +42,7 @@ PLACES = {
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint", "doctor"},
+    "rich": {"records", "train", "scaling", "compare", "bench", "bench_checkpoint", "checkpoint", "doctor"},
     "h5py": {"checkpoint"},
 }
 

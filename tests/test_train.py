@@ -32,8 +32,9 @@ EPOCH = {
     "test_accuracy",
 }  # fmt: skip
 SUMMARY = {
-    "problem", "optimizer", "ranks", "parameters", "epochs", "iterations", "train_loss", "train_accuracy", "test_loss",
-    "test_accuracy", "accepted_steps", "rejected_steps", "gradient_evaluations", "seconds", "seconds_in_communication",
+    "problem", "optimizer", "ranks", "batch_size", "parameters", "epochs", "iterations", "train_loss", "train_accuracy",
+    "test_loss", "test_accuracy", "accepted_steps", "rejected_steps", "gradient_evaluations", "seconds",
+    "seconds_in_communication",
 }  # fmt: skip
 
 

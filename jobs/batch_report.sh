@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The last job of a scaling study: gather the runs of the others. submit_scaling.sh submits it.
+set -euo pipefail
+# shellcheck source=jobs/batch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
+
+directory=$1
+shift
+describe_job
+load_environment
+exec "$python" -m apts_mpi.scaling report --json "$directory/scaling.json" "$@"

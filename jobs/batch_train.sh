@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The job itself, on its first node: do one task of a file, and see to it that it goes on if it is stopped.
+# The scripts submit_*.sh submit it.
+set -euo pipefail
+# shellcheck source=jobs/batch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
+
+# Run a command and set `status` to that of it. A signal to this shell becomes SIGUSR1 for the launcher, which hands it
+# to the ranks: MPICH's would kill them on SIGTERM.
+run() {
+    local running
+    trap 'kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
+    "$@" &
+    running=$!
+    status=0
+    # A signal ends `wait`, not the command.
+    while wait "$running" && status=0 || status=$?; kill -0 "$running" 2>/dev/null; do :; done
+    trap - USR1 TERM
+}
+
+tasks=$1
+describe_job
+lay_out
+set_clock_options
+load_environment
+choose_launcher
+read_task "$tasks" "$(task_number)"
+export OMP_NUM_THREADS=$cores_per_rank
+
+run "${launcher[@]}" "$python" -m apts_mpi.train "${arguments[@]}" "${clock_options[@]}"
+
+if [ "$status" -eq "$STOPPED" ] && [ "$REQUEUE" = yes ]; then
+    requeue
+fi
+exit "$status"
