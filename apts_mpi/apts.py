@@ -401,8 +401,12 @@ class APTS:
         # After a rejection the next step on the same batch uses the corrections again.
         correction = self.schwarz.assembled if self._has_correction else None
         arrays, metadata = save_solver(self.network, self._parts, correction, self.schwarz, self.comm)
+        return arrays, metadata | self._known()
+
+    def _known(self) -> dict[str, Any]:
+        """What is known at the present point, and how far the solver has come."""
         known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
-        return arrays, metadata | known | {"state": asdict(self.state)}
+        return known | {"state": asdict(self.state)}
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
         """Take over network and state from a checkpoint of any number of ranks and subdomains. Collective.
@@ -428,11 +432,24 @@ class APTS:
         """
         with self.comm.shared_errors():
             self.vector.check_alias()
-            correction, notices = load_solver(self.network, self._parts, self.schwarz, checkpoint, metadata)
+            correction, notices = self._load(checkpoint, metadata)
             self.state = State(**metadata["state"])
         self._forget()
         self._saved = Saved(metadata["evaluated"], metadata["differentiated"], correction)
         return notices
+
+    def _load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
+        return load_solver(self.network, self._parts, self.schwarz, checkpoint, metadata)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained."""
+        return self.vector.values.numel()
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples that a batch needs."""
+        return self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors and numbers that have the same bits on all ranks."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
+from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
-from apts_mpi.composition import compose
+from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
 from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
@@ -19,6 +20,7 @@ from apts_mpi.global_step import GlobalStep
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
+from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.partition import Layout, make_subdomains
@@ -26,6 +28,7 @@ from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
 from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
 from apts_mpi.vector import FlatParameters
 
@@ -168,6 +171,54 @@ class StagedAPTS(APTS):
                 products=self.products,
             )
         self._begin(team)
+        self.extent = Extent.of(self.subdomains, self.vector.values.numel(), self.stages[stage].start, replica)
+        self.tensor_names = [name for own in replica.collect(tuple(named_tensors(network))) for name in own]
+
+    @property
+    def parameters(self) -> int:
+        """See `APTS`."""
+        return self.extent.size
+
+    @property
+    def smallest_batch(self) -> int:
+        """See `APTS`."""
+        return self.options.pipeline.micro_batches * self.options.replicas
+
+    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+        """Run the network forwards as it is (in evaluation mode, say). Collective over the stages of a replica.
+
+        Parameters
+        ----------
+        inputs
+            Micro-batches; of the stages but the first one their numbers of samples alone count.
+        consume
+            Called on the last stage with the number of each and its outputs.
+        """
+        self.objective.infer(inputs, consume)
+
+    def save(self) -> tuple[list[Array], dict[str, Any]]:
+        """See `APTS.save`: the same arrays, which either layout can load."""
+        correction = self.schwarz.assembled if self._has_correction else None
+        arrays, metadata = save_staged(self.network, self._parts, correction, self.schwarz, self.extent, self.comm)
+        return arrays, metadata | self._known()
+
+    def _load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
+        return load_staged(
+            self.network, self._parts, self.schwarz, checkpoint, metadata, self.extent, self.tensor_names
+        )
+
+    def shared(self) -> tuple[list[torch.Tensor], object]:
+        """See `APTS`: numbers alone, as ranks hold different stages."""
+        return [], self.state
+
+    def describe(self) -> str:
+        """See `APTS`."""
+        pipeline, dtype = self.options.pipeline, self.vector.values.dtype
+        text = describe(
+            self.options, self.layout, self.extent.subdomains, f"{self.parameters} parameters in stages, {dtype}"
+        )
+        stages = [f"  {stage}: ranks {list(self.layout.ranks_of(stage.index))}" for stage in self.stages]
+        return "\n".join([text, f"  pipeline: {pipeline}", *stages])
 
     def _recorded(self) -> list[torch.nn.Module]:
         return [self.network.get_submodule(layer.name) for layer in self.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -247,6 +247,20 @@ class StagedObjective(Objective):
             if cache.output_gradient is not None:
                 cache.output_gradient = store(cache.output_gradient, self._cache_dtype)
         return flight.caches
+
+    @torch.no_grad()
+    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+        """See `apts_mpi.StagedAPTS.infer`."""
+
+        def forward(index: int, entering: Bundle | None) -> Bundle:
+            outputs = inputs[index] if entering is None else entering
+            for segment in self.segmented.segments:
+                outputs = segment(outputs)
+            if self.pipeline.is_last:
+                consume(index, outputs)
+            return outputs
+
+        self.pipeline.run(forwards(len(inputs)), [("inference", len(part)) for part in inputs], forward)
 
     def load(self, cached: Stored) -> Bundle:
         """See `Objective`."""

@@ -125,6 +125,8 @@ class TrainingOptions:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
         self._check_survival()
+        remedy = "it is for optimizer apts; choose that, or --layout replicated"
+        require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
         self.solver_options()
 

@@ -18,10 +18,10 @@ LEVELS = (
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
     ("inner_products", "local_objective", "local_state", "local_second_order", "local", "batch", "micro_batches"),
     ("construction", "stages", "staged_objective", "iteration", "composition", "schwarz", "coarse", "staged_coarse"),
-    ("global_step", "schwarz_state", "solver_state"),
+    ("global_step", "schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
+    ("records", "training", "staged_training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
@@ -29,7 +29,7 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 # What the package imports from outside, where few files may.
 PLACES = {
     "mpi4py": {
-        *("patience", "comm", "apts", "staged", "baselines", "training", "train"),
+        *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
         *("timing", "bench_checkpoint", "bench"),
     },
     "time": {"environment"},
