@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,18 @@ def launcher() -> tuple[int, int] | None:
         if os.environ.get(size, "").isdigit() and os.environ.get(rank, "").isdigit():
             return int(os.environ[size]), int(os.environ[rank])
     return None
+
+
+def process() -> str:
+    """This process and its host, in words."""
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def random_state(device: torch.device) -> torch.Tensor:

@@ -271,7 +271,8 @@ class PipelineOptions:
         ``gpipe``: all forward passes, then all backward passes. ``1f1b``: one of each in turn, which keeps fewer graphs
         at a time.
     cuts
-        Names of the modules with which the second stage and those after it begin. null: balanced.
+        Names of the modules with which the second stage and those after it begin, with commas between them. null:
+        balanced.
     balance
         What balanced stages have equally much of: ``parameters``, or ``cost``, multiplications of a forward pass.
     cache_dtype
@@ -284,7 +285,7 @@ class PipelineOptions:
 
     micro_batches: int = 4
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
-    cuts: tuple[str, ...] | None = None
+    cuts: str | None = None
     balance: Literal["parameters", "cost"] = "parameters"
     cache_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     recompute: bool = False

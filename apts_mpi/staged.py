@@ -14,6 +14,7 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
+from apts_mpi.environment import process
 from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
@@ -55,6 +56,13 @@ class StagedAPTS(APTS):
         The configuration; the attribute has what its ``auto`` values stand for.
     sample
         Inputs of a sample or more, for ``pipeline.balance cost`` alone.
+
+    Attributes
+    ----------
+    stages : list of Stage
+        All stages.
+    processes : list of str
+        For each rank, its stage and its process, in words.
 
     Raises
     ------
@@ -172,6 +180,8 @@ class StagedAPTS(APTS):
             )
         self._begin(team)
         self.extent = Extent.of(self.subdomains, self.vector.values.numel(), self.stages[stage].start, replica)
+        # What a launcher tells of a process that died is its number.
+        self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
         self.tensor_names = [name for own in replica.collect(tuple(named_tensors(network))) for name in own]
 
     @property
@@ -183,6 +193,10 @@ class StagedAPTS(APTS):
     def smallest_batch(self) -> int:
         """See `APTS`."""
         return self.options.pipeline.micro_batches * self.options.replicas
+
+    def evaluate(self) -> None:
+        """Evaluate loss and gradient of the batch of the last step once more, for timings. Collective."""
+        self.objective.evaluate(self._passes)
 
     def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
         """Run the network forwards as it is (in evaluation mode, say). Collective over the stages of a replica.

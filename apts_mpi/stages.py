@@ -110,7 +110,7 @@ def cut(places: Sequence[Place], stages: int, options: PipelineOptions, costs: S
     # A stage begins with a module that has parameters; those without go with the one before.
     heads = [index for index, size in enumerate(sizes) if size]
     if options.cuts is not None:
-        starts = _named_starts(places, heads, stages, options.cuts)
+        starts = _named_starts(places, heads, stages, options.cuts.split(","))
     else:
         if stages > len(heads):
             raise InvalidInput(
@@ -142,7 +142,7 @@ def _named_starts(places: Sequence[Place], heads: Sequence[int], stages: int, cu
     for start, stop in itertools.pairwise(edges):
         if not any(start <= head < stop for head in heads):
             raise InvalidInput(
-                f"cuts: {list(cuts)} leave a stage without trainable parameters from {names[start]!r} on; give them "
+                f"cuts: {','.join(cuts)} leave a stage without trainable parameters from {names[start]!r} on; give them "
                 "in the order of the sequence, with parameters in each stage"
             )
     return starts

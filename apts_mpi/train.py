@@ -176,6 +176,8 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
                 options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
                 options = same_subdomains(options, checkpoint)
         training = make_training(options, comm, world)
+        if isinstance(training, StagedTraining):
+            tell("\n".join(training.solver.processes))
         if checkpoint is not None:
             for notice in training.load(checkpoint):
                 tell(f"note: {notice}")

@@ -21,7 +21,18 @@ LEVELS = (
     ("global_step", "schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "staged_training", "survival", "resume", "train", "timing", "bench_checkpoint", "bench"),
+    (
+        "records",
+        "training",
+        "staged_training",
+        "survival",
+        "resume",
+        "train",
+        "timing",
+        "bench_checkpoint",
+        "bench_pipeline",
+        "bench",
+    ),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
@@ -30,11 +41,11 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("timing", "bench_checkpoint", "bench"),
+        *("timing", "bench_checkpoint", "bench_pipeline", "bench"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "checkpoint"},
+    "rich": {"records", "train", "compare", "bench", "bench_checkpoint", "bench_pipeline", "checkpoint"},
     "h5py": {"checkpoint"},
 }
 

@@ -57,16 +57,16 @@ def test_cost_of_a_network_without_memory():
 
 
 def test_named_cuts():
-    assert cuts_of(mlp(), 3, cuts=("3.0", "8.0")) == [("0", "2.1"), ("3.0", "7.1"), ("8.0", "9")]
+    assert cuts_of(mlp(), 3, cuts="3.0,8.0") == [("0", "2.1"), ("3.0", "7.1"), ("8.0", "9")]
 
 
 @pytest.mark.parametrize(
     ("cuts", "message"),
     [
-        (("3.0",), "cuts: 1 names are given, but 3 stages need 2"),
-        (("3.0", "x"), "cuts: 'x' is no module of the sequence; choose from 0, 1.0,"),
-        (("8.0", "3.0"), "in the order of the sequence"),
-        (("3.1", "4.0"), "without trainable parameters from '3.1'"),
+        ("3.0", "cuts: 1 names are given, but 3 stages need 2"),
+        ("3.0,x", "cuts: 'x' is no module of the sequence; choose from 0, 1.0,"),
+        ("8.0,3.0", "in the order of the sequence"),
+        ("3.1,4.0", "without trainable parameters from '3.1'"),
     ],
 )
 def test_cuts_that_cannot_be(cuts, message):
