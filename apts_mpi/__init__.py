@@ -12,7 +12,7 @@ from apts_mpi.options import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.staged import StagedAPTS
+from apts_mpi.staged import StagedAPTS, build_stage
 
 __version__ = "0.1.0"
 
@@ -28,4 +28,5 @@ __all__ = [
     "StagedAPTS",
     "StepResult",
     "TrustRegionOptions",
+    "build_stage",
 ]

@@ -110,7 +110,9 @@ class StagedAPTS(APTS):
                     f"has {len(self.layers)} layers with parameters; give fewer, or other --cuts"
                 )
             self.subdomains = make_subdomains(self.layers, len(own), "layer", 0)
-            options = replace(options, schwarz=replace(options.schwarz, variant="inexact", local_data="full"))
+            options = replace(
+                options, schwarz=replace(options.schwarz, variant="inexact", partition="layer", local_data="full")
+            )
             options = compose(options, network=network, called=False, layers=self.layers, subdomains=self.subdomains)
         self.options = options
         ranks = [self.layout.ranks_of(index) for index in range(len(self.stages))]
@@ -260,7 +262,7 @@ def build_stage(
     *,
     comm: MPI.Comm | None = None,
     options: APTSOptions,
-    parts: Callable[[Made], tuple[torch.nn.Module, torch.Tensor | None]],
+    parts: Callable[[Made], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
 ) -> Made:
     """Make a network of which only this rank's stage is in its memory, with the values that one process gives it.
 
@@ -273,7 +275,8 @@ def build_stage(
     comm, options
         Those of the solver.
     parts
-        Of what ``make`` returns, the network, and a sample of its inputs for ``pipeline.balance cost``.
+        Of what ``make`` returns, the network, and a sample of its inputs for ``pipeline.balance cost``; by default it
+        returns the network.
 
     Raises
     ------

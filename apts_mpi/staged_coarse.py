@@ -16,6 +16,7 @@ from apts_mpi.coarse import CoarseLevel, ReducedModel
 from apts_mpi.errors import InvalidInput
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.linearisation import BILINEAR, Column
+from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Pass
 from apts_mpi.schedules import forwards
 from apts_mpi.staged_objective import StagedObjective
@@ -58,9 +59,14 @@ class StagedCoarseLevel(CoarseLevel):
         self._count = sum(columns)
 
     def prepare(
-        self, passes: Sequence[Pass], corrections: Sequence[Column], gradient: torch.Tensor, batch_size: int
+        self,
+        passes: Sequence[Pass],
+        corrections: Sequence[Column],
+        gradient: torch.Tensor,
+        batch_size: int,
+        rows: Sequence[GaussNewtonRows] = (),
     ) -> None:
-        """See `CoarseLevel`."""
+        """See `CoarseLevel`; there are no rows."""
         with self._events.timed("coarse"):
             if self._objective.has_tuples:
                 raise InvalidInput(

@@ -142,8 +142,8 @@ def _named_starts(places: Sequence[Place], heads: Sequence[int], stages: int, cu
     for start, stop in itertools.pairwise(edges):
         if not any(start <= head < stop for head in heads):
             raise InvalidInput(
-                f"cuts: {','.join(cuts)} leave a stage without trainable parameters from {names[start]!r} on; give them "
-                "in the order of the sequence, with parameters in each stage"
+                f"cuts: {','.join(cuts)} leave a stage without trainable parameters from {names[start]!r} on; give "
+                "them in the order of the sequence, with parameters in each stage"
             )
     return starts
 

@@ -105,7 +105,7 @@ def test_tied_weights_between_stages():
     assert len(cuts_of(network, 1)) == 1
     twice = nn.Sequential(network[1], nn.ReLU(), network[1], nn.Linear(4, 4))
     with pytest.raises(InvalidInput, match="0.weight of stage 0 is 2.weight of stage 1"):
-        cuts_of(twice, 2)
+        cuts_of(twice, 2, cuts="2")
 
 
 def test_a_rank_keeps_its_stage_and_its_names():
