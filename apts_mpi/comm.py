@@ -189,6 +189,7 @@ class Communicator:
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
+        self.meet()
         return self._mpi.allreduce(number)
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
@@ -253,6 +254,7 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
+        self.meet()
         messages = self._mpi.allgather(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):

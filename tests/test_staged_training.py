@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from test_train_processes import needs_mpirun, start
+from processes import needs_mpirun, start
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.training_options import TrainingOptions
