@@ -8,9 +8,11 @@ from apts_mpi.options import (
     CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
+    PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
 )
+from apts_mpi.staged import StagedAPTS, build_stage
 
 __version__ = "0.1.0"
 
@@ -21,7 +23,10 @@ __all__ = [
     "GlobalStepOptions",
     "InvalidInput",
     "LocalOptions",
+    "PipelineOptions",
     "SchwarzOptions",
+    "StagedAPTS",
     "StepResult",
     "TrustRegionOptions",
+    "build_stage",
 ]

@@ -19,6 +19,7 @@ from apts_mpi.composition import compose, describe, may_be_dense, split_paramete
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
+from apts_mpi.inner_products import InnerProducts
 from apts_mpi.iteration import Judged, State, StepResult
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
@@ -29,8 +30,8 @@ from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.solver_state import load_solver, save_solver
-from apts_mpi.trust_region import judge, steepest_descent
-from apts_mpi.vector import FlatParameters, clip_to_ball, norm
+from apts_mpi.trust_region import judge
+from apts_mpi.vector import FlatParameters
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class APTS:
                 subdomains=self.subdomains,
             )
         self.options = options
+        self.products = InnerProducts(options.trust_region.norm)
         self.comm.share_tensors([self.vector.values, *network.buffers()])
         team = self.comm.group(self.layout.team_of(self.comm.rank))
         self.objective = Objective(
@@ -125,6 +127,7 @@ class APTS:
             layout=self.layout,
             comm=self.comm,
             team=team,
+            count=len(self.subdomains),
             recombined=options.coarse.model != "none",
             events=self.events,
         )
@@ -148,8 +151,13 @@ class APTS:
                 comm=self.comm,
                 events=self.events,
                 kind=options.trust_region.norm,
+                products=self.products,
             )
-        self.state = State(radius=options.trust_region.initial_radius)
+        self._begin(team)
+
+    def _begin(self, team: Communicator) -> None:
+        """Have done no iteration yet."""
+        self.state = State(radius=self.options.trust_region.initial_radius)
         self._team = team
         self._accepted_values = self.vector.values.clone()
         self._versions = self.vector.versions()
@@ -235,9 +243,10 @@ class APTS:
         """Have loss, gradient and caches at the present point."""
         with self.events.timed("global evaluation"):
             if self._run is None:
-                self._run = self.objective.forward(self._passes, keep_graph=True)
-            if not self._has_gradient:
+                self._run = self.objective.evaluate(self._passes)
+            elif not self._has_gradient:
                 self.objective.backward(self._passes, self._run)
+            if not self._has_gradient:
                 self._has_gradient = True
                 if self.global_step is not None:
                     self.global_step.observe(self.state.functions, self._gradient)
@@ -261,7 +270,7 @@ class APTS:
             predicted = self.coarse.recombine(self.state.radius)
             return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
-        clip_to_ball(correction, self.state.radius, self.options.trust_region.norm)
+        self.products.clip(correction, self.state.radius)
         return correction, None
 
     def _prepare_coarse(self) -> None:
@@ -298,10 +307,8 @@ class APTS:
 
             def decide(table: np.ndarray) -> Sequence[float]:
                 loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-                predicted = predicted_reduction
-                if predicted is None:
-                    predicted = -float(torch.dot(self._gradient, step))
-                step_norm = float(norm(step, options.norm))
+                slope, step_norm, gradient_norm = self.products.of_table(table[:, 3:])
+                predicted = -slope if predicted_reduction is None else predicted_reduction
                 decision = judge(
                     options,
                     radius=radius,
@@ -322,13 +329,12 @@ class APTS:
                     radius,
                     decision.radius,
                     step_norm,
-                    float(norm(self._gradient, "2")),
+                    gradient_norm,
                     table[:, 2].max(),
                 )
 
-            *record, self._most_work = self.comm.agree(
-                [float(self._run.loss), float(trial.loss), self.events.work], decide
-            )
+            own = [float(self._run.loss), float(trial.loss), self.events.work, *self.products.own(self._gradient, step)]
+            *record, self._most_work = self.comm.agree(own, decide)
         judged = Judged(*record[:5], bool(record[5]), *record[6:])
         self.state.radius = judged.next_radius
         if judged.accepted:
@@ -358,17 +364,17 @@ class APTS:
         """
         options = self.options.trust_region
         gradient, values = self._gradient.clone(), self.vector.values
-        direction = steepest_descent(gradient, 1.0, options.norm)
-        size = float(norm(values, "2"))
-        length = torch.finfo(values.dtype).eps ** 0.5 * (1.0 + size) / float(norm(direction, "2")) or 1.0
+        direction = self.products.steepest_descent(gradient, 1.0)
+        size, reach = self.products.euclidean_norms(values, direction)
+        length = torch.finfo(values.dtype).eps ** 0.5 * (1.0 + size) / reach if reach else 1.0
         self._accepted_values.copy_(values)
         values.add_(direction, alpha=length)
-        self.objective.backward(self._passes, self.objective.forward(self._passes, keep_graph=True))
+        self.objective.evaluate(self._passes)
         values.copy_(self._accepted_values)
+        slope, moved = self.products.dot(gradient, direction), self.products.dot(self._gradient, direction)
 
         def decide(table: np.ndarray) -> Sequence[float]:
-            slope = float(torch.dot(gradient, direction))
-            curvature = (float(torch.dot(self._gradient, direction)) - slope) / length
+            curvature = (moved - slope) / length
             cauchy = -slope / abs(curvature) if curvature else math.nan
             if not math.isfinite(cauchy):
                 cauchy = 1.0
@@ -395,8 +401,12 @@ class APTS:
         # After a rejection the next step on the same batch uses the corrections again.
         correction = self.schwarz.assembled if self._has_correction else None
         arrays, metadata = save_solver(self.network, self._parts, correction, self.schwarz, self.comm)
+        return arrays, metadata | self._known()
+
+    def _known(self) -> dict[str, Any]:
+        """What is known at the present point, and how far the solver has come."""
         known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
-        return arrays, metadata | known | {"state": asdict(self.state)}
+        return known | {"state": asdict(self.state)}
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
         """Take over network and state from a checkpoint of any number of ranks and subdomains. Collective.
@@ -422,11 +432,24 @@ class APTS:
         """
         with self.comm.shared_errors():
             self.vector.check_alias()
-            correction, notices = load_solver(self.network, self._parts, self.schwarz, checkpoint, metadata)
+            correction, notices = self._load(checkpoint, metadata)
             self.state = State(**metadata["state"])
         self._forget()
         self._saved = Saved(metadata["evaluated"], metadata["differentiated"], correction)
         return notices
+
+    def _load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
+        return load_solver(self.network, self._parts, self.schwarz, checkpoint, metadata)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained."""
+        return self.vector.values.numel()
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples that a batch needs."""
+        return self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors and numbers that have the same bits on all ranks."""

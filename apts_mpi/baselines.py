@@ -133,6 +133,16 @@ class DataParallel:
         evaluations = most_work * self.comm.size / batch_size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
 
+    @property
+    def parameters(self) -> int:
+        """See `apts_mpi.APTS`."""
+        return self.vector.values.numel()
+
+    @property
+    def smallest_batch(self) -> int:
+        """See `apts_mpi.APTS`."""
+        return self.layout.smallest_batch("shard")
+
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """Network and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""
         tensors: dict[str, torch.Tensor] = {}

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
 from apts_mpi.bench_checkpoint import checkpoint
+from apts_mpi.bench_pipeline import memory, pipeline
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
 
@@ -135,6 +136,17 @@ def main() -> None:
         "--directory", type=Path, default=Path.cwd(), help="on the disk to measure (default: the current directory)"
     )
     two.set_defaults(command=checkpoint)
+    three = subparsers.add_parser("memory", help="a rank's memory in both layouts; for mpirun -n 8")
+    three.add_argument("--layers", type=int, default=8, help="equal layers, one stage each at 8 ranks (default: 8)")
+    three.add_argument("--width", type=int, default=512, help="their width (default: 512)")
+    three.set_defaults(command=memory)
+    four = subparsers.add_parser("pipeline", help="a pipeline beside one rank and torch's own; for mpirun -n 2")
+    four.add_argument("--layers", type=int, default=8, help="equal layers (default: 8)")
+    four.add_argument("--width", type=int, default=1024, help="their width (default: 1024)")
+    four.add_argument("--samples", type=int, default=1024, help="samples of the batch (default: 1024)")
+    four.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
+    four.add_argument("--repetitions", type=int, default=10, help="timed calls of each kind (default: 10)")
+    four.set_defaults(command=pipeline)
     arguments = vars(parser.parse_args())
     arguments.pop("command")(**arguments)
 

@@ -154,22 +154,29 @@ class CoarseLevel:
             Where every rank has the rows of its own subdomains on the whole batch: those, one a pass. They give the
             curvature without another pass through the network.
         """
-        vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
         with self._events.timed("coarse"):
             self._corrections = corrections
-            self._columns = list(corrections) + [
-                Column(start, stop, vectors[name][start:stop])
-                for name in self._options.columns
-                if name != "correction"
-                for start, stop in self._parts
-            ]
+            self._columns = self._columns_of(corrections, gradient)
             if rows:
                 total = self._curvature_from_rows(passes, rows, batch_size)
             else:
                 total = self._curvature_of_passes(passes, batch_size)
             if total is not None:
-                slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
-                self._model = ReducedModel(slope.double().cpu().numpy(), total, self._gram())
+                self._model = ReducedModel(self._slope(gradient), total, self._gram())
+
+    def _columns_of(self, corrections: Sequence[Column], gradient: torch.Tensor) -> list[Column]:
+        vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
+        return list(corrections) + [
+            Column(start, stop, vectors[name][start:stop])
+            for name in self._options.columns
+            if name != "correction"
+            for start, stop in self._parts
+        ]
+
+    def _slope(self, gradient: torch.Tensor) -> np.ndarray:
+        """Inner products of the gradient with the columns."""
+        slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
+        return slope.double().cpu().numpy()
 
     def _curvature_of_passes(self, passes: Sequence[Pass], batch_size: int) -> np.ndarray | None:
         """The reduced curvature on rank 0: all columns on a share of each rank's samples, summed."""

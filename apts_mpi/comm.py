@@ -12,7 +12,8 @@ from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import Events
-from apts_mpi.transport import Mirror
+from apts_mpi.patience import Patience
+from apts_mpi.transport import HostBytes, Mirror
 
 
 class _Private:
@@ -44,8 +45,9 @@ def _private(comm: MPI.Comm) -> _Private:
 class Pending:
     """Operations under way; `wait` returns when their results are in the tensors."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: Events, patience: Patience | None = None) -> None:
         self._events = events
+        self._patience = patience
         self._requests: list[MPI.Request] = []
         self._finish: list[Callable[[], None]] = []
 
@@ -54,14 +56,17 @@ class Pending:
         self._requests.append(request)
         self._finish.append(finish)
 
-    def progress(self) -> None:
-        """Give the MPI library time to move data; most move nothing outside of a call."""
-        MPI.Request.Testall(self._requests)
+    def progress(self) -> bool:
+        """Give the MPI library time to move data, as most move nothing outside of a call; whether all is done."""
+        return MPI.Request.Testall(self._requests)
 
-    def wait(self) -> None:
-        """Complete all operations."""
+    def wait(self, what: str = "a reduction") -> None:
+        """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
         with self._events.timed("wait"):
-            MPI.Request.Waitall(self._requests)
+            if self._patience is None:
+                MPI.Request.Waitall(self._requests)
+            else:
+                self._patience.wait(lambda: MPI.Request.Testall(self._requests), what)
         for finish in self._finish:
             finish()
         self._requests.clear()
@@ -77,12 +82,15 @@ class Communicator:
         Any intracommunicator. A private duplicate is made, so that messages never meet the user's own. Collective.
     events
         Where messages and waiting times are counted.
+    patience
+        Limits how long this rank waits for others in collectives and pending operations; None waits for ever.
     """
 
-    def __init__(self, comm: MPI.Comm, events: Events) -> None:
+    def __init__(self, comm: MPI.Comm, events: Events, patience: Patience | None = None) -> None:
         self._private = _private(comm)
         self._mpi = self._private.comm
         self._events = events
+        self.patience = patience
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
 
@@ -92,7 +100,7 @@ class Communicator:
         groups = self._private.groups
         if colors not in groups:
             groups[colors] = self._mpi.Split(color, self.rank)
-        return Communicator(groups[colors], self._events)
+        return Communicator(groups[colors], self._events, self.patience)
 
     @property
     def mpi(self) -> MPI.Intracomm:
@@ -108,7 +116,42 @@ class Communicator:
 
     def pending(self) -> Pending:
         """An empty set of operations."""
-        return Pending(self._events)
+        return Pending(self._events, self.patience)
+
+    def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
+        """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See `Patience`."""
+        self.patience = Patience(self._mpi, timeout, places)
+
+    def meet(self) -> None:
+        """Before a blocking collective: wait for all ranks as long as the patience lasts. Collective."""
+        if self.patience is not None:
+            self.patience.wait(self._mpi.Ibarrier().Test, "all ranks to come to a reduction")
+
+    def start_send(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
+        """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
+        content.push()
+        self._events.message("pipeline", content.memory.nbytes)
+        pending.add(self._mpi.Isend(content.memory, rank, tag), lambda: None)
+
+    def start_receive(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
+        """Start to receive the next message of ``rank`` with ``tag``, which has the size of ``content``."""
+        pending.add(self._mpi.Irecv(content.memory, rank, tag), content.pull)
+
+    def send_object(self, value: Any, rank: int, tag: int) -> None:
+        """Send a small object; returns when it can be forgotten."""
+        self._events.message("pipeline", 0)
+        request = self._mpi.isend(value, rank, tag)
+        if self.patience is None:
+            request.wait()
+        else:
+            self.patience.wait(lambda: request.test()[0], "a description to be received")
+
+    def receive_object(self, rank: int, tag: int) -> Any:
+        """The next small object of ``rank`` with ``tag``."""
+        if self.patience is not None:
+            with self._events.timed("wait"):
+                self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), "a description of activations")
+        return self._mpi.recv(source=rank, tag=tag)
 
     def start_sum(self, pending: Pending, send: Mirror, receive: Mirror, start: int, stop: int) -> None:
         """Start the sum over ranks of elements ``start`` to ``stop`` of ``send`` into ``receive``. Collective.
@@ -146,6 +189,7 @@ class Communicator:
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
+        self.meet()
         return self._mpi.allreduce(number)
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
@@ -165,6 +209,7 @@ class Communicator:
         table = np.empty((self.size, own.size)) if self.rank == 0 else None
         self._events.message("agree", own.nbytes)
         with self._events.timed("wait"):
+            self.meet()
             self._mpi.Gather(own, table, root=0)
         return self.decide(lambda: decide(table))
 
@@ -173,6 +218,7 @@ class Communicator:
         total = np.empty_like(values) if self.rank == 0 else None
         self._events.message("reduce", values.nbytes)
         with self._events.timed("wait"):
+            self.meet()
             self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
         return total
 
@@ -180,11 +226,13 @@ class Communicator:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = tuple(map(float, decide())) if self.rank == 0 else None
         with self._events.timed("wait"):
+            self.meet()
             return self._mpi.bcast(record, root=0)
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
         with self._events.timed("wait"):
+            self.meet()
             return self._mpi.allgather(value)
 
     def agree_on_text(self, text: str) -> str:
@@ -206,6 +254,7 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
+        self.meet()
         messages = self._mpi.allgather(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):

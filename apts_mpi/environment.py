@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,18 @@ def host() -> str:
 def cores() -> tuple[int, ...]:
     """Numbers of the cores that this process may use."""
     return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def process() -> str:
+    """This process and its host, in words."""
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def random_state(device: torch.device) -> torch.Tensor:

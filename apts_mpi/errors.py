@@ -11,3 +11,11 @@ class SharedInvalidInput(InvalidInput):
 
 class SharedFailure(RuntimeError):
     """What went wrong while a run was under way, raised on all ranks together with one message."""
+
+
+class StallError(RuntimeError):
+    """A rank has not been heard of for too long; the message names it."""
+
+
+class StageError(RuntimeError):
+    """Something failed in a stage of a pipeline; the message names the stage, the cause is the error itself."""

@@ -10,12 +10,13 @@ import torch
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state, seed_stream
 from apts_mpi.events import BACKWARD, FORWARD, Events
+from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.transport import Mirror
-from apts_mpi.trust_region import NormKind, euclidean_radius, steepest_descent
+from apts_mpi.trust_region import NormKind, euclidean_radius
 from apts_mpi.vector import clip_to_ball
 
 
@@ -36,8 +37,8 @@ class GlobalStep:
         The preconditioner of steihaug; None is none.
     comm, events
         The ranks, and where work is counted.
-    kind
-        Norm of the ball.
+    kind, products
+        Norm of the ball, and inner products of vectors of all parameters.
 
     Attributes
     ----------
@@ -54,8 +55,10 @@ class GlobalStep:
         comm: Communicator,
         events: Events,
         kind: NormKind,
+        products: InnerProducts,
     ) -> None:
         self._options = options
+        self._inner = products
         self._objective = objective
         self._schwarz = schwarz
         self._comm = comm
@@ -123,7 +126,7 @@ class GlobalStep:
             None for the first-order model.
         """
         if self._options.model == "first-order":
-            return steepest_descent(gradient, radius, self._kind), None
+            return self._inner.steepest_descent(gradient, radius), None
         if self._options.model == "lsr1":
             model = self.memory
         else:

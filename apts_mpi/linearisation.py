@@ -72,12 +72,21 @@ class Linearisation:
         Tensor, shape (m, m), float64
             J is the Jacobian of the outputs, H the Hessian of the loss with respect to them.
         """
+        with self.drawing(part):
+            outputs, tangents = self.tangents(part.inputs, columns)
+        return self.between(outputs, part.targets, tangents)
+
+    @contextmanager
+    def drawing(self, part: Pass) -> Iterator[None]:
+        """Run the block for a pass: with its random stream and statistics, without graphs and leaving no trace."""
         device = part.inputs.device
         with preserved_random_state(device), torch.no_grad(), _statistics_of_batch(self._segmented):
             seed_stream(device, *part.stream)
-            outputs, tangents = self.tangents(part.inputs, columns)
+            yield
 
-        return tangents.flatten(1).double() @ self._curved(outputs, part.targets, tangents).flatten(1).double().T
+    def between(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+        """The loss's Hessian between tangents of the outputs, shape (m, m), float64."""
+        return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
 
     def _curved(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """H times each tangent, by differentiating the gradient of the loss alone."""
@@ -88,11 +97,15 @@ class Linearisation:
                 return torch.zeros_like(tangents)
             return torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
 
-    def tangents(self, inputs: torch.Tensor, columns: Sequence[Column]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs, shape (samples, ...), and J S, shape (m, samples, ...)."""
-        activations = inputs
-        joined: list[int] = []
-        tangents: torch.Tensor | None = None
+    def tangents(
+        self, inputs: torch.Tensor, columns: Sequence[Column], entering: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs, shape (samples, ...), and J S, shape (m, samples, ...).
+
+        ``entering`` has the tangents of the inputs along the first columns, shape (columns, samples, ...).
+        """
+        activations, tangents = inputs, entering
+        joined = list(range(len(entering))) if entering is not None else []
         for index, segment in enumerate(self._segmented.segments):
             moving = [
                 number

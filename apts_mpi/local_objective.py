@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
+from apts_mpi.bundle import Bundle, inner_product
 from apts_mpi.comm import Communicator
 from apts_mpi.dense import BlockJacobian
 from apts_mpi.environment import preserved_random_state, set_random_state
 from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.objective import Cache, Objective
+from apts_mpi.recorder import LayerRecord
 from apts_mpi.transport import Mirror
 
 
@@ -97,10 +100,8 @@ class LocalObjective:
         The subdomain's parameters, in place.
     gradient : Tensor, shape (stop - start,)
         R_d g.
-    records : list of LayerRecord
-        Calls of the recorded layers on this rank's samples.
     samples : int
-        Their number.
+        Number of samples of this rank.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class LocalObjective:
         self.block = vector.values[subdomain.start : subdomain.stop]
         self._objective = objective
         self._cache = cache
+        self._parts = cache.micro_batches or [cache]
         self._team = team
         self.weight = weight
         self.batch_size = batch_size
-        self.records = cache.records
-        self.samples = len(cache.targets)
+        self.samples = sum(len(part.targets) for part in self._parts)
         self._events = events
         self._rows = rows
         self._at_start = self.block if rows is None else self.block.clone()
@@ -138,6 +139,11 @@ class LocalObjective:
         self._last_segment = len(objective.segmented) - 1
         if objective.ends_before_loss(subdomain):
             self._last_segment = subdomain.last_segment
+
+    @functools.cached_property
+    def records(self) -> list[LayerRecord]:
+        """Calls of the recorded layers on this rank's samples."""
+        return self._objective.load_records(self._cache.records)
 
     def begin(self) -> None:
         """Form the first-order correction at theta_k; before the first evaluation. Collective over the team."""
@@ -190,18 +196,21 @@ class LocalObjective:
         kind
             ``hessian``, or ``gauss-newton``, which is zero for an objective that is linear in its outputs (inexact).
         """
+        own: list[Product] = []
         with torch.enable_grad():
-            outputs = self._outputs()
-            if kind == "hessian":
-                own: Product = HessianProducts(self._value_of(outputs), self._parameters)
-            else:
-                own = GaussNewtonProducts(outputs, self._cache.targets, self._objective.loss, self._parameters)
+            for cache in self._parts:
+                outputs = self._outputs(cache)
+                if kind == "hessian":
+                    own.append(HessianProducts(self._value_of(cache, outputs), self._parameters))
+                else:
+                    loss = self._objective.loss
+                    own.append(GaussNewtonProducts(outputs, cache.targets, loss, self._parameters))
         self._count(FORWARD + BACKWARD)
 
         def product(direction: torch.Tensor) -> torch.Tensor:
             around = torch.zeros_like(self._accumulated)
             around[self._inside] = direction
-            curved = own(around)[self._inside]
+            curved = torch.stack([of_part(around)[self._inside] for of_part in own]).sum(dim=0)
             self._count(2.0 * BACKWARD)
             return self._over_team(curved, curved.new_zeros(()))[0]
 
@@ -211,27 +220,30 @@ class LocalObjective:
         return torch.dot(self._correction, self.block - self._start).double()
 
     def _run(self, backward: bool) -> torch.Tensor:
-        value = self._value_of(self._outputs())
-        if backward:
-            torch.autograd.backward(value, inputs=self._parameters)
+        values = []
+        for cache in self._parts:
+            value = self._value_of(cache, self._outputs(cache))
+            if backward:
+                torch.autograd.backward(value, inputs=self._parameters)
+            values.append(value.detach().double())
         self._count(FORWARD + BACKWARD if backward else FORWARD)
-        return value.detach().double()
+        return torch.stack(values).sum()
 
-    def _outputs(self) -> torch.Tensor:
+    def _outputs(self, cache: Cache) -> Bundle:
         """What the objective's last segment returns, with the masks of the global evaluation."""
-        objective, cache = self._objective, self._cache
+        objective = self._objective
         device = self.block.device
         with preserved_random_state(device), objective.buffers.copied():
             set_random_state(cache.random_state, device)
-            outputs = cache.inputs
+            outputs = objective.load(cache.inputs)
             for segment in objective.segmented.segments[cache.subdomain.first_segment : self._last_segment + 1]:
                 outputs = segment(outputs)
         return outputs
 
-    def _value_of(self, outputs: torch.Tensor) -> torch.Tensor:
-        if self._cache.output_gradient is None:
-            return self._objective.loss(outputs, self._cache.targets)
-        return (outputs * self._cache.output_gradient).sum()
+    def _value_of(self, cache: Cache, outputs: Bundle) -> torch.Tensor:
+        if cache.output_gradient is None:
+            return self._objective.loss(outputs, cache.targets) * cache.share
+        return inner_product(outputs, self._objective.load(cache.output_gradient))
 
     def _count(self, cost: float) -> None:
         share = self._objective.segmented.share(self._cache.subdomain.first_segment, self._last_segment)

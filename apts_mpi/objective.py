@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from apts_mpi.buffers import Buffers
+from apts_mpi.bundle import Bundle, detached, differentiable, gradient_of, inner_product, map_tensors
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state, random_state, seed_stream
 from apts_mpi.events import BACKWARD, FORWARD, Events
@@ -29,15 +30,15 @@ class Cache:
     ----------
     subdomain : Subdomain
         Whose cache it is.
-    inputs : Tensor
+    inputs : Tensor or tuple of Tensor
         Activations that enter the subdomain's first segment.
     random_state : Tensor
         State of the random stream there, so that a local evaluation draws the same dropout masks.
     targets : Tensor
         Targets of the pass.
-    outputs : Tensor or None
+    outputs : Tensor, tuple of Tensor, or None
         Output of the subdomain's last segment; None where the local objective uses the true loss.
-    output_gradient : Tensor or None
+    output_gradient : Tensor, tuple of Tensor, or None
         Gradient of the pass's loss with respect to `outputs`.
     value : Tensor, shape (), float64
         The local objective at theta_k, without the first-order correction.
@@ -45,17 +46,23 @@ class Cache:
         Its gradient with respect to the subdomain; kept where local solvers evaluate.
     records : list of LayerRecord
         Calls of the layers that the objective was asked to record, in the whole pass.
+    share : float
+        Factor of the true loss of these samples in the local objective.
+    micro_batches : list of Cache
+        What the local objective runs over, where the samples are in several parts; empty: this cache itself.
     """
 
     subdomain: Subdomain
-    inputs: torch.Tensor
+    inputs: Bundle
     random_state: torch.Tensor
     targets: torch.Tensor
-    outputs: torch.Tensor | None = None
-    output_gradient: torch.Tensor | None = None
+    outputs: Bundle | None = None
+    output_gradient: Bundle | None = None
     value: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     records: list[LayerRecord] = field(default_factory=list)
+    share: float = 1.0
+    micro_batches: list[Cache] = field(default_factory=list)
 
 
 @dataclass
@@ -198,26 +205,45 @@ class Objective:
         return run
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[torch.Tensor, list[Cache]]:
+        outputs, caches = self.run_segments(part, part.inputs, cached)
+        return self.loss(outputs, part.targets), caches
+
+    def run_segments(self, part: Pass, activations: Bundle, cached: bool) -> tuple[Bundle, list[Cache]]:
+        """What the last segment makes of ``activations``, with the random stream of the pass, and the caches."""
         seed_stream(self._device, *part.stream)
         caches: list[Cache] = []
-        activations = part.inputs
         for index, segment in enumerate(self.segmented.segments):
             if cached:
                 caches += [
-                    Cache(subdomain, activations.detach(), random_state(self._device), part.targets)
+                    Cache(subdomain, detached(activations), random_state(self._device), part.targets)
                     for subdomain in part.subdomains
                     if subdomain.first_segment == index
                 ]
             activations = segment(activations)
             for cache in caches:
                 if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
-                    activations.retain_grad()
+                    for tensor in differentiable(activations):
+                        tensor.retain_grad()
                     cache.outputs = activations
-        return self.loss(activations, part.targets), caches
+        return activations, caches
 
     def ends_before_loss(self, subdomain: Subdomain) -> bool:
         """Whether the local objective of ``subdomain`` stops at its own last segment."""
         return self.inexact and subdomain.last_segment < len(self.segmented) - 1
+
+    def evaluate(self, passes: Sequence[Pass]) -> Run:
+        """`forward` and `backward`. Collective."""
+        run = self.forward(passes, keep_graph=True)
+        self.backward(passes, run)
+        return run
+
+    def load(self, cached: Bundle) -> Bundle:
+        """What was cached, as it was."""
+        return cached
+
+    def load_records(self, records: list[LayerRecord]) -> list[LayerRecord]:
+        """What was recorded, as it was."""
+        return records
 
     def backward(self, passes: Sequence[Pass], run: Run) -> None:
         """Sum the gradient over passes and ranks into ``reduction.total``, and complete the caches. Collective.
@@ -249,8 +275,8 @@ class Objective:
         cache.value = loss.double()
         if cache.outputs is not None:
             outputs, cache.outputs = cache.outputs, None
-            cache.output_gradient = outputs.grad / weight
-            cache.value = (outputs.detach() * cache.output_gradient).sum(dtype=torch.float64)
+            cache.output_gradient = map_tensors(lambda gradient: gradient / weight, gradient_of(outputs))
+            cache.value = inner_product(detached(outputs), cache.output_gradient, torch.float64)
         if cache.gradient is not None:
             after = self.vector.gradients[cache.subdomain.start : cache.subdomain.stop]
             torch.sub(after, cache.gradient, out=cache.gradient).div_(weight)

@@ -259,6 +259,49 @@ class CoarseOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """How layout staged cuts the network into stages and runs them.
+
+    Parameters
+    ----------
+    micro_batches
+        Parts of a replica's share of the batch, which the stages work on at the same time. Batch normalisation takes
+        its statistics from each.
+    schedule
+        ``gpipe``: all forward passes, then all backward passes. ``1f1b``: one of each in turn, which keeps fewer graphs
+        at a time.
+    cuts
+        Names of the modules with which the second stage and those after it begin, with commas between them. null:
+        balanced.
+    balance
+        What balanced stages have equally much of: ``parameters``, or ``cost``, multiplications of a forward pass.
+    cache_dtype
+        Of the inputs and output gradients that are kept for the local solves; ``auto`` keeps them as they are.
+    recompute
+        Run a stage forwards once more before each backward pass, instead of keeping the graph until then.
+    stall_timeout
+        Seconds without a sign from a stage after which all stop.
+    """
+
+    micro_batches: int = 4
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    cuts: str | None = None
+    balance: Literal["parameters", "cost"] = "parameters"
+    cache_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    recompute: bool = False
+    stall_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.micro_batches >= 1, "pipeline.micro_batches", self.micro_batches, "give 1 or more")
+        require_choice("pipeline.schedule", self.schedule, ("gpipe", "1f1b"))
+        require_choice("pipeline.balance", self.balance, ("parameters", "cost"))
+        require_choice("pipeline.cache_dtype", self.cache_dtype, ("auto", "float64", "float32", "bfloat16", "float16"))
+        require(
+            0.0 < self.stall_timeout < math.inf, "pipeline.stall_timeout", self.stall_timeout, "give seconds above 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class APTSOptions:
     """The whole configuration of `apts_mpi.APTS`.
 
@@ -273,10 +316,13 @@ class APTSOptions:
         What each rank passes to `step`: the ``whole`` batch, or its own ``shard`` of it.
     seed
         Seed of the random numbers that the network draws while it trains (dropout).
-    schwarz, local, coarse, trust_region, global_step
-        Options of the parts.
+    layout
+        What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it (see `apts_mpi.StagedAPTS`).
+    schwarz, local, coarse, trust_region, global_step, pipeline
+        Options of the parts; those of the pipeline are for layout staged.
     """
 
+    layout: Literal["replicated", "staged"] = "replicated"
     subdomains: int | None = None
     replicas: int = 1
     batch: Literal["whole", "shard"] = "whole"
@@ -286,8 +332,10 @@ class APTSOptions:
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
     trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
     global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
+        require_choice("layout", self.layout, ("replicated", "staged"))
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
         require_choice("batch", self.batch, ("whole", "shard"))

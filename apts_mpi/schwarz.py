@@ -33,6 +33,8 @@ class AdditiveSchwarz:
         All subdomains, the layers of the network, and the ranks that carry them.
     comm, team
         All ranks, and those that carry the same subdomains as this one.
+    count
+        Number of all subdomains that share the ball, which may be more than those given here.
     recombined
         Whether `columns` will be asked for.
     events
@@ -66,6 +68,7 @@ class AdditiveSchwarz:
         layout: Layout,
         comm: Communicator,
         team: Communicator,
+        count: int,
         recombined: bool,
         events: Events,
     ) -> None:
@@ -79,6 +82,8 @@ class AdditiveSchwarz:
         self.subdomains = subdomains
         self.layers = layers
         self._data = options.decomposition == "data"
+        # A mean of steps within a ball lies in it.
+        self._count = 1 if self._data else count
         self._values = objective.vector.values
         own_team = layout.team_of(comm.rank)
         self.carried = tuple(subdomains[index] for index in layout.subdomains_of(own_team))
@@ -132,9 +137,7 @@ class AdditiveSchwarz:
         radius
             Radius of the ball that will hold the assembled correction.
         """
-        # A mean of steps within a ball lies in it.
-        count = 1 if self._data else len(self.subdomains)
-        local_radius = subdomain_radius(radius, count, self._norm)
+        local_radius = subdomain_radius(radius, self._count, self._norm)
         if not self._disjoint:
             self.correction.zero_()
         self.open_rows(caches)

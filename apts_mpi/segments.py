@@ -31,11 +31,14 @@ class SegmentedNetwork:
     ----------
     segments : tuple of nn.Module
         Each takes what the one before returned: a tensor whose first dimension is the samples.
+    multiplications : float
+        What `share` is a share of; those of `measure`, unless these are segments of a larger network.
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None) -> None:
         self.segments = tuple(_flatten(network)) if forward is None else (_Called(network, forward),)
-        self._shares: list[float] | None = None
+        self._counts: list[float] | None = None
+        self.multiplications = 0.0
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -66,20 +69,21 @@ class SegmentedNetwork:
             for layer, following in zip(layers, nexts, strict=True)
         )
 
-    def measure(self, inputs: torch.Tensor) -> None:
+    def measure(self, inputs: torch.Tensor, part: bool = False) -> None:
         """Count the multiplications of each segment on a few samples, once, for `share`.
 
         Those with weights count, whose number is the outputs' times the weights of one output. (torch's own counter
-        of floating-point operations takes seconds to import.)
+        of floating-point operations takes seconds to import.) ``part`` says that they are of a larger network: then
+        those of a single segment count as well.
         """
-        if self._shares is not None:
+        if self._counts is not None:
             return
         counts = [0.0] * len(self)
         handles = [
             module.register_forward_hook(functools.partial(_count_multiplications, counts, index))
             for index, segment in enumerate(self.segments)
             for module in segment.modules()
-            if len(self) > 1 and isinstance(getattr(module, "weight", None), torch.Tensor)
+            if (part or len(self) > 1) and isinstance(getattr(module, "weight", None), torch.Tensor)
         ]
         if handles:
             with torch.no_grad():
@@ -87,13 +91,13 @@ class SegmentedNetwork:
                     inputs = segment(inputs)
         for handle in handles:
             handle.remove()
-        total = sum(counts)
-        self._shares = [count / total if total else 1.0 / len(counts) for count in counts]
+        self._counts = counts if sum(counts) else [1.0] * len(counts)
+        self.multiplications = sum(self._counts)
 
     def share(self, first: int, last: int) -> float:
         """Share of the network's multiplications in segments ``first`` to ``last``."""
-        assert self._shares is not None
-        return sum(self._shares[first : last + 1])
+        assert self._counts is not None
+        return sum(count / self.multiplications for count in self._counts[first : last + 1])
 
 
 class _Called(torch.nn.Module):

@@ -37,6 +37,7 @@ from apts_mpi.resume import (
     same_subdomains,
 )
 from apts_mpi.signals import StopSignals
+from apts_mpi.staged_training import StagedTraining, build_staged_problem
 from apts_mpi.survival import Survival
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
@@ -47,7 +48,10 @@ from apts_mpi.transport import choose_device
 USAGE, FAILED, REQUEUE = 2, 1, 75
 
 # Groups of which the first option is named by the group's own name: --global-step first-order.
-SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"}
+SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"} | {
+    f"--{name}": f"--pipeline.{name}"
+    for name in ("micro_batches", "schedule", "cuts", "balance", "cache_dtype", "recompute", "stall_timeout")
+}
 
 # Options that need no value.
 SWITCHES = ("--overwrite", "--checkpoint_in_background", "--view", "--monitor")
@@ -177,6 +181,8 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
                 options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
                 options = same_subdomains(options, checkpoint)
         training = make_training(options, comm, world)
+        if isinstance(training, StagedTraining):
+            tell("\n".join(training.solver.processes))
         if checkpoint is not None:
             for notice in training.load(checkpoint):
                 tell(f"note: {notice}")
@@ -216,15 +222,19 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
 def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Comm) -> Training:
     """The run that the options describe. Collective."""
     local_rank = comm.local_rank()
+    make = functools.partial(
+        build,
+        options.problem,
+        data_dir=options.data_dir,
+        train_samples=options.train_samples,
+        seed=options.seed,
+        dtype=getattr(torch, options.dtype),
+    )
     with comm.shared_errors():
         device = choose_device(options.device, local_rank)
-        problem = build(
-            options.problem,
-            data_dir=options.data_dir,
-            train_samples=options.train_samples,
-            seed=options.seed,
-            dtype=getattr(torch, options.dtype),
-        )
+        problem = make() if options.layout == "replicated" else None
+    if problem is None:
+        return StagedTraining(build_staged_problem(make, options, world), options, device, world)
     return Training(problem, options, device, world)
 
 

@@ -90,37 +90,38 @@ class Training:
         problem.network.to(device)
         self.train = _to(problem.train, device)
         self.test = None if problem.test is None else _to(problem.test, device)
-        self.samples = len(self.train[0])
+        self.samples = len(problem.train[0])
         self.batch_size = min(options.batch_size or problem.batch_size or self.samples, self.samples)
         self.epochs = options.epochs or problem.epochs
-        self.solver: APTS | DataParallel
-        if options.optimizer == "apts":
-            self.solver = APTS(
-                problem.network,
-                problem.loss,
-                comm=comm,
-                options=options.solver_options(),
-                forward=problem.forward,
-            )
-        else:
-            self.solver = DataParallel(
-                problem.network,
-                problem.loss,
-                comm=comm,
-                optimizer=options.optimizer,
-                learning_rate=options.learning_rate,
-                seed=options.seed,
-                forward=problem.forward,
-            )
+        self.solver = self._make_solver(comm)
         self._check_batch()
         self.comm: Communicator = self.solver.comm
         self.progress = Progress()
         self._resumed = False
         self._shuffled = 0
 
+    def _make_solver(self, comm: MPI.Comm) -> APTS | DataParallel:
+        problem, options = self.problem, self.options
+        if options.optimizer == "apts":
+            return APTS(
+                problem.network,
+                problem.loss,
+                comm=comm,
+                options=options.solver_options(),
+                forward=problem.forward,
+            )
+        return DataParallel(
+            problem.network,
+            problem.loss,
+            comm=comm,
+            optimizer=options.optimizer,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            forward=problem.forward,
+        )
+
     def _check_batch(self) -> None:
-        local_data = self.solver.options.schwarz.local_data if isinstance(self.solver, APTS) else "shard"
-        least = self.solver.layout.smallest_batch(local_data)
+        least = self.solver.smallest_batch
         if self.batch_size < least:
             raise SharedInvalidInput(
                 f"batch_size: {self.batch_size} is too small for {self.solver.layout.ranks} ranks with "
@@ -285,14 +286,22 @@ class Training:
         first, last = split(len(data[0]), self.comm.size, self.comm.rank)
         for start in range(first, last, METRIC_SAMPLES):
             inputs, targets = (part[start : min(start + METRIC_SAMPLES, last)] for part in data)
-            outputs = self._outputs(inputs)
-            loss += float(self.problem.loss(outputs, targets)) * len(inputs)
-            if self.problem.accuracy:
-                # The last dimension holds the classes; targets may have more dimensions than samples (tokens).
-                hits = (outputs.argmax(dim=-1) == targets).sum()
-                correct += float(hits) / (targets.numel() / len(targets))
-        count = len(data[0])
-        mean = self.comm.agree([loss, correct], lambda table: table.sum(axis=0) / count)
+            of_part = self._sums(self._outputs(inputs), targets)
+            loss, correct = loss + of_part[0], correct + of_part[1]
+        return self._means(name, [loss, correct], len(data[0]))
+
+    def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+        """Sums over some samples: of the loss, and of those that are classified correctly."""
+        loss, correct = float(self.problem.loss(outputs, targets)) * len(targets), 0.0
+        if self.problem.accuracy:
+            # The last dimension holds the classes; targets may have more dimensions than samples (tokens).
+            hits = (outputs.argmax(dim=-1) == targets).sum()
+            correct = float(hits) / (targets.numel() / len(targets))
+        return loss, correct
+
+    def _means(self, name: str, sums: list[float], count: int) -> dict[str, float]:
+        """Metrics from the sums of all ranks. Collective."""
+        mean = self.comm.agree(sums, lambda table: table.sum(axis=0) / count)
         result = {f"{name}_loss": mean[0]}
         return result | ({f"{name}_accuracy": mean[1]} if self.problem.accuracy else {})
 
@@ -310,7 +319,7 @@ class Training:
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
             "batch_size": self.batch_size,
-            "parameters": self.solver.vector.values.numel(),
+            "parameters": self.solver.parameters,
             "epochs": self.progress.epoch - (not self.progress.within_epoch),
             "iterations": self.progress.iteration,
             **metrics,

@@ -11,6 +11,7 @@ from apts_mpi.options import (
     CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
+    PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
     require,
@@ -46,6 +47,9 @@ class TrainingOptions:
         ``apts``, or one of torch's own, data-parallel, on the same initial network and the same batches.
     learning_rate
         Of torch's optimizers.
+    layout
+        What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it, for networks larger than one
+        device.
     subdomains
         Number of subdomains. null: one for each rank of a replica, or as many as the partition can make; for dense
         Gauss-Newton the least multiple of it with at most 640 parameters a subdomain.
@@ -77,7 +81,7 @@ class TrainingOptions:
         Print the composed solver before training.
     monitor
         Print one line an iteration.
-    schwarz, local, coarse, trust_region, global_step
+    schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the solver's parts.
     """
 
@@ -92,6 +96,7 @@ class TrainingOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: Literal["apts", "adam", "sgd", "lbfgs"] = "apts"
     learning_rate: float = 1e-3
+    layout: Literal["replicated", "staged"] = "replicated"
     subdomains: int | None = None
     replicas: int = 1
     run_dir: str | None = None
@@ -110,6 +115,7 @@ class TrainingOptions:
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
     trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
     global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
         for name in ("train_samples", "epochs", "max_iterations", "batch_size"):
@@ -119,6 +125,8 @@ class TrainingOptions:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
         self._check_survival()
+        remedy = "it is for optimizer apts; choose that, or --layout replicated"
+        require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
         self.solver_options()
 

@@ -49,6 +49,31 @@ class Mirror:
             self.tensor[start:stop].copy_(self._host[start:stop], non_blocking=True)
 
 
+class HostBytes:
+    """What MPI sees of a tensor in a message between two ranks, where nothing is summed: its bytes, of any dtype.
+
+    Parameters
+    ----------
+    tensor
+        Contiguous, not requiring a gradient.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu").pin_memory()
+        self.memory = self._host.reshape(-1).view(torch.uint8).numpy()
+
+    def push(self) -> None:
+        """Bring the tensor to where MPI reads it; returns when it is there."""
+        if self._host is not self._tensor:
+            self._host.copy_(self._tensor)
+
+    def pull(self) -> None:
+        """Bring what MPI wrote into the tensor."""
+        if self._host is not self._tensor:
+            self._tensor.copy_(self._host, non_blocking=True)
+
+
 def choose_device(kind: str, local_rank: int) -> torch.device:
     """Device of this rank: one GPU a rank, in the order of the ranks on the host.
 

@@ -12,15 +12,17 @@ ROOT = Path(apts_mpi.__file__).parent
 
 # From the bottom up; a file imports only files before its own, in its row or in the rows above.
 LEVELS = (
-    ("environment", "errors", "signals", "options", "events", "training_options"),
-    ("transport", "comm", "checkpoint"),
-    ("partition", "vector", "buffers", "network_state", "drift"),
+    ("environment", "errors", "signals", "options", "events", "training_options", "schedules"),
+    ("transport", "patience", "comm", "checkpoint"),
+    ("partition", "vector", "buffers", "bundle", "pipeline", "network_state", "drift"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
-    ("local_objective", "local_state", "local_second_order", "local", "batch"),
-    ("iteration", "composition", "schwarz", "coarse", "global_step", "schwarz_state", "solver_state"),
-    ("apts", "__init__"),
+    ("inner_products", "local_objective", "local_state", "local_second_order", "local", "batch", "micro_batches"),
+    ("construction", "stages", "staged_objective", "iteration", "composition", "schwarz", "coarse", "staged_coarse"),
+    ("global_step", "schwarz_state", "solver_state", "staged_state"),
+    ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "survival", "resume", "train", "scaling", "timing", "bench_checkpoint", "bench"),
+    ("records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
+    ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
 )
@@ -29,20 +31,15 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 # What the package imports from outside, where few files may.
 PLACES = {
     "mpi4py": {
-        "comm",
-        "apts",
-        "baselines",
-        "training",
-        "train",
-        "timing",
-        "bench_checkpoint",
-        "bench",
-        "device_probe",
-        "doctor",
+        *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
+        *("timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
-    "rich": {"records", "train", "scaling", "compare", "bench", "bench_checkpoint", "checkpoint", "doctor"},
+    "rich": {
+        *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_pipeline"),
+        *("checkpoint", "doctor"),
+    },
     "h5py": {"checkpoint"},
 }
 

@@ -14,6 +14,7 @@ from apts_mpi import (
     GlobalStepOptions,
     InvalidInput,
     LocalOptions,
+    PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
 )
@@ -67,6 +68,13 @@ BAD_VALUES = [
     (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
     (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
+    (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
+    (PipelineOptions, {"schedule": "zigzag"}, "pipeline.schedule: 'zigzag' .* choose one of gpipe, 1f1b"),
+    (PipelineOptions, {"balance": "time"}, "pipeline.balance: 'time' .* choose one of parameters, cost"),
+    (PipelineOptions, {"cache_dtype": "int8"}, "pipeline.cache_dtype: 'int8' .* choose one of auto, float64"),
+    (PipelineOptions, {"stall_timeout": 0.0}, "pipeline.stall_timeout: 0.0 .* give seconds above 0"),
+    (PipelineOptions, {"stall_timeout": math.nan}, "pipeline.stall_timeout: nan"),
+    (APTSOptions, {"layout": "sharded"}, "layout: 'sharded' .* choose one of replicated, staged"),
     (APTSOptions, {"subdomains": 0}, "subdomains: 0 .* give 1 or more"),
     (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
     (APTSOptions, {"batch": "half"}, "batch: 'half' .* choose one of whole, shard"),
@@ -79,6 +87,7 @@ BAD_VALUES = [
     (TrainingOptions, {"device": "tpu"}, "device: 'tpu' .* choose one of auto, cpu, cuda"),
     (TrainingOptions, {"optimizer": "newton"}, "optimizer: 'newton' .* choose one of apts, adam, sgd, lbfgs"),
     (TrainingOptions, {"learning_rate": 0.0}, "learning_rate: 0.0 .* give a number above 0"),
+    (TrainingOptions, {"layout": "sharded"}, "layout: 'sharded'"),
     (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
     (TrainingOptions, {"checkpoint_every": 0}, "checkpoint_every: 0 .* give a number of iterations above 0, a time"),
     (TrainingOptions, {"checkpoint_every": True}, "checkpoint_every: True"),
@@ -104,7 +113,8 @@ def test_bad_values_are_refused(kind, change, message):
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
     free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
-    parts = {"schwarz", "local", "coarse", "trust_region", "global_step"}
+    free |= {"cuts", "recompute"}
+    parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}
     assert names <= tested, names - tested

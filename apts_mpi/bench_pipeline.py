@@ -1,0 +1,254 @@
+"""What a stage costs in memory, and what a pipeline costs in time, beside one rank and beside torch's own pipeline."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from mpi4py import MPI
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed import pipelining
+from torch.nn.functional import cross_entropy
+
+from apts_mpi.apts import APTS
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import free_port
+from apts_mpi.events import Events
+from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
+from apts_mpi.schedules import SCHEDULES, ideal_bubble
+from apts_mpi.staged import StagedAPTS, build_stage
+from apts_mpi.timing import time_in_turn, wait_for_all
+
+CLASSES = 10
+
+# A rank that is late by the time that another one measures alone has not stalled.
+PATIENCE = 600.0
+
+MEBIBYTE = 2**20
+
+# Columns of a table that goes to a file.
+WIDTH = 100
+
+
+def network(layers: int, width: int) -> nn.Sequential:
+    """Equal layers, the same on every call; the targets are some of the outputs."""
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)])
+
+
+def batch(samples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs and classes, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(samples, width, generator=generator),
+        torch.randint(0, CLASSES, (samples,), generator=generator),
+    )
+
+
+def options(layout: str, subdomains: int, solver: str, **pipeline: object) -> APTSOptions:
+    """The same solver in both layouts."""
+    return APTSOptions(
+        layout=layout,
+        subdomains=subdomains,
+        schwarz=SchwarzOptions(variant="inexact", local_data="full"),
+        local=LocalOptions(solver=solver),
+        pipeline=PipelineOptions(stall_timeout=PATIENCE, **pipeline),
+    )
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors of this process, each memory once."""
+    gc.collect()
+    # Not isinstance: some of torch's objects warn when they are asked for their class.
+    found = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor) and not value.is_meta]
+    memories = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in found}
+    return sum(memories.values())
+
+
+def memory(layers: int, width: int) -> None:
+    """Print the bytes of parameters, gradients and solver state of the busiest rank in both layouts. Collective."""
+    world = MPI.COMM_WORLD
+    table = Table(title=f"MiB on the busiest of {world.size} ranks, {layers} layers of {width}x{width}")
+    for column in ("local solver", "what", "one rank", "replicated", "staged", "of one rank", "of replicated"):
+        table.add_column(column, justify="left" if column in ("local solver", "what") else "right")
+    for solver in ("sgd", "adam", "kfac"):
+        rows = zip(
+            *[_memory_of(kind, solver, layers, width, world) for kind in ("one rank", "replicated", "staged")],
+            strict=True,
+        )
+        for what, (one, replicated, staged) in zip(("parameters", "gradients", "state", "sum"), rows, strict=True):
+            numbers = [f"{value / MEBIBYTE:.2f}" for value in (one, replicated, staged)]
+            table.add_row(solver, what, *numbers, f"{staged / one:.4f}", f"{staged / replicated:.4f}")
+    if world.rank == 0:
+        Console(width=max(Console().width, WIDTH)).print(table)
+
+
+def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Comm) -> list[int]:
+    """Largest bytes of a rank: parameters, gradients, the rest, and their sum."""
+    own = [0, 0, 0, 0]
+    if kind != "one rank" or world.rank == 0:
+        data = batch(8 * layers, width)
+        before = tensor_bytes()
+        comm = MPI.COMM_SELF if kind == "one rank" else world
+        made: APTS
+        if kind == "staged":
+            chosen = options("staged", layers, solver)
+            stage = build_stage(
+                functools.partial(network, layers, width), comm=comm, options=chosen, parts=lambda made: (made, None)
+            )
+            made = StagedAPTS(stage, cross_entropy, comm=comm, options=chosen)
+        else:
+            made = APTS(network(layers, width), cross_entropy, comm=comm, options=options("replicated", layers, solver))
+        while not made.step(data).accepted:
+            pass
+        total = tensor_bytes() - before
+        element = made.vector.values.element_size()
+        size = made.vector.values.numel() * element
+        gradients = (made.vector.gradients.numel() + made.objective.reduction.total.numel()) * element
+        own = [size, gradients, total - size - gradients, total]
+    return [world.allreduce(value, MPI.MAX) for value in own]
+
+
+def pipeline(layers: int, width: int, samples: int, micro_batches: int, repetitions: int) -> None:
+    """Print times of gradient evaluations: on one rank, of both schedules, and of torch's pipeline. Collective."""
+    world = MPI.COMM_WORLD
+    data = batch(samples, width)
+    whole = network(layers, width)
+
+    def alone() -> None:
+        whole.zero_grad()
+        cross_entropy(whole(data[0]), data[1]).backward()
+
+    wait = functools.partial(wait_for_all, world, 0.0005)
+    seconds_alone = 0.0
+    if world.rank == 0:
+        seconds_alone = time_in_turn([alone], repetitions)[0].median
+    wait()
+    seconds_alone = world.bcast(seconds_alone)
+    rows: list[tuple[str, float, str]] = []
+    for schedule in SCHEDULES:
+        evaluation = _Evaluation(world, layers, width, micro_batches, schedule, data)
+        timing = time_in_turn([evaluation], repetitions, between=wait)[0]
+        bubble = world.allreduce(evaluation.bubble(), MPI.MIN)
+        rows.append((f"staged, {schedule}", world.allreduce(timing.median, MPI.MAX), f"{bubble:.3f}"))
+    with torch_processes(world):
+        for name in ("ScheduleGPipe", "Schedule1F1B"):
+            step = _torch_step(name, world, network(layers, width), micro_batches, data)
+            timing = time_in_turn([step], repetitions, between=wait)[0]
+            rows.append((f"torch {name}, gloo", world.allreduce(timing.median, MPI.MAX), ""))
+    local = _local_seconds(world, layers, width, micro_batches, data, repetitions)
+    if world.rank == 0:
+        ideal = ideal_bubble(world.size, micro_batches)
+        _print_times(world.size, micro_batches, seconds_alone, rows, ideal, (layers, width, samples), local)
+
+
+def _print_times(
+    ranks: int,
+    micro_batches: int,
+    alone: float,
+    rows: list[tuple[str, float, str]],
+    ideal: float,
+    sizes: tuple[int, int, int],
+    local: tuple[float, float],
+) -> None:
+    layers, width, samples = sizes
+    table = Table(
+        title=f"{layers} layers of {width}x{width}, {samples} samples, {ranks} stages, {micro_batches} micro-batches, "
+        f"{torch.get_num_threads()} thread(s) a rank"
+    )
+    for column in ("gradient evaluation", "milliseconds", "of one rank", "ideal", "bubble", "ideal bubble"):
+        table.add_column(column, justify="left" if column == "gradient evaluation" else "right")
+    table.add_row("one rank", f"{1e3 * alone:.2f}", "", "", "", "")
+    share = (micro_batches + ranks - 1) / (micro_batches * ranks)
+    for name, taken, bubble in rows:
+        table.add_row(
+            name, f"{1e3 * taken:.2f}", f"{taken / alone:.3f}", f"{share:.3f}", bubble, f"{ideal:.3f}" if bubble else ""
+        )
+    one, staged = local
+    table.add_row("local iterations, one rank", f"{1e3 * one:.2f}", "", "", "", "")
+    table.add_row("local iterations, staged", f"{1e3 * staged:.2f}", f"{staged / one:.3f}", f"{1 / ranks:.3f}", "", "")
+    Console(width=max(Console().width, WIDTH)).print(table)
+
+
+class _Evaluation:
+    """Gradient evaluations of a staged solver on one batch."""
+
+    def __init__(self, comm: MPI.Comm, layers: int, width: int, micro_batches: int, schedule: str, data: tuple) -> None:
+        chosen = options("staged", layers, "sgd", micro_batches=micro_batches, schedule=schedule)
+        chosen = _without_coarse_level(chosen)
+        self._solver = StagedAPTS(network(layers, width), cross_entropy, comm=comm, options=chosen)
+        self._solver.step(data)  # takes the batch
+        self._start()
+
+    def _start(self) -> None:
+        events = self._solver.events.totals
+        self._before = events["stage work"].seconds, events["pipeline"].seconds
+
+    def __call__(self) -> None:
+        with self._solver.events.timed("pipeline"):
+            self._solver.evaluate()
+
+    def bubble(self) -> float:
+        """Share of the time in which this rank did not work on a micro-batch."""
+        events = self._solver.events.totals
+        work, elapsed = events["stage work"].seconds - self._before[0], events["pipeline"].seconds - self._before[1]
+        return 1.0 - work / elapsed
+
+
+def _without_coarse_level(chosen: APTSOptions) -> APTSOptions:
+    return replace(chosen, coarse=CoarseOptions(model="none"))
+
+
+def _local_seconds(
+    world: MPI.Comm, layers: int, width: int, micro_batches: int, data: tuple, repetitions: int
+) -> tuple[float, float]:
+    """Seconds of the local solves of an iteration: on one rank that has all stages, and on the slowest of all ranks."""
+    found = []
+    for comm in (MPI.COMM_SELF, world):
+        chosen = _without_coarse_level(options("staged", layers, "tr", micro_batches=micro_batches))
+        if comm is world or world.rank == 0:
+            solver = StagedAPTS(network(layers, width), cross_entropy, comm=comm, options=chosen)
+            for _ in range(repetitions):
+                solver.step(data)
+            found.append(solver.events.totals["local solves"].seconds / repetitions)
+        else:
+            found.append(0.0)
+        wait_for_all(world, 0.0005)
+    return world.allreduce(found[0], MPI.MAX), world.allreduce(found[1], MPI.MAX)
+
+
+@contextmanager
+def torch_processes(world: MPI.Comm) -> Iterator[None]:
+    """torch's own process group of the same ranks, by gloo."""
+    port = world.bcast(free_port() if world.rank == 0 else None)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=world.rank, world_size=world.size
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _torch_step(
+    name: str, world: MPI.Comm, whole: nn.Sequential, micro_batches: int, data: tuple[torch.Tensor, torch.Tensor]
+) -> Callable[[], None]:
+    """The same step through ``torch.distributed.pipelining``, with the same stages."""
+    comm = Communicator(world, Events())
+    size = len(whole) // world.size
+    module = whole[comm.rank * size : (comm.rank + 1) * size]
+    stage = pipelining.PipelineStage(module, comm.rank, world.size, torch.device("cpu"))
+    schedule = getattr(pipelining, name)(stage, micro_batches, loss_fn=cross_entropy)
+    first, last = comm.rank == 0, comm.rank == world.size - 1
+
+    def step() -> None:
+        module.zero_grad()
+        schedule.step(*([data[0]] if first else []), **({"target": data[1], "losses": []} if last else {}))
+
+    return step

@@ -1,0 +1,73 @@
+"""What flows between modules: a tensor, or a tuple of tensors of any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Bundle = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def tensors_of(bundle: Bundle) -> tuple[torch.Tensor, ...]:
+    """Its tensors."""
+    return (bundle,) if isinstance(bundle, torch.Tensor) else tuple(bundle)
+
+
+def differentiable(bundle: Bundle) -> tuple[torch.Tensor, ...]:
+    """Those of its tensors that can have a gradient."""
+    return tuple(tensor for tensor in tensors_of(bundle) if tensor.is_floating_point() or tensor.is_complex())
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], bundle: Bundle) -> Bundle:
+    """The bundle of what ``function`` makes of each tensor."""
+    return function(bundle) if isinstance(bundle, torch.Tensor) else tuple(map(function, bundle))
+
+
+def detached(bundle: Bundle) -> Bundle:
+    """The same values without a graph."""
+    return map_tensors(torch.Tensor.detach, bundle)
+
+
+def gradient_of(bundle: Bundle) -> Bundle:
+    """Gradients of the differentiable tensors, in a tuple unless the bundle is one tensor; zero where there is none."""
+    gradients = tuple(torch.zeros_like(part) if part.grad is None else part.grad for part in differentiable(bundle))
+    return gradients[0] if isinstance(bundle, torch.Tensor) else gradients
+
+
+def inner_product(bundle: Bundle, others: Bundle, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Sum of the products of the differentiable tensors, shape (), summed in ``dtype``."""
+    pairs = zip(differentiable(bundle), tensors_of(others), strict=True)
+    return torch.stack([(tensor * other).sum(dtype=dtype) for tensor, other in pairs]).sum()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A bundle whose floating-point tensors are kept in another dtype.
+
+    Attributes
+    ----------
+    kept : Tensor or tuple of Tensor
+        The values as they are kept.
+    dtypes : tuple of torch.dtype
+        What they are on `load`.
+    """
+
+    kept: Bundle
+    dtypes: tuple[torch.dtype, ...]
+
+    def load(self) -> Bundle:
+        """The bundle in its own dtypes."""
+        dtypes = iter(self.dtypes)
+        return map_tensors(lambda tensor: tensor.to(next(dtypes)), self.kept)
+
+
+def store(bundle: Bundle, dtype: torch.dtype | None) -> Stored:
+    """Keep a bundle, its floating-point tensors in ``dtype``; None keeps them as they are, without a copy."""
+    dtypes = tuple(tensor.dtype for tensor in tensors_of(bundle))
+    if dtype is None:
+        return Stored(bundle, dtypes)
+    return Stored(
+        map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bundle), dtypes
+    )

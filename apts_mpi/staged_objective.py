@@ -1,0 +1,307 @@
+"""Loss, gradient and caches of a network of which each rank holds a stage, over a pipeline of micro-batches."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from apts_mpi.bundle import Bundle, Stored, differentiable, gradient_of, store, tensors_of
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import preserved_random_state
+from apts_mpi.events import BACKWARD, FORWARD, Events
+from apts_mpi.objective import Cache, Loss, Objective, Pass, Run
+from apts_mpi.options import PipelineOptions
+from apts_mpi.partition import Subdomain
+from apts_mpi.pipeline import Pipeline
+from apts_mpi.recorder import LayerRecord
+from apts_mpi.schedules import SCHEDULES, Action, backwards, forwards
+from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.vector import FlatParameters
+
+
+@dataclass
+class InFlight:
+    """What the backward pass of a micro-batch needs of its forward pass.
+
+    Attributes
+    ----------
+    entering, leaving : Tensor or tuple of Tensor
+        What the stage was given and what it returned, with its graph; on the last stage what leaves is the loss.
+    caches : list of Cache
+        One for each subdomain of the stage.
+    records : list of LayerRecord
+        Calls of the recorded layers.
+    """
+
+    entering: Bundle
+    leaving: Bundle | None = None
+    caches: list[Cache] = field(default_factory=list)
+    records: list[LayerRecord] = field(default_factory=list)
+
+
+@dataclass
+class StagedRun(Run):
+    """A forward evaluation of all micro-batches of this rank; ``loss`` is zero but on the last stage.
+
+    Attributes
+    ----------
+    in_flight : dict of int to InFlight
+        Micro-batches whose backward pass is to come.
+    done : list of list of Cache
+        Caches of the micro-batches whose backward pass is done.
+    """
+
+    in_flight: dict[int, InFlight] = field(default_factory=dict)
+    done: list[list[Cache]] = field(default_factory=list)
+
+
+class StagedObjective(Objective):
+    """`Objective` where the network's segments, parameters and gradients are those of this rank's stage.
+
+    A pass is a micro-batch. Its stream of random numbers, and the statistics of batch normalisation, are its own.
+
+    Parameters
+    ----------
+    network, segmented, vector
+        This rank's stage.
+    pipeline
+        The stages.
+    options
+        Of the pipeline.
+    stages, team
+        The ranks that hold the stages of this replica, and those that hold this stage.
+    loss, keep_gradients, recorded, events
+        See `Objective`.
+
+    Attributes
+    ----------
+    has_tuples : bool
+        Whether tuples of tensors flow between any modules at the ends of stages; known after the first evaluation.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: torch.nn.Module,
+        segmented: SegmentedNetwork,
+        vector: FlatParameters,
+        loss: Loss,
+        keep_gradients: bool,
+        recorded: Sequence[torch.nn.Module],
+        pipeline: Pipeline,
+        options: PipelineOptions,
+        stages: Communicator,
+        team: Communicator,
+        events: Events,
+    ) -> None:
+        # Gradients that are given make torch import for seconds: better here than in one stage after the other.
+        point = torch.ones(1, requires_grad=True)
+        torch.autograd.backward(2.0 * point, torch.ones(1))
+        super().__init__(
+            network=network,
+            segmented=segmented,
+            vector=vector,
+            loss=loss,
+            inexact=True,
+            keep_gradients=keep_gradients,
+            recorded=recorded,
+            comm=team,
+            events=events,
+        )
+        self.pipeline = pipeline
+        self._schedule = SCHEDULES[options.schedule]
+        self._cache_dtype = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
+        self._recompute = options.recompute
+        self._stages = stages
+        self._measured = False
+        self.has_tuples = False
+        self._drive_progress()
+
+    def _drive_progress(self) -> None:
+        """Let MPI move data between the segments of a stage and the parameters of its backward pass."""
+        # The hooks stay with the network; they must not keep this object and its buffers alive.
+        this = weakref.ref(self.pipeline)
+        for segment in self.segmented.segments:
+            segment.register_forward_hook(lambda *_: _progress(this))
+        for parameter in self.vector.parameters:
+            parameter.register_post_accumulate_grad_hook(lambda _: _progress(this))
+
+    def ends_before_loss(self, subdomain: Subdomain) -> bool:
+        """See `Objective`."""
+        return not self.pipeline.is_last or super().ends_before_loss(subdomain)
+
+    def forward(self, passes: Sequence[Pass], keep_graph: bool) -> StagedRun:
+        """See `Objective`. Collective over the stages."""
+        return self._run(passes, forwards(len(passes)), self._new_run(), keep_graph)
+
+    def backward(self, passes: Sequence[Pass], run: Run) -> None:
+        """See `Objective`."""
+        assert isinstance(run, StagedRun)
+        self._begin_gradient()
+        self._run(passes, backwards(len(passes)), run, keep_graph=True)
+        self._complete_gradient(passes, run)
+
+    def evaluate(self, passes: Sequence[Pass]) -> StagedRun:
+        """Loss, gradient and caches by the schedule of the options. Collective."""
+        actions = self._schedule(self.pipeline.stage, self.pipeline.stages, len(passes))
+        self._begin_gradient()
+        run = self._run(passes, actions, self._new_run(), keep_graph=True)
+        self._complete_gradient(passes, run)
+        return run
+
+    def _new_run(self) -> StagedRun:
+        return StagedRun(torch.zeros((), dtype=torch.float64, device=self._device))
+
+    def _run(self, passes: Sequence[Pass], actions: Sequence[Action], run: StagedRun, keep_graph: bool) -> StagedRun:
+        if actions[0].direction == "forward":
+            self.buffers.begin()
+        with preserved_random_state(self._device):
+            self.pipeline.run(
+                actions,
+                [part.samples for part in passes],
+                functools.partial(self._forward, passes, run, keep_graph),
+                functools.partial(self._backward, passes, run),
+            )
+        self._share_multiplications()
+        samples = sum(part.samples for part in passes)
+        again = FORWARD if self._recompute else 0.0
+        for direction, cost in (("forward", FORWARD), ("backward", BACKWARD + again)):
+            if any(action.direction == direction for action in actions):
+                self._events.count_work(samples, self.segmented.share(0, len(self.segmented) - 1), cost)
+        return run
+
+    def _share_multiplications(self) -> None:
+        """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
+        if not self._measured:
+            found = self._stages.collect((self.segmented.multiplications, self.has_tuples))
+            self.segmented.multiplications = sum(count for count, _ in found)
+            self.has_tuples = any(tuples for _, tuples in found)
+            self._measured = True
+
+    def _forward(
+        self, passes: Sequence[Pass], run: StagedRun, keep_graph: bool, index: int, entering: Bundle | None
+    ) -> Bundle | None:
+        part = passes[index]
+        inputs = part.inputs if entering is None else entering
+        if not self._measured:
+            with self.buffers.copied(), preserved_random_state(self._device):
+                self.segmented.measure(inputs, part=True)
+        graph = keep_graph and not self._recompute
+        flight = InFlight(inputs)
+        with torch.set_grad_enabled(graph), self.buffers.noted(part.weight):
+            self._run_stage(part, flight, graph)
+        leaving = flight.leaving
+        self.has_tuples |= isinstance(leaving, tuple)
+        if self.pipeline.is_last:
+            assert isinstance(leaving, torch.Tensor)
+            run.loss += leaving.detach().double() * part.weight
+        if keep_graph:
+            if not graph:
+                flight.leaving = None
+            run.in_flight[index] = flight
+        return leaving
+
+    def _run_stage(self, part: Pass, flight: InFlight, graph: bool) -> None:
+        """Run the stage's segments, and the loss behind the last one."""
+        if graph and not self.pipeline.is_first:
+            for tensor in differentiable(flight.entering):
+                tensor.requires_grad_()
+        with self._recorder.recording() as flight.records:
+            outputs, flight.caches = self.run_segments(part, flight.entering, graph)
+        flight.leaving = self.loss(outputs, part.targets) if self.pipeline.is_last else outputs
+
+    def _backward(self, passes: Sequence[Pass], run: StagedRun, index: int, gradients: Bundle | None) -> Bundle | None:
+        part, flight = passes[index], run.in_flight.pop(index)
+        if flight.leaving is None:
+            with torch.enable_grad(), self.buffers.copied():
+                self._run_stage(part, flight, graph=True)
+        assert flight.leaving is not None
+        if index == len(passes) - 1:
+            self.reduction.begin()
+        if gradients is None:
+            assert isinstance(flight.leaving, torch.Tensor)
+            (flight.leaving * part.weight).backward()
+        else:
+            pairs = zip(differentiable(flight.leaving), tensors_of(gradients), strict=True)
+            reached = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+            torch.autograd.backward(*zip(*reached, strict=True))
+        run.done.append(self._completed(part, flight, sum(part.weight for part in passes)))
+        return None if self.pipeline.is_first else gradient_of(flight.entering)
+
+    def _completed(self, part: Pass, flight: InFlight, weight: float) -> list[Cache]:
+        """The caches with their output gradients, for local objectives that are means over all samples of this rank."""
+        share = part.weight / weight
+        loss = flight.leaving.detach() * share if self.pipeline.is_last else self.vector.values.new_zeros(())
+        for record in flight.records:
+            record.complete(weight)
+            record.inputs = store(record.inputs, self._cache_dtype)
+            record.gradient = None if record.gradient is None else store(record.gradient, self._cache_dtype)
+        for cache in flight.caches:
+            self._complete(cache, loss, weight)
+            cache.records, cache.share = flight.records, share
+            cache.inputs = store(cache.inputs, self._cache_dtype)
+            if cache.output_gradient is not None:
+                cache.output_gradient = store(cache.output_gradient, self._cache_dtype)
+        return flight.caches
+
+    @torch.no_grad()
+    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+        """See `apts_mpi.StagedAPTS.infer`."""
+
+        def forward(index: int, entering: Bundle | None) -> Bundle:
+            outputs = inputs[index] if entering is None else entering
+            for segment in self.segmented.segments:
+                outputs = segment(outputs)
+            if self.pipeline.is_last:
+                consume(index, outputs)
+            return outputs
+
+        self.pipeline.run(forwards(len(inputs)), [("inference", len(part)) for part in inputs], forward)
+
+    def load(self, cached: Stored) -> Bundle:
+        """See `Objective`."""
+        return cached.load()
+
+    def load_records(self, records: list[LayerRecord]) -> list[LayerRecord]:
+        """See `Objective`."""
+        return [
+            replace(
+                record,
+                inputs=record.inputs.load(),
+                gradient=None if record.gradient is None else record.gradient.load(),
+            )
+            for record in records
+        ]
+
+    def _begin_gradient(self) -> None:
+        self.vector.alias_gradients()
+        self.vector.gradients.zero_()
+
+    def _complete_gradient(self, passes: Sequence[Pass], run: StagedRun) -> None:
+        """Sum the gradient over the replicas, and put the caches of the micro-batches together."""
+        pending = self.reduction.finish()
+        weight = sum(part.weight for part in passes)
+        merged = []
+        for of_subdomain in zip(*run.done, strict=True):
+            cache = replace(
+                of_subdomain[0],
+                value=torch.stack([part.value for part in of_subdomain]).sum(),
+                records=[record for part in of_subdomain for record in part.records],
+                micro_batches=list(of_subdomain),
+            )
+            if self._keep_gradients:
+                own = self.vector.gradients[cache.subdomain.start : cache.subdomain.stop]
+                cache.gradient = own / weight
+            merged.append(cache)
+        run.caches, run.done = [merged], []
+        pending.wait("the sum of the gradient over replicas")
+
+
+def _progress(pipeline: weakref.ref[Pipeline]) -> None:
+    alive = pipeline()
+    if alive is not None:
+        alive.progress()

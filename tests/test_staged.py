@@ -1,0 +1,107 @@
+"""Layout staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
+
+import pytest
+import torch
+from networks import options
+from staged_networks import NETWORKS, built, compare, staged, trace
+
+from apts_mpi import StagedAPTS
+
+SCHEDULES = ["gpipe", "1f1b"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("micro_batches", [1, 2, 5])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_staged_equals_replicated(world, monkeypatch, name, micro_batches, schedule):
+    chosen = staged(
+        options(subdomains=None, initial_radius=0.1),
+        solver="tr",
+        iterations=2,
+        micro_batches=micro_batches,
+        schedule=schedule,
+    )
+    compare(world, chosen, name, monkeypatch)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("solver", ["kfac", "adam"])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
+    chosen = staged(
+        options(subdomains=None, global_step="first-order", initial_radius=0.1),
+        coarse="gauss-newton",
+        solver=solver,
+        iterations=2,
+        micro_batches=2,
+    )
+    compare(world, chosen, name, monkeypatch)
+
+
+# In the maximum norm not with sgd or tr: where tanh saturates the sign of rounding would count.
+CHOICES = [
+    {"solver": "lsr1", "iterations": 2},
+    {"solver": "steihaug", "iterations": 2},
+    {"solver": "adam", "norm": "inf"},
+    {"solver": "kfac", "coarse": "gauss-newton", "norm": "inf"},
+    {"solver": "kfac", "coarse": "gauss-newton", "initial_radius": 30.0},
+    {"solver": "sgd", "iterations": 3, "window": 3, "damping": 0.5, "initial_radius": 30.0},
+    {"solver": "adam", "iterations": 2, "recompute": True},
+    {"solver": "kfac", "recompute": True, "schedule": "gpipe"},
+    {"solver": "tr", "cache_dtype": "float64"},
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_other_options(world, monkeypatch, choice):
+    pipeline = {"coarse", "solver", "iterations", "recompute", "schedule", "cache_dtype"}
+    plain = {name: value for name, value in choice.items() if name not in pipeline}
+    chosen = staged(
+        options(**{"subdomains": None, "initial_radius": 0.2} | plain),
+        micro_batches=3,
+        **{name: value for name, value in choice.items() if name in pipeline},
+    )
+    compare(world, chosen, "mlp", monkeypatch)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("coarse", ["none", "gauss-newton"])
+def test_nine_subdomains_on_any_number_of_stages(world, monkeypatch, coarse):
+    """Several a stage."""
+    chosen = staged(options(subdomains=9, initial_radius=0.2), coarse=coarse, solver="kfac", micro_batches=2)
+    compare(world, chosen, "mlp", monkeypatch)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("coarse", ["none", "gauss-newton"])
+@pytest.mark.parametrize("solver", ["kfac", "tr"])
+def test_two_replicas(world, monkeypatch, coarse, solver):
+    """At four ranks two stages with two replicas each; a replica has half of every batch."""
+    if world.size % 2:
+        pytest.skip("needs an even number of ranks")
+    chosen = staged(
+        options(subdomains=None, replicas=2, global_step="first-order", initial_radius=0.2),
+        coarse=coarse,
+        solver=solver,
+        iterations=2,
+        micro_batches=3,
+    )
+    compare(world, chosen, "mlp", monkeypatch)
+
+
+@pytest.mark.mpi
+def test_schedules_are_equal_to_the_bit(world):
+    builder, batches, loss = NETWORKS["mlp"]
+    runs = []
+    for schedule in SCHEDULES:
+        network = built(builder)
+        chosen = staged(
+            options(subdomains=None), coarse="gauss-newton", solver="kfac", micro_batches=5, schedule=schedule
+        )
+        found = trace(StagedAPTS(network, loss, comm=world, options=chosen), batches)
+        runs.append((found, network.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    for name, value in runs[0][1].items():
+        assert torch.equal(value, runs[1][1][name])
