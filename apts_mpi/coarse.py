@@ -26,7 +26,7 @@ RAISE, LOWER = 4.0, 0.5
 
 # Targets that are enough for the curvature between a few columns, and the largest share of a batch: of a small one the
 # tangents of all samples would cost as much as the rest of the iteration.
-ENOUGH_TARGETS, LARGEST_SHARE = 512, 0.45
+ENOUGH_TARGETS, LARGEST_SHARE = 512, 0.5
 
 # Columns whose part outside the span of the others is below this share of their length are dropped.
 DEPENDENT = 1e-6
