@@ -228,7 +228,7 @@ class CoarseOptions:
         of the ``gradient``, of the ``last_correction`` before recombination.
     samples
         Share of the batch on which the curvature is measured, in (0, 1]. null: all with local solver gauss-newton,
-        else as many as hold 512 targets, at most half.
+        else as many as hold 512 targets.
     damping
         Of the reduced model, relative to its curvature in the norm.
     norm
