@@ -9,7 +9,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [*sorted((ROOT / "jobs").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "jobs").glob("*.sh")), *(ROOT / "tests").rglob("*.sh"), ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -246,7 +246,7 @@ def test_rejected_batch_is_tried_again_some_times(world):
     assert not any(record["accepted"] for record in first)
     assert len({record["loss"] for record in first}) == 1 and iterations[RETRIES + 1]["loss"] != first[0]["loss"]
     assert all(after["radius"] < before["radius"] for before, after in itertools.pairwise(first))
-    assert training.rejected >= RETRIES + 1
+    assert training.progress.rejected >= RETRIES + 1
 
 
 @pytest.mark.mpi

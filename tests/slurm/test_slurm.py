@@ -177,7 +177,7 @@ def test_signalled_before_the_wall_time(site):
     site.configure(warning=65)
     (site.path / "slow.py").write_text(SLOW)
     arguments = (
-        "--problem=slow:problem --dtype=float64 --device=cpu --epochs=100000 --max-iterations=200 --batch-size=30 "
+        "--problem=slow:problem --dtype=float64 --device=cpu --epochs=100000 --max-iterations=100 --batch-size=30 "
         "--subdomains=2 --local.solver=sgd --trust-region.window=3"
     ).split()
     job = site.submit("submit_train.sh", *arguments, NAME="slow", RANKS="2", WALLTIME="00:02:00")
@@ -188,8 +188,11 @@ def test_signalled_before_the_wall_time(site):
     assert done.returncode == 0, done.stderr
     output = site.wait("slow")
     resumed, whole = site.path / "runs" / "slow", site.path / "whole"
-    assert [f"job {job}, restart {count}" in output for count in (0, 1, 2)] == [True, True, False], output
-    assert output.count("SIGUSR1 was received") == 1 and output.count("resumed after iteration") == 1
+    # On a slow machine it may take more than two wall times.
+    stops = output.count("SIGUSR1 was received")
+    assert stops >= 1, output
+    assert [f"job {job}, restart {count}" in output for count in range(stops + 2)] == [True] * (stops + 1) + [False]
+    assert output.count("resumed after iteration") == stops
     assert records(resumed) == records(whole)
     with Checkpoint(resumed / "checkpoints" / "latest") as one, Checkpoint(whole / "checkpoints" / "latest") as other:
         names = [name for name in other.names if name.startswith(("parameters/", "solver/"))]
