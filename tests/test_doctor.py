@@ -217,6 +217,7 @@ def test_a_lock_is_seen_by_the_others(world, mpi_tmp_path):
     """Without a file system that ignores locks at hand: a lock that rank 0 gave back is had by all others in turn."""
     comm = Communicator(world, Events())
     assert probes.try_locks(comm, mpi_tmp_path) == ("", [])
+    world.Barrier()  # rank 0 lets go after the others have told
     if world.rank == 1:
         assert probes._can_lock(mpi_tmp_path / "lock")
     world.Barrier()
