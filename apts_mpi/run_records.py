@@ -139,7 +139,7 @@ def _identity(run: RunRecords) -> dict[str, Any]:
 def _labels(groups: Sequence[Sequence[RunRecords]]) -> list[str]:
     """Of each group, the options in which the groups differ, or else its problem and optimizer."""
     identities = [_identity(runs[0]) for runs in groups]
-    names = dict.fromkeys(name for identity in identities for name in identity)
+    names = dict.fromkeys(["problem", "optimizer", *(name for identity in identities for name in identity)])
     differing = [name for name in names if any(other.get(name) != identities[0].get(name) for other in identities)]
     labels = []
     for identity in identities:

@@ -7,17 +7,33 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import probes
+from apts_mpi import doctor, probes
 from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
 
-doctor = functools.partial(start, module="apts_mpi.doctor")
+under_mpirun = functools.partial(start, ranks=2, module="apts_mpi.doctor")
+
+
+@pytest.fixture
+def alone(capsys, tmp_path, monkeypatch):
+    """A function of arguments that calls the doctor in this process, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            doctor.main(list(map(str, arguments)))
+        output = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=output.out, stderr=output.err)
+
+    return call
+
 
 CHECKS = [
     "launcher",
@@ -48,20 +64,29 @@ def rows_of(run):
     return {row["check"]: row for row in report["checks"]}
 
 
-@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=needs_mpirun)])
-def test_json(tmp_path, ranks):
-    """All is well here, but perhaps for cores and overlap; and nothing is left behind."""
-    run = doctor(tmp_path, ranks, ["--json", "--run-dir", "runs"])
+def check_report(run, ranks):
+    """All is well here, but perhaps for cores and overlap."""
     assert run.returncode == 0 and run.stderr == "", run.stderr
     rows = rows_of(run)
     assert list(rows) == CHECKS
     assert {row["check"] for row in rows.values() if row["status"] != "ok"} <= {"cores", "overlap"}
-    assert len(rows["cores"]["values"]["cores"]) == json.loads(run.stdout)["ranks"] == (ranks or 1)
+    assert len(rows["cores"]["values"]["cores"]) == json.loads(run.stdout)["ranks"] == ranks
     if not torch.cuda.is_available():
         assert "no GPU" in rows["GPUs"]["found"] and "no GPU" in rows["Iallreduce on GPUs"]["found"]
-    shares = [rows["overlap"]["values"][name] for name in ("plain", "tested")]
-    assert shares == [None, None] if ranks is None else all(0.0 <= share <= 1.0 for share in shares)
     assert rows["versions"]["values"]["versions"]["torch"] == torch.__version__
+    return [rows["overlap"]["values"][name] for name in ("plain", "tested")]
+
+
+@needs_mpirun
+def test_alone(alone, tmp_path):
+    assert check_report(alone("--json", "--run-dir", "runs"), ranks=1) == [None, None]
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_mpirun
+def test_with_mpirun(tmp_path):
+    shares = check_report(under_mpirun(tmp_path, arguments=["--json"]), ranks=2)
+    assert all(0.0 <= share <= 1.0 for share in shares)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,7 +94,7 @@ def test_json(tmp_path, ranks):
 def test_table_and_oversubscription(tmp_path):
     """Printed once; more threads than cores are named."""
     cores = len(os.sched_getaffinity(0))
-    run = doctor(tmp_path, 2, [], OMP_NUM_THREADS=str(cores))
+    run = under_mpirun(tmp_path, arguments=[], OMP_NUM_THREADS=str(cores))
     assert run.returncode == 0 and run.stderr == "", run.stderr
     assert run.stdout.count("apts_mpi.doctor") == 1 + run.stdout.count("python -m apts_mpi.doctor")
     for check in CHECKS:
@@ -78,11 +103,11 @@ def test_table_and_oversubscription(tmp_path):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_launcher_of_another_mpi(tmp_path, number):
+def test_launcher_of_another_mpi(alone, monkeypatch, number):
     """It says that there are two processes, while the library knows one: the first of them tells."""
-    mpich = MPI.get_vendor()[0] == "MPICH"
-    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK") if mpich else ("PMI_SIZE", "PMI_RANK")
-    run = doctor(tmp_path, None, ["--json"], **dict(zip(names, ("2", str(number)), strict=True)))
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv("PMI_RANK", str(number))
+    run = alone("--json")
     assert run.returncode == 1
     if number == 1:
         assert run.stdout == ""
@@ -92,21 +117,26 @@ def test_launcher_of_another_mpi(tmp_path, number):
         assert "MPI4PY_MPIABI" in row["remedy"]
 
 
-def test_no_launcher(tmp_path):
-    run = doctor(tmp_path, None, ["--json"], PATH=str(tmp_path))
-    assert rows_of(run)["launcher"]["status"] == "warn"
+def test_no_launcher(alone, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert rows_of(alone("--json"))["launcher"]["status"] == "warn"
 
 
-@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=needs_mpirun)])
-def test_bad_option(tmp_path, ranks):
-    run = doctor(tmp_path, ranks, ["--nonsense"])
+def test_bad_option(alone):
+    run = alone("--nonsense")
+    assert run.returncode == 2 and run.stdout == "" and "unrecognized arguments: --nonsense" in run.stderr
+
+
+@needs_mpirun
+def test_bad_option_is_told_once(tmp_path):
+    run = under_mpirun(tmp_path, arguments=["--nonsense"])
     assert run.returncode != 0 and run.stdout == ""
     assert run.stderr.count("unrecognized arguments: --nonsense") == 1
 
 
-def test_run_directory_is_a_file(tmp_path):
+def test_run_directory_is_a_file(alone, tmp_path):
     (tmp_path / "runs").write_text("")
-    rows = rows_of(doctor(tmp_path, None, ["--json"]))
+    rows = rows_of(alone("--json"))
     assert rows["run directory"]["status"] == rows["h5py"]["status"] == "fail"
     assert "Not a directory" in rows["run directory"]["found"] and "file locking" not in rows
 
@@ -125,15 +155,15 @@ def disk(tmp_path):
 @needs_mpirun
 def test_read_only_run_directory(tmp_path, disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    run = doctor(tmp_path, 2, ["--json", "--run-dir", str(disk / "new" / "runs")])
+    run = under_mpirun(tmp_path, arguments=["--json", "--run-dir", str(disk / "new" / "runs")])
     assert run.stderr == ""
     row = rows_of(run)["run directory"]
     assert row["status"] == "fail" and f"{disk}: Read-only file system" in row["found"]
 
 
-def test_full_run_directory(tmp_path, disk):
+def test_full_run_directory(alone, disk):
     (disk / "ballast").write_bytes(bytes(4 * 2**20 - 2**14))
-    rows = rows_of(doctor(tmp_path, None, ["--json", "--run-dir", str(disk)]))
+    rows = rows_of(alone("--json", "--run-dir", disk))
     assert rows["run directory"]["status"] == "ok" and rows["h5py"]["status"] == "fail"
     assert "No space left" in rows["h5py"]["found"]
     assert [path.name for path in disk.iterdir()] == ["ballast"]
@@ -187,6 +217,7 @@ def test_a_lock_is_seen_by_the_others(world, mpi_tmp_path):
     """Without a file system that ignores locks at hand: a lock that rank 0 gave back is had by all others in turn."""
     comm = Communicator(world, Events())
     assert probes.try_locks(comm, mpi_tmp_path) == ("", [])
+    world.Barrier()  # rank 0 lets go after the others have told
     if world.rank == 1:
         assert probes._can_lock(mpi_tmp_path / "lock")
     world.Barrier()
@@ -229,8 +260,8 @@ def test_direct_sums_in_processes_of_their_own(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_with_a_gpu(tmp_path):
-    rows = rows_of(doctor(tmp_path, None, ["--json"]))
+def test_with_a_gpu(alone):
+    rows = rows_of(alone("--json"))
     assert "cuda:0" in rows["GPUs"]["found"]
     assert rows["Iallreduce on GPUs"]["values"]["works"] in (True, False)
     assert "transport: staging" in rows["Iallreduce on GPUs"]["found"]

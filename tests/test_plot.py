@@ -10,7 +10,7 @@ import matplotlib.image
 import pytest
 from processes import start
 
-from apts_mpi import plot, run_plots
+from apts_mpi import plot, run_plots, train
 from apts_mpi.errors import InvalidInput
 from apts_mpi.run_records import group, read_run
 
@@ -30,8 +30,9 @@ def runs(tmp_path_factory):
     """A directory of finished runs."""
     path = tmp_path_factory.mktemp("runs")
     for name, arguments in RUNS.items():
-        run = start(path, None, [*arguments, "--problem=digits", "--train-samples=480", f"--run-dir={name}"])
-        assert run.returncode == 0, run.stderr
+        with pytest.raises(SystemExit) as ended:
+            train.main([*arguments, "--problem=digits", "--train-samples=480", f"--run-dir={path / name}"])
+        assert ended.value.code == 0
     return path
 
 
