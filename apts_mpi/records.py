@@ -17,6 +17,14 @@ from apts_mpi.errors import InvalidInput
 CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
 
 
+def make_directory(path: Path) -> None:
+    """Make a run directory, unless it is there; raise `InvalidInput` if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
+
+
 class RunDirectory:
     """Directory of one run: ``config.yaml``, ``history.jsonl`` and ``summary.json``. For rank 0 alone.
 
@@ -37,6 +45,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, overwrite: bool, history: bytes = b"") -> None:
         self.path = path
+        make_directory(path)
         earlier = [name for name in (CONFIG, HISTORY, SUMMARY) if (path / name).exists()]
         if earlier and not overwrite:
             raise InvalidInput(
@@ -44,7 +53,6 @@ class RunDirectory:
                 "give another directory, or --overwrite to replace it"
             )
         try:
-            path.mkdir(parents=True, exist_ok=True)
             for name in earlier:
                 (path / name).unlink()
             (path / HISTORY).write_bytes(history)

@@ -39,7 +39,8 @@ def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[s
         return None
     with comm.shared_errors():
         path = place(options)
-    # Rank 0 looks, as a file system may show other ranks another moment.
+    # Rank 0 looks, as a file system may show other ranks another moment, and others may have been started elsewhere.
+    path = Path(comm.agree_on_text(str(path.absolute())))
     kind = comm.agree_on_text("file" if path.is_file() else "directory" if has_checkpoint(path) else "")
     if kind == "file":
         return open_checkpoint(path, comm)

@@ -26,7 +26,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput
 from apts_mpi.events import Events
 from apts_mpi.problems import build
-from apts_mpi.records import RunDirectory, print_summary
+from apts_mpi.records import RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
     CHECKPOINTS,
     LATEST_OF_RUN,
@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         environment.pause(0.5)
         world.Abort(FAILED)
         sys.exit(FAILED)  # Abort may return before the end
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def train(arguments: Sequence[str], world: MPI.Comm) -> int:
@@ -190,8 +191,13 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
         if options.view:
             tell(training.solver.describe())
         path = Path(comm.agree_on_text(str(run_directory(options, training.problem.name, checkpoint))))
+        with comm.shared_errors():
+            if comm.rank == 0:
+                make_directory(path)
+        # Rank 0's place, wherever the other ranks were started.
+        place = Path(comm.agree_on_text(str((path / CHECKPOINTS).absolute())))
         checkpoints = stack.enter_context(
-            CheckpointDirectory(path / CHECKPOINTS, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
+            CheckpointDirectory(place, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
         )
         directory = None
         with comm.shared_errors():
