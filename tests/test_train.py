@@ -70,7 +70,7 @@ def test_records(world, directory):
         assert list(directory.iterdir()) == []
         return
     path = directory / "run"
-    assert {file.name for file in path.iterdir()} == {"config.yaml", "history.jsonl", "summary.json"}
+    assert {file.name for file in path.iterdir()} == {"checkpoints", "config.yaml", "history.jsonl", "summary.json"}
     iterations, epochs = history(path)
     assert len(iterations) == 4 and len(epochs) == 2
     for number, record in enumerate(iterations, 1):
