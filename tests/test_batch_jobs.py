@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train_processes import JOB_VARIABLES, TESTS
+from processes import JOB_VARIABLES, TESTS
 
 JOBS = TESTS.parent / "jobs"
 

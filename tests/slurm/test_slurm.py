@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
-from test_train_processes import JOB_VARIABLES, TESTS, find_mpirun, needs_mpirun
+from processes import JOB_VARIABLES, TESTS, find_mpirun, needs_mpirun
 
 from apts_mpi.checkpoint import Checkpoint
 
