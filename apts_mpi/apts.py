@@ -379,7 +379,7 @@ class APTS:
             if not math.isfinite(cauchy):
                 cauchy = 1.0
             # The difference of gradients magnifies their rounding errors, which depend on the number of ranks.
-            cauchy = float(f"{cauchy:.2e}")
+            cauchy = float(f"{cauchy:.6e}")
             return [min(max(cauchy, options.min_radius), options.max_radius)]
 
         (radius,) = self.comm.agree([0.0], decide)

@@ -30,9 +30,7 @@ def runs(tmp_path_factory):
     """A directory of finished runs."""
     path = tmp_path_factory.mktemp("runs")
     for name, arguments in RUNS.items():
-        with pytest.raises(SystemExit) as ended:
-            train.main([*arguments, "--problem=digits", "--train-samples=480", f"--run-dir={path / name}"])
-        assert ended.value.code == 0
+        train.main([*arguments, "--problem=digits", "--train-samples=480", f"--run-dir={path / name}"])
     return path
 
 
