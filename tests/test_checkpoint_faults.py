@@ -106,7 +106,7 @@ class Job:
 
     def end(self):
         """Wait; return status, output and errors."""
-        output, errors = self.process.communicate(timeout=LIMIT)
+        output, errors = self.process.communicate(timeout=2 * LIMIT)  # a write that hangs is ended after one minute
         return self.process.returncode, output, errors
 
     def __enter__(self):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
+import math
 import os
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,6 +42,9 @@ HDF5_VERSION = ("v110", "v110")
 
 # Bytes of a slab on disk. MPI libraries count bytes of one write in 32 bits.
 LARGEST_SLAB = 2**28
+
+# Seconds that a collective write may take, besides those for its bytes at the slowest rate in bytes a second.
+PATIENCE, SLOWEST = 60.0, 1e6
 
 # Bytes for HDF5's own structure in a file.
 RESERVE = 2**16
@@ -207,7 +214,11 @@ def write_together(
     """
     failures = []
     written = []
-    with h5py.File(path, "w", driver="mpio", comm=comm.mpi, libver=HDF5_VERSION, locking=False) as file:
+    size = sum(math.prod(arrays[number].shape) * arrays[number].dtype.itemsize for number in numbers)
+    with (
+        ended_after(PATIENCE + size / SLOWEST),
+        h5py.File(path, "w", driver="mpio", comm=comm.mpi, libver=HDF5_VERSION, locking=False) as file,
+    ):
         collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
         collective.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
         for number in numbers:
@@ -225,6 +236,20 @@ def write_together(
     if failures:
         raise failures[0]
     return written
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """End this process, and with it the job, if the block takes longer, with a traceback on the error output.
+
+    A collective write to a disk that has become full may never return, and h5py keeps the interpreter to itself
+    meanwhile: a thread in Python would not get its turn.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def write_slab(dataset: h5py.h5d.DatasetID, slab: Slab | None, collective: h5py.h5p.PropDXID) -> None:
