@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from apts_mpi.environment import outside_job
+
 TESTS = Path(__file__).parent
 LIMIT = 100  # seconds; a run takes a few, most of them to import torch
 
@@ -17,9 +19,6 @@ SMALL = (
     "--local.solver=sgd --schwarz.variant=exact --schwarz.local_data=shard --coarse=none "
     "--trust-region.initial_radius=0.2"
 ).split()
-
-# What MPI told this process about its own job does not hold for the jobs that it starts.
-JOB_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "SLURM_")
 
 
 def find_mpirun():
@@ -39,7 +38,7 @@ def command(ranks, arguments, module="apts_mpi.train"):
 
 def surroundings(directory, **variables):
     """Environment variables of a job in ``directory``."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
+    environment = outside_job()
     paths = [str(TESTS.parent), str(TESTS), str(directory), environment.get("PYTHONPATH", "")]
     return environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | variables
 

@@ -10,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from processes import JOB_VARIABLES, TESTS
+from processes import TESTS
+
+from apts_mpi.environment import outside_job
 
 JOBS = TESTS.parent / "jobs"
 
@@ -45,8 +47,7 @@ class Scheduler:
         program.chmod(0o755)
 
     def call(self, *command, **variables):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
-        environment |= {
+        environment = outside_job() | {
             "SITE": str(self.path / "site.sh"),
             "PATH": f"{self.path / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi4py import MPI
-from processes import JOB_VARIABLES, TESTS, find_mpirun, needs_mpirun
+from processes import TESTS, find_mpirun, needs_mpirun
 
 from apts_mpi.checkpoint import Checkpoint
+from apts_mpi.environment import outside_job
 
 pytestmark = [pytest.mark.slurm, needs_mpirun]
 
@@ -72,8 +73,7 @@ def cluster():
         if started.returncode != 0:
             logs = "\n".join(f"{log}:\n{log.read_text()[-2000:]}" for log in sorted(directory.glob("*.log")))
             give_up(f"Slurm cannot be started: {started.stderr}\n{logs}")
-        names = (*JOB_VARIABLES, "SBATCH_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+        environment = {name: value for name, value in outside_job().items() if not name.startswith("SBATCH_")}
         paths = [str(TESTS.parent), str(TESTS), environment.get("PYTHONPATH", "")]
         yield environment | {
             "SLURM_CONF": str(directory / "slurm.conf"),
