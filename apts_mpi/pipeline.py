@@ -129,8 +129,7 @@ class Pipeline:
             passed = forward if action.direction == "forward" else backward
             assert passed is not None
             try:
-                with self._events.timed("stage work"):
-                    result = passed(action.micro_batch, arrived)
+                result = passed(action.micro_batch, arrived)
             except StallError:
                 raise
             except Exception as error:

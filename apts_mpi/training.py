@@ -16,7 +16,9 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.events import OTHER
 from apts_mpi.iteration import StepResult
+from apts_mpi.log_view import event_table
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.training_options import TrainingOptions
@@ -147,6 +149,11 @@ class Training:
             Called on every rank after each iteration, and told whether it was the last one; true stops the run.
             Between the iterations `save` may be called.
         """
+        self.solver.events.clear()
+        with self.solver.events.timed(OTHER):
+            return self._run(record, boundary)
+
+    def _run(self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool]) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
         while not self.done:
@@ -270,6 +277,10 @@ class Training:
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
+        with self.solver.events.timed("metrics"):
+            return self._metrics()
+
+    def _metrics(self) -> dict[str, Any]:
         network = self.problem.network
         network.eval()
         values = self._loss_and_accuracy("train", self.train)
@@ -311,8 +322,9 @@ class Training:
         return self.problem.network(inputs)
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What the run came to. Collective."""
+        """What the run came to, at its end. Collective."""
         own = [self.solver.events.totals[name].seconds for name in ("wait", "checkpoint")]
+        events = event_table(self.solver.events, self.batch_size, self.comm)
         communication, checkpoints = self.comm.agree(own, lambda table: table.max(axis=0))
         return {
             "problem": self.problem.name,
@@ -328,6 +340,7 @@ class Training:
             **self._totals(),
             "seconds_in_communication": communication,
             "seconds_in_checkpoints": checkpoints,
+            "events": events,
         }
 
 
