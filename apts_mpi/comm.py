@@ -16,6 +16,12 @@ from apts_mpi.events import Events
 from apts_mpi.patience import Patience
 from apts_mpi.transport import HostBytes, Mirror
 
+# Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
+CLOCK, TURN = 900, 901
+
+# Round trips by which two clocks are compared. The shortest counts: the others met a busy machine.
+ROUND_TRIPS = 20
+
 
 class _Private:
     """A duplicate of a user's communicator, and its groups by the colors of all ranks."""
@@ -262,6 +268,45 @@ class Communicator:
         """Rank 0's ``text``. Collective."""
         with self._collective("decide"):
             return self._mpi.bcast(text, root=0)
+
+    def clock_offset(self) -> tuple[float, float]:
+        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong. Collective.
+
+        Rank 0 asks each rank for the time; the answer is taken for the time of the middle of the round trip (Cristian,
+        doi 10.1007/BF01784024), which is wrong by at most half of it.
+        """
+        own = np.empty(1)
+        offsets = np.zeros((self.size, 2))
+        if self.rank > 0:
+            for _ in range(ROUND_TRIPS):
+                self._mpi.Recv(own, 0, CLOCK)
+                own[0] = seconds()
+                self._mpi.Send(own, 0, CLOCK)
+        else:
+            for rank in range(1, self.size):
+                offsets[rank] = self._compare_clocks(rank, own)
+        self._mpi.Bcast(offsets)
+        return float(offsets[self.rank, 0]), float(offsets[self.rank, 1])
+
+    def _compare_clocks(self, rank: int, answer: np.ndarray) -> tuple[float, float]:
+        trips = []
+        for _ in range(ROUND_TRIPS):
+            asked = seconds()
+            self._mpi.Send(answer, rank, CLOCK)
+            self._mpi.Recv(answer, rank, CLOCK)
+            answered = seconds()
+            trips.append((answered - asked, answer[0] - (asked + answered) / 2))
+        length, offset = min(trips)
+        return offset, length / 2
+
+    def in_turn(self, value: Any) -> Iterator[Any]:
+        """On rank 0 what each rank gives, in the order of ranks, one in memory at a time; to be used up. Collective."""
+        if self.rank > 0:
+            self._mpi.send(value, 0, TURN)
+            return
+        yield value
+        for rank in range(1, self.size):
+            yield self._mpi.recv(source=rank, tag=TURN)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:

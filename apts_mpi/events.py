@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,40 @@ class Event(Messages):
     waited: float = 0.0
 
 
+class Spans:
+    """When events began and ended, on the clock of this rank, of the first ones alone so that memory is bounded.
+
+    Parameters
+    ----------
+    most
+        How many are kept, of 18 bytes each.
+
+    Attributes
+    ----------
+    names : dict of str to int
+        Names of events, and their numbers in `kinds`.
+    kinds, times : array
+        Of each kept event, in the order of their ends, its number, and the seconds when it began and ended.
+    dropped : int
+        How many were not kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.names: dict[str, int] = {}
+        self.kinds = array("H")
+        self.times = array("d")
+        self.dropped = 0
+
+    def add(self, name: str, start: float, stop: float) -> None:
+        """Take in one more."""
+        if len(self.kinds) == self._most:
+            self.dropped += 1
+            return
+        self.kinds.append(self.names.setdefault(name, len(self.names)))
+        self.times.extend((start, stop))
+
+
 class Events:
     """Totals by name of event, and the work done by this rank.
 
@@ -71,10 +106,13 @@ class Events:
         Of the present iteration: samples times share of the network times `FORWARD` or `BACKWARD`, summed over
         passes. Divided by the samples of a rank when the batch is spread evenly, it is a number of gradient
         evaluations.
+    spans : Spans or None
+        Where beginnings and ends are kept as well.
     """
 
     def __init__(self) -> None:
         self.work = 0.0
+        self.spans: Spans | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -94,12 +132,25 @@ class Events:
         try:
             yield
         finally:
-            elapsed = seconds() - start
+            stop = seconds()
+            elapsed = stop - start
             event.calls += 1
             event.seconds += elapsed
             event.own_seconds += elapsed - self._nested
             self._nested = nested_before + elapsed
             self._open.pop()
+            if self.spans is not None:
+                self.spans.add(name, start, stop)
+
+    @contextmanager
+    def traced(self, name: str) -> Iterator[None]:
+        """Show the block in a trace, within the event that is being timed, and count nothing."""
+        start = seconds()
+        try:
+            yield
+        finally:
+            if self.spans is not None:
+                self.spans.add(name, start, seconds())
 
     @property
     def present(self) -> Event:

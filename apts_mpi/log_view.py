@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from apts_mpi.comm import Communicator
 from apts_mpi.events import OTHER, Event, Events
@@ -15,6 +18,9 @@ NAMES = (
     *("data", "global evaluation", "local solves", "assembly", "coarse", "judge", "global step"),
     *("optimizer", "metrics", "checkpoint", "wait", OTHER),
 )
+
+# Columns that the table needs.
+WIDTH = 108
 
 
 def event_table(events: Events, batch_size: int, comm: Communicator) -> dict[str, dict[str, Any]]:
@@ -69,3 +75,29 @@ def event_table(events: Events, batch_size: int, comm: Communicator) -> dict[str
         )
         if calls > 0
     }
+
+
+def print_events(events: Mapping[str, Mapping[str, Any]], ranks: int, console: Console) -> None:
+    """Print what `event_table` returned."""
+    table = Table(
+        title=f"events of {ranks} rank(s)",
+        caption="Time, messages, bytes and evaluations of the rank with most; ratio: most to least time of a rank; "
+        "share of all time; overlap: of the time that messages were under way, what was not spent waiting.",
+    )
+    table.add_column("event", no_wrap=True)
+    for column in ("calls", "seconds", "ratio", "messages", "bytes", "evaluations", "share", "overlap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, event in events.items():
+        table.add_row(
+            name,
+            str(event["calls"]),
+            f"{event['seconds_max']:.4g}",
+            "" if event["ratio"] is None else f"{event['ratio']:.2f}",
+            str(event["messages"]),
+            f"{event['bytes']:.3g}" if event["bytes"] >= 1e6 else str(event["bytes"]),
+            f"{event['gradient_evaluations']:.2f}",
+            f"{event['share']:.1%}",
+            "" if event["overlap"] is None else f"{event['overlap']:.0%}",
+        )
+    # A cut number is worse than a line that a narrow terminal breaks.
+    Console(file=console.file, quiet=console.quiet, width=max(console.width, WIDTH)).print(table)

@@ -18,7 +18,6 @@ from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import OTHER
 from apts_mpi.iteration import StepResult
-from apts_mpi.log_view import event_table
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.training_options import TrainingOptions
@@ -190,7 +189,8 @@ class Training:
 
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
-        rows = self._rows()
+        with self.solver.events.timed("data"):
+            rows = self._rows()
         if isinstance(self.solver, DataParallel):
             return self.solver.step(self.train, rows)
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
@@ -322,9 +322,8 @@ class Training:
         return self.problem.network(inputs)
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What the run came to, at its end. Collective."""
+        """What the run came to. Collective."""
         own = [self.solver.events.totals[name].seconds for name in ("wait", "checkpoint")]
-        events = event_table(self.solver.events, self.batch_size, self.comm)
         communication, checkpoints = self.comm.agree(own, lambda table: table.max(axis=0))
         return {
             "problem": self.problem.name,
@@ -340,7 +339,6 @@ class Training:
             **self._totals(),
             "seconds_in_communication": communication,
             "seconds_in_checkpoints": checkpoints,
-            "events": events,
         }
 
 
