@@ -198,7 +198,8 @@ class APTS:
         self._versions = self.vector.versions()
         self._evaluate()
         if self.state.radius is None:
-            self.state.radius = self._cauchy_length()
+            with self.events.timed("global evaluation"):
+                self.state.radius = self._cauchy_length()
         schwarz = self._judge(*self._correct(), keep_graph=repeated)
         if self.coarse is not None:
             self.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
@@ -214,7 +215,8 @@ class APTS:
     def _take(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Make a new batch the present function f_k."""
         self.state.functions += 1
-        self._cut(batch, rows)
+        with self.events.timed("data"):
+            self._cut(batch, rows)
 
     def _cut(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Cut the batch of the present function into this rank's passes."""
@@ -270,7 +272,8 @@ class APTS:
             predicted = self.coarse.recombine(self.state.radius)
             return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
-        self.products.clip(correction, self.state.radius)
+        with self.events.timed("assembly"):
+            self.products.clip(correction, self.state.radius)
         return correction, None
 
     def _prepare_coarse(self) -> None:
@@ -300,9 +303,9 @@ class APTS:
         Without a ``predicted_reduction`` the model is the first-order one.
         """
         options, radius = self.options.trust_region, self.state.radius
-        self._accepted_values.copy_(self.vector.values)
-        self.vector.values.add_(step)
         with self.events.timed("judge"):
+            self._accepted_values.copy_(self.vector.values)
+            self.vector.values.add_(step)
             trial = self.objective.forward(self._passes, keep_graph)
 
             def decide(table: np.ndarray) -> Sequence[float]:
@@ -335,16 +338,16 @@ class APTS:
 
             own = [float(self._run.loss), float(trial.loss), self.events.work, *self.products.own(self._gradient, step)]
             *record, self._most_work = self.comm.agree(own, decide)
-        judged = Judged(*record[:5], bool(record[5]), *record[6:])
-        self.state.radius = judged.next_radius
-        if judged.accepted:
-            self.objective.buffers.accept()
-            self._remember(judged.loss)
-            self._forget()
-            self._run = trial if keep_graph else None
-        else:
-            self.vector.values.copy_(self._accepted_values)
-        return judged
+            judged = Judged(*record[:5], bool(record[5]), *record[6:])
+            self.state.radius = judged.next_radius
+            if judged.accepted:
+                self.objective.buffers.accept()
+                self._remember(judged.loss)
+                self._forget()
+                self._run = trial if keep_graph else None
+            else:
+                self.vector.values.copy_(self._accepted_values)
+            return judged
 
     def _remember(self, loss: float) -> None:
         window = self.options.trust_region.window
@@ -462,11 +465,13 @@ class APTS:
 
     def repeat(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> None:
         """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
-        self._cut(batch, rows)
+        with self.events.timed("data"):
+            self._cut(batch, rows)
         if self._saved.differentiated:
             self._evaluate()
         elif self._saved.evaluated:
-            self._run = self.objective.forward(self._passes, keep_graph=True)
+            with self.events.timed("global evaluation"):
+                self._run = self.objective.forward(self._passes, keep_graph=True)
         if self._saved.correction is not None:
             self.schwarz.assembled.copy_(self._saved.correction)
             self.schwarz.open_rows(self._run.caches)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from apts_mpi.apts import APTS
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import free_port
-from apts_mpi.events import Events
+from apts_mpi.events import Event, Events
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
 from apts_mpi.schedules import SCHEDULES, ideal_bubble
 from apts_mpi.staged import StagedAPTS, build_stage
@@ -187,18 +187,20 @@ class _Evaluation:
         self._start()
 
     def _start(self) -> None:
-        events = self._solver.events.totals
-        self._before = events["stage work"].seconds, events["pipeline"].seconds
+        self._before = replace(self._event)
+
+    @property
+    def _event(self) -> Event:
+        return self._solver.events.totals["global evaluation"]
 
     def __call__(self) -> None:
-        with self._solver.events.timed("pipeline"):
+        with self._solver.events.timed("global evaluation"):
             self._solver.evaluate()
 
     def bubble(self) -> float:
-        """Share of the time in which this rank did not work on a micro-batch."""
-        events = self._solver.events.totals
-        work, elapsed = events["stage work"].seconds - self._before[0], events["pipeline"].seconds - self._before[1]
-        return 1.0 - work / elapsed
+        """Share of the time in which this rank waited."""
+        event, before = self._event, self._before
+        return 1.0 - (event.own_seconds - before.own_seconds) / (event.seconds - before.seconds)
 
 
 def _without_coarse_level(chosen: APTSOptions) -> APTSOptions:

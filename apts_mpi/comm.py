@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from apts_mpi.environment import seconds
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import Events
 from apts_mpi.patience import Patience
 from apts_mpi.transport import HostBytes, Mirror
+
+# Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
+CLOCK, TURN = 900, 901
+
+# Round trips by which two clocks are compared. The shortest counts: the others met a busy machine.
+ROUND_TRIPS = 20
 
 
 class _Private:
@@ -50,27 +57,44 @@ class Pending:
         self._patience = patience
         self._requests: list[MPI.Request] = []
         self._finish: list[Callable[[], None]] = []
+        self._event = events.present
+        self._since: float | None = None
 
     def add(self, request: MPI.Request, finish: Callable[[], None]) -> None:
         """Take in one more operation, and what remains to do once it has completed."""
+        if self._since is None:
+            self._since = seconds()
         self._requests.append(request)
         self._finish.append(finish)
 
     def progress(self) -> bool:
         """Give the MPI library time to move data, as most move nothing outside of a call; whether all is done."""
-        return MPI.Request.Testall(self._requests)
+        done = MPI.Request.Testall(self._requests)
+        if done:
+            self._note_completion(seconds())
+        return done
 
     def wait(self, what: str = "a reduction") -> None:
         """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
+        began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
                 MPI.Request.Waitall(self._requests)
             else:
                 self._patience.wait(lambda: MPI.Request.Testall(self._requests), what)
+        self._note_completion(began)
         for finish in self._finish:
             finish()
         self._requests.clear()
         self._finish.clear()
+
+    def _note_completion(self, waiting_since: float) -> None:
+        """Add the time that the operations were under way to the event that began them."""
+        if self._since is not None:
+            now = seconds()
+            self._event.under_way += now - self._since
+            self._event.waited += now - waiting_since
+            self._since = None
 
 
 class Communicator:
@@ -122,10 +146,19 @@ class Communicator:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See `Patience`."""
         self.patience = Patience(self._mpi, timeout, places)
 
-    def meet(self) -> None:
-        """Before a blocking collective: wait for all ranks as long as the patience lasts. Collective."""
+    @contextmanager
+    def _collective(self, operation: str, size: int = 0) -> Iterator[None]:
+        """Count and time a blocking collective, the block, to which this rank gives ``size`` bytes. Collective.
+
+        Of objects that are pickled the bytes are not known, and not counted.
+        """
+        self._events.message(operation, size)
         if self.patience is not None:
-            self.patience.wait(self._mpi.Ibarrier().Test, "all ranks to come to a reduction")
+            self._events.message("barrier", 0)
+        with self._events.timed("wait"):
+            if self.patience is not None:
+                self.patience.wait(self._mpi.Ibarrier().Test, "all ranks to come to a reduction")
+            yield
 
     def start_send(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
@@ -183,14 +216,16 @@ class Communicator:
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every rank rank 0's contents of ``tensors``, of any dtype; for set-up. Collective."""
-        contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
+        given = sum(tensor.nbytes for tensor in tensors) if self.rank == 0 else 0
+        with self._collective("share", given):
+            contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
         for tensor, content in zip(tensors, contents, strict=True):
             tensor.copy_(torch.from_numpy(content))
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
-        self.meet()
-        return self._mpi.allreduce(number)
+        with self._collective("collect"):
+            return self._mpi.allreduce(number)
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
         """Let rank 0 decide from the values of all ranks; every rank returns its decision. Collective.
@@ -207,37 +242,71 @@ class Communicator:
         """
         own = np.asarray(values, dtype=np.float64)
         table = np.empty((self.size, own.size)) if self.rank == 0 else None
-        self._events.message("agree", own.nbytes)
-        with self._events.timed("wait"):
-            self.meet()
+        with self._collective("agree", own.nbytes):
             self._mpi.Gather(own, table, root=0)
         return self.decide(lambda: decide(table))
 
     def sum_on_root(self, values: np.ndarray) -> np.ndarray | None:
         """Sum of float64 ``values`` over the ranks; None on all ranks but rank 0. Collective."""
         total = np.empty_like(values) if self.rank == 0 else None
-        self._events.message("reduce", values.nbytes)
-        with self._events.timed("wait"):
-            self.meet()
+        with self._collective("reduce", values.nbytes):
             self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
         return total
 
     def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = tuple(map(float, decide())) if self.rank == 0 else None
-        with self._events.timed("wait"):
-            self.meet()
+        with self._collective("decide", 8 * len(record or ())):
             return self._mpi.bcast(record, root=0)
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
-        with self._events.timed("wait"):
-            self.meet()
+        with self._collective("collect"):
             return self._mpi.allgather(value)
 
     def agree_on_text(self, text: str) -> str:
         """Rank 0's ``text``. Collective."""
-        return self._mpi.bcast(text, root=0)
+        with self._collective("decide"):
+            return self._mpi.bcast(text, root=0)
+
+    def clock_offset(self) -> tuple[float, float]:
+        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong. Collective.
+
+        Rank 0 asks each rank for the time; the answer is taken for the time of the middle of the round trip (Cristian,
+        doi 10.1007/BF01784024), which is wrong by at most half of it.
+        """
+        own = np.empty(1)
+        offsets = np.zeros((self.size, 2))
+        if self.rank > 0:
+            for _ in range(ROUND_TRIPS):
+                self._mpi.Recv(own, 0, CLOCK)
+                own[0] = seconds()
+                self._mpi.Send(own, 0, CLOCK)
+        else:
+            for rank in range(1, self.size):
+                offsets[rank] = self._compare_clocks(rank, own)
+        self._mpi.Bcast(offsets)
+        return float(offsets[self.rank, 0]), float(offsets[self.rank, 1])
+
+    def _compare_clocks(self, rank: int, answer: np.ndarray) -> tuple[float, float]:
+        trips = []
+        for _ in range(ROUND_TRIPS):
+            asked = seconds()
+            self._mpi.Send(answer, rank, CLOCK)
+            self._mpi.Recv(answer, rank, CLOCK)
+            answered = seconds()
+            trips.append((answered - asked, answer[0] - (asked + answered) / 2))
+        length, offset = min(trips)
+        return offset, length / 2
+
+    def in_turn(self, value: Any) -> Iterator[Any]:
+        """On rank 0 what each rank gives, in the order of ranks, one in memory at a time; to be used up. Collective."""
+        if self.rank > 0:
+            self._mpi.send(value, 0, TURN)
+            return
+        yield value
+        for rank in range(1, self.size):
+            yield self._mpi.recv(source=rank, tag=TURN)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -254,8 +323,8 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
-        self.meet()
-        messages = self._mpi.allgather(None if error is None else _describe(error))
+        with self._collective("collect"):
+            messages = self._mpi.allgather(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):
             raise error

@@ -94,7 +94,12 @@ def replaces(options: TrainingOptions, path: Path, checkpoint: Checkpoint | None
     """Whether the records in directory ``path`` may be replaced: those of a run that goes on are kept in it."""
     if checkpoint is None:
         return options.overwrite or options.resume == LATEST_OF_RUN
-    return options.overwrite or checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
+    return options.overwrite or goes_on_in(path, checkpoint)
+
+
+def goes_on_in(path: Path, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run that goes on is the one in directory ``path``."""
+    return checkpoint is not None and checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
 
 
 def history_of(checkpoint: Checkpoint | None) -> bytes:

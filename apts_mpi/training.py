@@ -16,6 +16,7 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.events import OTHER
 from apts_mpi.iteration import StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
@@ -147,6 +148,11 @@ class Training:
             Called on every rank after each iteration, and told whether it was the last one; true stops the run.
             Between the iterations `save` may be called.
         """
+        self.solver.events.clear()
+        with self.solver.events.timed(OTHER):
+            return self._run(record, boundary)
+
+    def _run(self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool]) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
         while not self.done:
@@ -183,7 +189,8 @@ class Training:
 
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
-        rows = self._rows()
+        with self.solver.events.timed("data"):
+            rows = self._rows()
         if isinstance(self.solver, DataParallel):
             return self.solver.step(self.train, rows)
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
@@ -270,6 +277,10 @@ class Training:
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
+        with self.solver.events.timed("metrics"):
+            return self._metrics()
+
+    def _metrics(self) -> dict[str, Any]:
         network = self.problem.network
         network.eval()
         values = self._loss_and_accuracy("train", self.train)

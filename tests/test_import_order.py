@@ -21,7 +21,8 @@ LEVELS = (
     ("global_step", "schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
+    ("records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume", "train"),
+    ("scaling", "timing"),
     ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
@@ -38,7 +39,7 @@ PLACES = {
     "jsonargparse": {"train", "compare"},
     "rich": {
         *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_pipeline"),
-        *("checkpoint", "doctor"),
+        *("checkpoint", "doctor", "log_view"),
     },
     "h5py": {"checkpoint"},
 }

@@ -200,9 +200,9 @@ def test_shapes_are_agreed_once(world):
     batch = NETWORKS["mlp"][1][0]
     counts = []
     for _ in range(2):
-        before = solver.events.totals["pipeline"].messages
+        before = solver.events.operations["pipeline"].messages
         solver.step(batch)
-        counts.append(solver.events.totals["pipeline"].messages - before)
+        counts.append(solver.events.operations["pipeline"].messages - before)
     first, last = world.rank == 0, world.rank == world.size - 1
     # Gradient and trial: two forward passes to the next stage, one backward pass to the one before.
     messages = 5 * (2 * (not last) + (not first))
