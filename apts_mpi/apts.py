@@ -150,7 +150,6 @@ class APTS:
                 schwarz=self.schwarz if blocks else None,
                 comm=self.comm,
                 events=self.events,
-                kind=options.trust_region.norm,
                 products=self.products,
             )
         self._begin(team)
@@ -371,7 +370,7 @@ class APTS:
         values.add_(direction, alpha=length)
         self.objective.evaluate(self._passes)
         values.copy_(self._accepted_values)
-        slope, moved = self.products.dot(gradient, direction), self.products.dot(self._gradient, direction)
+        slope, moved = self.products.dots((gradient, direction), (self._gradient, direction))
 
         def decide(table: np.ndarray) -> Sequence[float]:
             curvature = (moved - slope) / length

@@ -147,11 +147,14 @@ class StagedObjective(Objective):
 
     def evaluate(self, passes: Sequence[Pass]) -> StagedRun:
         """Loss, gradient and caches by the schedule of the options. Collective."""
-        actions = self._schedule(self.pipeline.stage, self.pipeline.stages, len(passes))
         self._begin_gradient()
-        run = self._run(passes, actions, self._new_run(), keep_graph=True)
+        run = self._run(passes, self.actions(len(passes)), self._new_run(), keep_graph=True)
         self._complete_gradient(passes, run)
         return run
+
+    def actions(self, micro_batches: int) -> list[Action]:
+        """This stage's part of the schedule of the options."""
+        return self._schedule(self.pipeline.stage, self.pipeline.stages, micro_batches)
 
     def _new_run(self) -> StagedRun:
         return StagedRun(torch.zeros((), dtype=torch.float64, device=self._device))

@@ -1,5 +1,7 @@
 """Layout staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import options
@@ -36,6 +38,20 @@ def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
         iterations=2,
         micro_batches=2,
     )
+    compare(world, chosen, name, monkeypatch)
+
+
+MODELS = [("lsr1", "hessian"), ("steihaug", "gauss-newton"), ("steihaug", "hessian")]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("solver", ["kfac", "adam"])
+@pytest.mark.parametrize(("model", "product"), MODELS)
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_global_steps_of_second_order(world, monkeypatch, name, model, product, solver):
+    """With kfac the blocks of the Schwarz level precondition."""
+    chosen = staged(options(subdomains=None, global_step=model, initial_radius=0.1), solver=solver, micro_batches=2)
+    chosen = replace(chosen, global_step=replace(chosen.global_step, product=product))
     compare(world, chosen, name, monkeypatch)
 
 
