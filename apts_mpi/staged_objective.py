@@ -79,8 +79,8 @@ class StagedObjective(Objective):
 
     Attributes
     ----------
-    has_tuples : bool
-        Whether tuples of tensors flow between any modules at the ends of stages; known after the first evaluation.
+    enters_tuple : bool
+        Whether a tuple of tensors enters this stage; known after the first evaluation.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class StagedObjective(Objective):
         self._recompute = options.recompute
         self._stages = stages
         self._measured = False
-        self.has_tuples = False
+        self.enters_tuple = False
         self._drive_progress()
 
     def _drive_progress(self) -> None:
@@ -180,9 +180,7 @@ class StagedObjective(Objective):
     def _share_multiplications(self) -> None:
         """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
         if not self._measured:
-            found = self._stages.collect((self.segmented.multiplications, self.has_tuples))
-            self.segmented.multiplications = sum(count for count, _ in found)
-            self.has_tuples = any(tuples for _, tuples in found)
+            self.segmented.multiplications = sum(self._stages.collect(self.segmented.multiplications))
             self._measured = True
 
     def _forward(
@@ -190,6 +188,7 @@ class StagedObjective(Objective):
     ) -> Bundle | None:
         part = passes[index]
         inputs = part.inputs if entering is None else entering
+        self.enters_tuple = isinstance(inputs, tuple)
         if not self._measured:
             with self.buffers.copied(), preserved_random_state(self._device):
                 self.segmented.measure(inputs, part=True)
@@ -198,7 +197,6 @@ class StagedObjective(Objective):
         with torch.set_grad_enabled(graph), self.buffers.noted(part.weight):
             self._run_stage(part, flight, graph)
         leaving = flight.leaving
-        self.has_tuples |= isinstance(leaving, tuple)
         if self.pipeline.is_last:
             assert isinstance(leaving, torch.Tensor)
             run.loss += leaving.detach().double() * part.weight
