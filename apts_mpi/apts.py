@@ -451,7 +451,7 @@ class APTS:
         return self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
-        """Tensors and numbers that have the same bits on all ranks."""
+        """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
         last_step = [] if self.coarse is None else [self.coarse.last_step]
         return [*named_tensors(self.network).values(), *last_step], self.state
 

@@ -222,10 +222,6 @@ class StagedAPTS(APTS):
             self.network, self._parts, self.schwarz, checkpoint, metadata, self.extent, self.tensor_names
         )
 
-    def shared(self) -> tuple[list[torch.Tensor], object]:
-        """See `APTS`: numbers alone, as ranks hold different stages."""
-        return [], self.state
-
     def describe(self) -> str:
         """See `APTS`."""
         pipeline, dtype = self.options.pipeline, self.vector.values.dtype

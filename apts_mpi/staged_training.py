@@ -9,6 +9,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.comm import Communicator
+from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.micro_batches import placeholder
 from apts_mpi.partition import split
@@ -55,6 +56,10 @@ class StagedTraining(Training):
         self.train = _of_stage(self.train, solver.replica)
         self.test = None if self.test is None else _of_stage(self.test, solver.replica)
         return solver
+
+    def fingerprint(self) -> tuple[int, int, int]:
+        """See `Training`: the replicas of a stage share its tensors."""
+        return fingerprint(*self.solver.shared(), part=self.solver.replica.rank)
 
     def _loss_and_accuracy(self, name: str, data: Batch) -> dict[str, float]:
         replicas = self.solver.options.replicas
