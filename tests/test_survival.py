@@ -283,9 +283,10 @@ def test_replica_of_a_stage_that_drifts_is_named(tmp_path):
     """The stages differ; each is compared among its replicas."""
     (tmp_path / "drifting_stage.py").write_text(DRIFTING_STAGE)
     arguments = [
-        *SMALL, "--epochs=1000000", "--problem=drifting_stage:problem", "--layout=staged", "--replicas=2", "--micro-batches=2",
-        "--drift-check-every=1", "--stall-timeout=60", "--subdomains=2", "--schwarz.variant=inexact",
-        "--schwarz.local_data=full",
+        *SMALL, "--epochs=1000000", "--problem=drifting_stage:problem", "--layout=staged", "--replicas=2",
+        "--micro-batches=2",
+        "--drift-check-every=1", "--stall-timeout=60", "--subdomains=2",
+        "--schwarz.variant=inexact", "--schwarz.local_data=full",
     ]  # fmt: skip
     status, output = Job(tmp_path, 4, arguments).end()
     assert status == FAILED, output
