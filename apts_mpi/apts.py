@@ -150,7 +150,6 @@ class APTS:
                 schwarz=self.schwarz if blocks else None,
                 comm=self.comm,
                 events=self.events,
-                kind=options.trust_region.norm,
                 products=self.products,
             )
         self._begin(team)
@@ -374,7 +373,7 @@ class APTS:
         values.add_(direction, alpha=length)
         self.objective.evaluate(self._passes)
         values.copy_(self._accepted_values)
-        slope, moved = self.products.dot(gradient, direction), self.products.dot(self._gradient, direction)
+        slope, moved = self.products.dots((gradient, direction), (self._gradient, direction))
 
         def decide(table: np.ndarray) -> Sequence[float]:
             curvature = (moved - slope) / length
@@ -455,7 +454,7 @@ class APTS:
         return self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
-        """Tensors and numbers that have the same bits on all ranks."""
+        """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
         last_step = [] if self.coarse is None else [self.coarse.last_step]
         return [*named_tensors(self.network).values(), *last_step], self.state
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from apts_mpi.bundle import Bundle
+from apts_mpi.bundle import Bundle, with_tangents, without_tangents
 from apts_mpi.coarse import CoarseLevel, ReducedModel
-from apts_mpi.errors import InvalidInput
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.linearisation import BILINEAR, Column
 from apts_mpi.local_objective import GaussNewtonRows
@@ -68,11 +67,6 @@ class StagedCoarseLevel(CoarseLevel):
     ) -> None:
         """See `CoarseLevel`; there are no rows."""
         with self._events.timed("coarse"):
-            if self._objective.has_tuples:
-                raise InvalidInput(
-                    "coarse.model: 'gauss-newton' needs one tensor between modules, and this network has tuples; "
-                    "choose --coarse none"
-                )
             self._corrections = corrections
             self._columns = self._columns_of(corrections, gradient)
             count, own = self._count, self._own
@@ -94,23 +88,25 @@ class StagedCoarseLevel(CoarseLevel):
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
             part = parts[index]
-            activations, carried = (part.inputs, None) if entering is None else entering
+            activations, carried = part.inputs, ()
+            if entering is not None:
+                activations, carried = without_tangents(entering, self._objective.enters_tuple)
             with self._linearisation.drawing(part):
                 outputs, tangents = self._linearisation.tangents(activations, self._joined(carried), carried)
             if self._pipeline.is_last:
-                reduced = self._linearisation.between(outputs, part.targets, tangents)
+                reduced = self._linearisation.between(outputs, part.targets, tangents[0])
                 curvature[:] += part.weight * reduced.cpu().numpy()
-            return outputs, tangents
+            return with_tangents(outputs, tangents)
 
         # A key of its own: tuples of activations and tangents have other shapes than activations.
         keys = [("tangents", part.samples) for part in parts]
         self._pipeline.run(forwards(len(parts)), keys, forward)
         return curvature
 
-    def _joined(self, tangents: torch.Tensor | None) -> list[Column]:
+    def _joined(self, tangents: tuple[torch.Tensor, ...]) -> list[Column]:
         """A column without parameters here for each tangent that comes from the stages before, then the own ones."""
         nothing = self.step[:0]
-        return [Column(0, 0, nothing)] * (0 if tangents is None else len(tangents)) + self._columns
+        return [Column(0, 0, nothing)] * (len(tangents[0]) if tangents else 0) + self._columns
 
     def recombine(self, radius: float) -> float:
         """See `CoarseLevel`."""

@@ -79,8 +79,8 @@ class StagedObjective(Objective):
 
     Attributes
     ----------
-    has_tuples : bool
-        Whether tuples of tensors flow between any modules at the ends of stages; known after the first evaluation.
+    enters_tuple : bool
+        Whether a tuple of tensors enters this stage; known after the first evaluation.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class StagedObjective(Objective):
         self._recompute = options.recompute
         self._stages = stages
         self._measured = False
-        self.has_tuples = False
+        self.enters_tuple = False
         self._drive_progress()
 
     def _drive_progress(self) -> None:
@@ -147,11 +147,14 @@ class StagedObjective(Objective):
 
     def evaluate(self, passes: Sequence[Pass]) -> StagedRun:
         """Loss, gradient and caches by the schedule of the options. Collective."""
-        actions = self._schedule(self.pipeline.stage, self.pipeline.stages, len(passes))
         self._begin_gradient()
-        run = self._run(passes, actions, self._new_run(), keep_graph=True)
+        run = self._run(passes, self.actions(len(passes)), self._new_run(), keep_graph=True)
         self._complete_gradient(passes, run)
         return run
+
+    def actions(self, micro_batches: int) -> list[Action]:
+        """This stage's part of the schedule of the options."""
+        return self._schedule(self.pipeline.stage, self.pipeline.stages, micro_batches)
 
     def _new_run(self) -> StagedRun:
         return StagedRun(torch.zeros((), dtype=torch.float64, device=self._device))
@@ -177,9 +180,7 @@ class StagedObjective(Objective):
     def _share_multiplications(self) -> None:
         """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
         if not self._measured:
-            found = self._stages.collect((self.segmented.multiplications, self.has_tuples))
-            self.segmented.multiplications = sum(count for count, _ in found)
-            self.has_tuples = any(tuples for _, tuples in found)
+            self.segmented.multiplications = sum(self._stages.collect(self.segmented.multiplications))
             self._measured = True
 
     def _forward(
@@ -187,6 +188,7 @@ class StagedObjective(Objective):
     ) -> Bundle | None:
         part = passes[index]
         inputs = part.inputs if entering is None else entering
+        self.enters_tuple = isinstance(inputs, tuple)
         if not self._measured:
             with self.buffers.copied(), preserved_random_state(self._device):
                 self.segmented.measure(inputs, part=True)
@@ -195,7 +197,6 @@ class StagedObjective(Objective):
         with torch.set_grad_enabled(graph), self.buffers.noted(part.weight):
             self._run_stage(part, flight, graph)
         leaving = flight.leaving
-        self.has_tuples |= isinstance(leaving, tuple)
         if self.pipeline.is_last:
             assert isinstance(leaving, torch.Tensor)
             run.loss += leaving.detach().double() * part.weight

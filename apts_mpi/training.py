@@ -234,8 +234,8 @@ class Training:
         arrays, solver = self.solver.save()
         return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
 
-    def fingerprint(self) -> int:
-        """A checksum of what all ranks share, see `apts_mpi.drift`."""
+    def fingerprint(self) -> tuple[int, int, int]:
+        """Checksums of what ranks share, see `apts_mpi.drift`."""
         return fingerprint(*self.solver.shared())
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
