@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from apts_mpi.environment import seconds
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import Events
 from apts_mpi.patience import Patience
@@ -42,6 +43,34 @@ def _private(comm: MPI.Comm) -> _Private:
     return private
 
 
+class Waiting:
+    """The wait for other ranks without a limit in which this process is at the moment, for `apts_mpi.watch`."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._what = ""
+
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """The block waits for ``what``; of nested blocks the outermost counts."""
+        if self._since is not None:
+            yield
+            return
+        self._what, self._since = what, seconds()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def longest(self) -> tuple[float, str]:
+        """Seconds of the present wait, 0 if there is none, and what for."""
+        since = self._since
+        return (0.0 if since is None else seconds() - since), self._what
+
+
+WAITING = Waiting()
+
+
 class Pending:
     """Operations under way; `wait` returns when their results are in the tensors."""
 
@@ -64,7 +93,8 @@ class Pending:
         """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
         with self._events.timed("wait"):
             if self._patience is None:
-                MPI.Request.Waitall(self._requests)
+                with WAITING.noted(what):
+                    MPI.Request.Waitall(self._requests)
             else:
                 self._patience.wait(lambda: MPI.Request.Testall(self._requests), what)
         for finish in self._finish:
@@ -96,10 +126,11 @@ class Communicator:
 
     def group(self, color: int) -> Communicator:
         """Communicator of the ranks that give the same ``color``, in the order of their ranks. Collective."""
-        colors = tuple(self._mpi.allgather(color))
-        groups = self._private.groups
-        if colors not in groups:
-            groups[colors] = self._mpi.Split(color, self.rank)
+        with WAITING.noted("all ranks to form groups"):
+            colors = tuple(self._mpi.allgather(color))
+            groups = self._private.groups
+            if colors not in groups:
+                groups[colors] = self._mpi.Split(color, self.rank)
         return Communicator(groups[colors], self._events, self.patience)
 
     @property
@@ -109,9 +140,10 @@ class Communicator:
 
     def local_rank(self) -> int:
         """Number of this rank among those on its host. Collective."""
-        host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        local_rank = host.Get_rank()
-        host.Free()
+        with WAITING.noted("all ranks to tell their hosts"):
+            host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+            local_rank = host.Get_rank()
+            host.Free()
         return local_rank
 
     def pending(self) -> Pending:
@@ -122,10 +154,14 @@ class Communicator:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See `Patience`."""
         self.patience = Patience(self._mpi, timeout, places)
 
-    def meet(self) -> None:
-        """Before a blocking collective: wait for all ranks as long as the patience lasts. Collective."""
+    @contextmanager
+    def _met(self) -> Iterator[None]:
+        """A blocking collective in the block; before it, wait for all ranks as long as the patience lasts."""
+        what = "all ranks to come to a reduction"
         if self.patience is not None:
-            self.patience.wait(self._mpi.Ibarrier().Test, "all ranks to come to a reduction")
+            self.patience.wait(self._mpi.Ibarrier().Test, what)
+        with WAITING.noted(what):
+            yield
 
     def start_send(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
@@ -142,16 +178,19 @@ class Communicator:
         self._events.message("pipeline", 0)
         request = self._mpi.isend(value, rank, tag)
         if self.patience is None:
-            request.wait()
+            with WAITING.noted("a description to be received"):
+                request.wait()
         else:
             self.patience.wait(lambda: request.test()[0], "a description to be received")
 
     def receive_object(self, rank: int, tag: int) -> Any:
         """The next small object of ``rank`` with ``tag``."""
-        if self.patience is not None:
-            with self._events.timed("wait"):
-                self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), "a description of activations")
-        return self._mpi.recv(source=rank, tag=tag)
+        what = "a description of activations"
+        with self._events.timed("wait"):
+            if self.patience is not None:
+                self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), what)
+            with WAITING.noted(what):
+                return self._mpi.recv(source=rank, tag=tag)
 
     def start_sum(self, pending: Pending, send: Mirror, receive: Mirror, start: int, stop: int) -> None:
         """Start the sum over ranks of elements ``start`` to ``stop`` of ``send`` into ``receive``. Collective.
@@ -183,14 +222,16 @@ class Communicator:
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every rank rank 0's contents of ``tensors``, of any dtype; for set-up. Collective."""
-        contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
+        own = [tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None
+        with WAITING.noted("the tensors of rank 0"):
+            contents = self._mpi.bcast(own)
         for tensor, content in zip(tensors, contents, strict=True):
             tensor.copy_(torch.from_numpy(content))
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
-        self.meet()
-        return self._mpi.allreduce(number)
+        with self._met():
+            return self._mpi.allreduce(number)
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
         """Let rank 0 decide from the values of all ranks; every rank returns its decision. Collective.
@@ -208,8 +249,7 @@ class Communicator:
         own = np.asarray(values, dtype=np.float64)
         table = np.empty((self.size, own.size)) if self.rank == 0 else None
         self._events.message("agree", own.nbytes)
-        with self._events.timed("wait"):
-            self.meet()
+        with self._events.timed("wait"), self._met():
             self._mpi.Gather(own, table, root=0)
         return self.decide(lambda: decide(table))
 
@@ -217,27 +257,25 @@ class Communicator:
         """Sum of float64 ``values`` over the ranks; None on all ranks but rank 0. Collective."""
         total = np.empty_like(values) if self.rank == 0 else None
         self._events.message("reduce", values.nbytes)
-        with self._events.timed("wait"):
-            self.meet()
+        with self._events.timed("wait"), self._met():
             self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
         return total
 
     def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = tuple(map(float, decide())) if self.rank == 0 else None
-        with self._events.timed("wait"):
-            self.meet()
+        with self._events.timed("wait"), self._met():
             return self._mpi.bcast(record, root=0)
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
-        with self._events.timed("wait"):
-            self.meet()
+        with self._events.timed("wait"), self._met():
             return self._mpi.allgather(value)
 
     def agree_on_text(self, text: str) -> str:
         """Rank 0's ``text``. Collective."""
-        return self._mpi.bcast(text, root=0)
+        with WAITING.noted("a text of rank 0"):
+            return self._mpi.bcast(text, root=0)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -254,8 +292,8 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
-        self.meet()
-        messages = self._mpi.allgather(None if error is None else _describe(error))
+        with self._met():
+            messages = self._mpi.allgather(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):
             raise error

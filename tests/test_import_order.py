@@ -21,7 +21,7 @@ LEVELS = (
     ("global_step", "schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
+    ("watch", "records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
     ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
@@ -32,7 +32,7 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
+        *("watch", "timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
