@@ -58,7 +58,8 @@ def options(layout: str, subdomains: int, solver: str, **pipeline: object) -> AP
         subdomains=subdomains,
         schwarz=SchwarzOptions(variant="inexact", local_data="full"),
         local=LocalOptions(solver=solver),
-        pipeline=PipelineOptions(stall_timeout=PATIENCE, **pipeline),
+        pipeline=PipelineOptions(**pipeline),
+        stall_timeout=PATIENCE,
     )
 
 

@@ -49,6 +49,34 @@ def _private(comm: MPI.Comm) -> _Private:
     return private
 
 
+class Waiting:
+    """The wait for other ranks without a limit in which this process is at the moment, for `apts_mpi.watch`."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._what = ""
+
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """The block waits for ``what``; of nested blocks the outermost counts."""
+        if self._since is not None:
+            yield
+            return
+        self._what, self._since = what, seconds()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def longest(self) -> tuple[float, str]:
+        """Seconds of the present wait, 0 if there is none, and what for."""
+        since = self._since
+        return (0.0 if since is None else seconds() - since), self._what
+
+
+WAITING = Waiting()
+
+
 class Pending:
     """Operations under way; `wait` returns when their results are in the tensors."""
 
@@ -79,7 +107,8 @@ class Pending:
         began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
-                MPI.Request.Waitall(self._requests)
+                with WAITING.noted(what):
+                    MPI.Request.Waitall(self._requests)
             else:
                 self._patience.wait(lambda: MPI.Request.Testall(self._requests), what)
         self._note_completion(began)
@@ -120,10 +149,11 @@ class Communicator:
 
     def group(self, color: int) -> Communicator:
         """Communicator of the ranks that give the same ``color``, in the order of their ranks. Collective."""
-        colors = tuple(self._mpi.allgather(color))
-        groups = self._private.groups
-        if colors not in groups:
-            groups[colors] = self._mpi.Split(color, self.rank)
+        with WAITING.noted("all ranks to form groups"):
+            colors = tuple(self._mpi.allgather(color))
+            groups = self._private.groups
+            if colors not in groups:
+                groups[colors] = self._mpi.Split(color, self.rank)
         return Communicator(groups[colors], self._events, self.patience)
 
     @property
@@ -133,9 +163,10 @@ class Communicator:
 
     def local_rank(self) -> int:
         """Number of this rank among those on its host. Collective."""
-        host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        local_rank = host.Get_rank()
-        host.Free()
+        with WAITING.noted("all ranks to tell their hosts"):
+            host = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+            local_rank = host.Get_rank()
+            host.Free()
         return local_rank
 
     def pending(self) -> Pending:
@@ -155,10 +186,12 @@ class Communicator:
         self._events.message(operation, size)
         if self.patience is not None:
             self._events.message("barrier", 0)
+        what = "all ranks to come to a reduction"
         with self._events.timed("wait"):
             if self.patience is not None:
-                self.patience.wait(self._mpi.Ibarrier().Test, "all ranks to come to a reduction")
-            yield
+                self.patience.wait(self._mpi.Ibarrier().Test, what)
+            with WAITING.noted(what):
+                yield
 
     def start_send(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
@@ -175,16 +208,19 @@ class Communicator:
         self._events.message("pipeline", 0)
         request = self._mpi.isend(value, rank, tag)
         if self.patience is None:
-            request.wait()
+            with WAITING.noted("a description to be received"):
+                request.wait()
         else:
             self.patience.wait(lambda: request.test()[0], "a description to be received")
 
     def receive_object(self, rank: int, tag: int) -> Any:
         """The next small object of ``rank`` with ``tag``."""
-        if self.patience is not None:
-            with self._events.timed("wait"):
-                self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), "a description of activations")
-        return self._mpi.recv(source=rank, tag=tag)
+        what = "a description of activations"
+        with self._events.timed("wait"):
+            if self.patience is not None:
+                self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), what)
+            with WAITING.noted(what):
+                return self._mpi.recv(source=rank, tag=tag)
 
     def start_sum(self, pending: Pending, send: Mirror, receive: Mirror, start: int, stop: int) -> None:
         """Start the sum over ranks of elements ``start`` to ``stop`` of ``send`` into ``receive``. Collective.
@@ -277,15 +313,16 @@ class Communicator:
         """
         own = np.empty(1)
         offsets = np.zeros((self.size, 2))
-        if self.rank > 0:
-            for _ in range(ROUND_TRIPS):
-                self._mpi.Recv(own, 0, CLOCK)
-                own[0] = seconds()
-                self._mpi.Send(own, 0, CLOCK)
-        else:
-            for rank in range(1, self.size):
-                offsets[rank] = self._compare_clocks(rank, own)
-        self._mpi.Bcast(offsets)
+        with WAITING.noted("all ranks to compare their clocks"):
+            if self.rank > 0:
+                for _ in range(ROUND_TRIPS):
+                    self._mpi.Recv(own, 0, CLOCK)
+                    own[0] = seconds()
+                    self._mpi.Send(own, 0, CLOCK)
+            else:
+                for rank in range(1, self.size):
+                    offsets[rank] = self._compare_clocks(rank, own)
+            self._mpi.Bcast(offsets)
         return float(offsets[self.rank, 0]), float(offsets[self.rank, 1])
 
     def _compare_clocks(self, rank: int, answer: np.ndarray) -> tuple[float, float]:
@@ -301,12 +338,16 @@ class Communicator:
 
     def in_turn(self, value: Any) -> Iterator[Any]:
         """On rank 0 what each rank gives, in the order of ranks, one in memory at a time; to be used up. Collective."""
+        what = "the ranks to give their parts in turn"
         if self.rank > 0:
-            self._mpi.send(value, 0, TURN)
+            with WAITING.noted(what):
+                self._mpi.send(value, 0, TURN)
             return
         yield value
         for rank in range(1, self.size):
-            yield self._mpi.recv(source=rank, tag=TURN)
+            with WAITING.noted(what):
+                given = self._mpi.recv(source=rank, tag=TURN)
+            yield given
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:

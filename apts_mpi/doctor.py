@@ -35,8 +35,9 @@ from apts_mpi.diagnosis import (
     worst,
 )
 from apts_mpi.events import Events
-from apts_mpi.train import FAILED, launcher_mismatch, mpi_version
+from apts_mpi.train import launcher_mismatch, mpi_version
 from apts_mpi.transport import choose_device, describe_transport
+from apts_mpi.watch import FAILED
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,11 @@ def seconds() -> float:
 def pause(duration: float) -> None:
     """Sleep for ``duration`` seconds."""
     time.sleep(duration)
+
+
+def end_after(duration: float) -> None:
+    """Have the system end this process after ``duration`` seconds, whatever it does then."""
+    signal.setitimer(signal.ITIMER_REAL, duration)
 
 
 def timestamp() -> str:

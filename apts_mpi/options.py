@@ -279,8 +279,6 @@ class PipelineOptions:
         Of the inputs and output gradients that are kept for the local solves; ``auto`` keeps them as they are.
     recompute
         Run a stage forwards once more before each backward pass, instead of keeping the graph until then.
-    stall_timeout
-        Seconds without a sign from a stage after which all stop.
     """
 
     micro_batches: int = 4
@@ -289,16 +287,12 @@ class PipelineOptions:
     balance: Literal["parameters", "cost"] = "parameters"
     cache_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     recompute: bool = False
-    stall_timeout: float = 10.0
 
     def __post_init__(self) -> None:
         require(self.micro_batches >= 1, "pipeline.micro_batches", self.micro_batches, "give 1 or more")
         require_choice("pipeline.schedule", self.schedule, ("gpipe", "1f1b"))
         require_choice("pipeline.balance", self.balance, ("parameters", "cost"))
         require_choice("pipeline.cache_dtype", self.cache_dtype, ("auto", "float64", "float32", "bfloat16", "float16"))
-        require(
-            0.0 < self.stall_timeout < math.inf, "pipeline.stall_timeout", self.stall_timeout, "give seconds above 0"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +312,8 @@ class APTSOptions:
         Seed of the random numbers that the network draws while it trains (dropout).
     layout
         What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it (see `apts_mpi.StagedAPTS`).
+    stall_timeout
+        Seconds without a sign from a stage after which all ranks raise `apts_mpi.errors.StallError`. None: 10.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the parts; those of the pipeline are for layout staged.
     """
@@ -327,6 +323,7 @@ class APTSOptions:
     replicas: int = 1
     batch: Literal["whole", "shard"] = "whole"
     seed: int = 0
+    stall_timeout: float | None = None
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
@@ -340,3 +337,5 @@ class APTSOptions:
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
         require_choice("batch", self.batch, ("whole", "shard"))
         require(self.seed >= 0, "seed", self.seed, "give 0 or more")
+        limit = self.stall_timeout
+        require(limit is None or 0.0 < limit < math.inf, "stall_timeout", limit, "give seconds above 0, or null")

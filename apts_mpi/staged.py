@@ -35,6 +35,9 @@ from apts_mpi.vector import FlatParameters
 
 Made = TypeVar("Made")
 
+# Seconds; longer than a pass through any one module, between which a stage gives signs.
+STALL_TIMEOUT = 10.0
+
 
 class StagedAPTS(APTS):
     """`APTS` for networks larger than one device: rank d stores and updates the parameters of its stage alone.
@@ -117,7 +120,9 @@ class StagedAPTS(APTS):
         self.options = options
         ranks = [self.layout.ranks_of(index) for index in range(len(self.stages))]
         names = {rank: f"{self.stages[index]} on rank {rank}" for index, team in enumerate(ranks) for rank in team}
-        self.comm.limit_patience(options.pipeline.stall_timeout, [names[rank] for rank in range(self.comm.size)])
+        self.comm.limit_patience(
+            options.stall_timeout or STALL_TIMEOUT, [names[rank] for rank in range(self.comm.size)]
+        )
         team = self.comm.group(stage)
         replica = self.comm.group(team.rank)
         self.replica = replica

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from apts_mpi import environment
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
-from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput
+from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.events import Events
 from apts_mpi.log_view import event_table, print_events
 from apts_mpi.problems import build
@@ -46,15 +46,19 @@ from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
 from apts_mpi.transport import choose_device
+from apts_mpi.watch import FAILED, Watch, end_job, turn
 
-# Exit status after input that cannot be used, as shells and argparse have it; after a failure of the run; and where
-# the run is to go on later (EX_TEMPFAIL of sysexits.h).
-USAGE, FAILED, REQUEUE = 2, 1, 75
+# Exit status after input that cannot be used, as shells and argparse have it, and where the run is to go on later
+# (EX_TEMPFAIL of sysexits.h).
+USAGE, REQUEUE = 2, 75
+
+# Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
+STALL_TIMEOUT = 600.0
 
 # Groups of which the first option is named by the group's own name: --global-step first-order.
 SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"} | {
     f"--{name}": f"--pipeline.{name}"
-    for name in ("micro_batches", "schedule", "cuts", "balance", "cache_dtype", "recompute", "stall_timeout")
+    for name in ("micro_batches", "schedule", "cuts", "balance", "cache_dtype", "recompute")
 }
 
 # Options that need no value.
@@ -153,12 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(USAGE if isinstance(error, SharedInvalidInput) else FAILED)
     except Exception as error:
         # The other ranks are waiting for this one, or soon will be: end them all.
-        told = f"apts_mpi.train: error: {error}\n" if isinstance(error, InvalidInput) else traceback.format_exc()
-        print(f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}", file=sys.stderr, flush=True)
-        # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.
-        environment.pause(0.5)
-        world.Abort(FAILED)
-        sys.exit(FAILED)  # Abort may return before the end
+        if isinstance(error, StallError):
+            # All ranks that wait know the same, at the same time.
+            environment.pause(turn(world))
+            end_job(world, f"apts_mpi.train: error: {error}")
+        told = str(error) if isinstance(error, InvalidInput) else traceback.format_exc()
+        end_job(world, f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}")
     if status:
         sys.exit(status)
 
@@ -180,6 +184,7 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(Watch(world, options.stall_timeout or STALL_TIMEOUT))
         stack.enter_context(signals := StopSignals())
         tell = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         checkpoint = open_earlier(options, comm, tell)

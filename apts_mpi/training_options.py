@@ -74,6 +74,9 @@ class TrainingOptions:
         Train on while a checkpoint is written, from a copy in memory.
     walltime
         [DAYS-]HH:MM:SS from the start of the program, in which the run saves and stops, with exit status 75.
+    stall_timeout
+        Seconds that a rank waits for another, in layout staged for a sign of it, before it ends the run. It has to be
+        longer than what a rank does alone, such as writing a checkpoint. null: 600, and 10 for a sign of a stage.
     drift_check_every
         Iterations between checks that all ranks have the same parameters and state; each save checks, too. 0: no
         others.
@@ -113,6 +116,7 @@ class TrainingOptions:
     checkpoint_keep_every: int = 0
     checkpoint_in_background: bool = False
     walltime: str | None = None
+    stall_timeout: float | None = None
     drift_check_every: int = 100
     view: bool = False
     monitor: bool = False

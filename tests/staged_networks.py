@@ -135,10 +135,10 @@ def built(builder, seed=0):
 
 def staged(options, *, coarse="none", solver="sgd", iterations=1, **pipeline):
     """The same options for layout staged."""
-    pipeline.setdefault("stall_timeout", PATIENCE)
     return replace(
         options,
         layout="staged",
+        stall_timeout=PATIENCE,
         schwarz=replace(options.schwarz, variant="inexact", local_data="full"),
         coarse=CoarseOptions(model=coarse),
         local=LocalOptions(solver=solver, iterations=iterations, product="hessian"),

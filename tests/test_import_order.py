@@ -22,8 +22,8 @@ LEVELS = (
     ("schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume", "train"),
-    ("scaling", "timing"),
+    ("watch", "records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume"),
+    ("train", "scaling", "timing"),
     ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
@@ -34,7 +34,7 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
+        *("watch", "timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},

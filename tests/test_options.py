@@ -72,8 +72,8 @@ BAD_VALUES = [
     (PipelineOptions, {"schedule": "zigzag"}, "pipeline.schedule: 'zigzag' .* choose one of gpipe, 1f1b"),
     (PipelineOptions, {"balance": "time"}, "pipeline.balance: 'time' .* choose one of parameters, cost"),
     (PipelineOptions, {"cache_dtype": "int8"}, "pipeline.cache_dtype: 'int8' .* choose one of auto, float64"),
-    (PipelineOptions, {"stall_timeout": 0.0}, "pipeline.stall_timeout: 0.0 .* give seconds above 0"),
-    (PipelineOptions, {"stall_timeout": math.nan}, "pipeline.stall_timeout: nan"),
+    (APTSOptions, {"stall_timeout": 0.0}, "stall_timeout: 0.0 .* give seconds above 0"),
+    (APTSOptions, {"stall_timeout": math.nan}, "stall_timeout: nan"),
     (APTSOptions, {"layout": "sharded"}, "layout: 'sharded' .* choose one of replicated, staged"),
     (APTSOptions, {"subdomains": 0}, "subdomains: 0 .* give 1 or more"),
     (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
@@ -96,6 +96,7 @@ BAD_VALUES = [
     (TrainingOptions, {"checkpoint_keep_every": -1}, "checkpoint_keep_every: -1 .* give 0 or more"),
     (TrainingOptions, {"drift_check_every": -1}, "drift_check_every: -1 .* give 0 or more"),
     (TrainingOptions, {"walltime": "1:2"}, "walltime: '1:2' .* give HH:MM:SS"),
+    (TrainingOptions, {"stall_timeout": -1.0}, "stall_timeout: -1.0 .* give seconds above 0, or null"),
     (TrainingOptions, {"replicas": 0}, "replicas: 0"),
     (TrainingOptions, {"seed": -1}, "seed: -1"),
 ]
