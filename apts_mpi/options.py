@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from apts_mpi.errors import InvalidInput
+
+LocalSolverName = Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"]
+GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
 
 
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
@@ -93,7 +96,7 @@ class LocalOptions:
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
     """
 
-    solver: Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"] = "auto"
+    solver: LocalSolverName = "auto"
     iterations: int = 1
     damping: float | None = None
     decay: float = 0.9
@@ -101,8 +104,7 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        solvers = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
-        require_choice("local.solver", self.solver, solvers)
+        require_choice("local.solver", self.solver, get_args(LocalSolverName))
         require_choice("local.product", self.product, ("gauss-newton", "hessian"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
@@ -207,11 +209,11 @@ class GlobalStepOptions:
         Curvature of steihaug: ``gauss-newton`` or ``hessian``.
     """
 
-    model: Literal["none", "first-order", "lsr1", "steihaug"] = "none"
+    model: GlobalModelName = "none"
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("global_step.model", self.model, ("none", "first-order", "lsr1", "steihaug"))
+        require_choice("global_step.model", self.model, get_args(GlobalModelName))
         require_choice("global_step.product", self.product, ("gauss-newton", "hessian"))
 
 
