@@ -8,9 +8,6 @@ from typing import Literal, get_args
 
 from apts_mpi.errors import InvalidInput
 
-LocalSolverName = Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"]
-GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
-
 
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
     """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
@@ -67,6 +64,9 @@ class SchwarzOptions:
         require_choice("schwarz.type", self.type, ("basic", "restrict"))
         require_choice("schwarz.local_data", self.local_data, ("auto", "shard", "full"))
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
+
+
+LocalSolverName = Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,9 @@ class TrustRegionOptions:
         require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
 
 
+GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GlobalStepOptions:
     """The trust-region step over all parameters that follows the Schwarz step.
@@ -315,7 +318,7 @@ class APTSOptions:
     replicas
         Ranks that share the work of one subdomain rank over its samples.
     batch
-        What each rank passes to `step`: the ``whole`` batch, or its own ``shard`` of it.
+        What each rank passes to `apts_mpi.APTS.step`: the ``whole`` batch, or its own ``shard`` of it.
     seed
         Seed of the random numbers that the network draws while it trains (dropout).
     layout

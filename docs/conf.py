@@ -9,13 +9,13 @@ version = release = apts_mpi.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"apts_mpi {release}"
-exclude_patterns = ["images/*.md"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# `name` in a docstring is a reference; -n has those reported that lead nowhere.
+# `name` in a docstring is a reference; -n has those reported that lead nowhere. Types of parameters are in words.
 default_role = "py:obj"
+nitpick_ignore_regex = [("py:class", r"(?!apts_mpi\.).*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = False
