@@ -418,7 +418,7 @@ class APTS:
         Parameters
         ----------
         checkpoint
-            The file, from `apts_mpi.checkpoint.open_checkpoint` or `newest_valid`.
+            The file, from `apts_mpi.checkpoint.open_checkpoint` or `apts_mpi.checkpoint.newest_valid`.
         metadata
             What `save` returned.
 

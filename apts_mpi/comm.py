@@ -174,7 +174,7 @@ class Communicator:
         return Pending(self._events, self.patience)
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
-        """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See `Patience`."""
+        """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
         self.patience = Patience(self._mpi, timeout, places)
 
     @contextmanager
@@ -356,8 +356,8 @@ class Communicator:
         Raises
         ------
         SharedInvalidInput
-            With the message of the first rank that failed. An exception other than `InvalidInput` is raised as it is
-            where it happened.
+            With the message of the first rank that failed. An exception other than `apts_mpi.InvalidInput` is raised
+            as it is where it happened.
         """
         error: Exception | None = None
         try:

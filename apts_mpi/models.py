@@ -46,7 +46,7 @@ class LSR1:
 
     ``B = gamma I + Psi M^-1 Psi^T`` with ``Psi = Y - gamma S`` and ``M = D + L + L^T - gamma S^T S``, where D and L are
     the diagonal and the strictly lower triangle of ``S^T Y`` (Brust, Erway and Marcia, arXiv 1506.07222, section 2).
-    gamma is y . y / s . y of the newest pair, the larger Barzilai-Borwein value, or |y| / |s| where s . y is not
+    gamma is y . y / s . y of the newest pair, the larger Barzilai-Borwein value, or ``|y| / |s|`` where s . y is not
     positive; the lowest eigenvalue of an indefinite B thus belongs to an eigenvector in the span of Psi. Without a pair
     B is zero.
 
@@ -164,7 +164,7 @@ class ProductModel:
     preconditioner
         Approximate inverse of B times a vector; None is the identity.
     agree, dots
-        See `steihaug`.
+        See `apts_mpi.trust_region.steihaug`.
     """
 
     def __init__(

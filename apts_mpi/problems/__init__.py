@@ -55,7 +55,7 @@ def build(
     Parameters
     ----------
     name : str
-        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user`).
+        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`).
     data_dir : str, optional
         Where the files of ``fashion-mnist*`` and ``text`` are.
     train_samples : int, optional

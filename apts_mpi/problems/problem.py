@@ -45,7 +45,7 @@ class Problem:
     train : (Tensor, Tensor)
         Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
     test : (Tensor, Tensor), optional
-        Held-out samples, shaped like `train`.
+        Held-out samples, shaped like ``train``.
     forward : callable, optional
         ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``. It also accepts any
         other callable in the place of the network.
