@@ -77,6 +77,23 @@ def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
     return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
 
 
+def inner_products(columns: Sequence[Column]) -> np.ndarray:
+    """Inner products of columns, shape (m, m); zero for those that share no index."""
+    count = len(columns)
+    gram = np.zeros((count, count))
+    for first, left in enumerate(columns):
+        for second in range(first, count):
+            right = columns[second]
+            start, stop = max(left.start, right.start), min(left.stop, right.stop)
+            if start < stop:
+                product = torch.dot(
+                    left.values[start - left.start : stop - left.start],
+                    right.values[start - right.start : stop - right.start],
+                )
+                gram[first, second] = gram[second, first] = float(product)
+    return gram
+
+
 class CoarseLevel:
     """Finds the best combination of the subdomains' columns within the trust region.
 
@@ -162,7 +179,7 @@ class CoarseLevel:
             else:
                 total = self._curvature_of_passes(passes, batch_size)
             if total is not None:
-                self._model = ReducedModel(self._slope(gradient), total, self._gram())
+                self._model = ReducedModel(self._slope(gradient), total, inner_products(self._columns))
 
     def _columns_of(self, corrections: Sequence[Column], gradient: torch.Tensor) -> list[Column]:
         vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
@@ -211,22 +228,6 @@ class CoarseLevel:
         if self._options.samples is not None:
             return self._options.samples
         return min(1.0, ENOUGH_TARGETS / (batch_size * targets[0].numel()))
-
-    def _gram(self) -> np.ndarray:
-        """Inner products of the columns; zero for those that share no index."""
-        count = len(self._columns)
-        gram = np.zeros((count, count))
-        for first, left in enumerate(self._columns):
-            for second in range(first, count):
-                right = self._columns[second]
-                start, stop = max(left.start, right.start), min(left.stop, right.stop)
-                if start < stop:
-                    product = torch.dot(
-                        left.values[start - left.start : stop - left.start],
-                        right.values[start - right.start : stop - right.start],
-                    )
-                    gram[first, second] = gram[second, first] = float(product)
-        return gram
 
     def recombine(self, radius: float) -> float:
         """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import jvp
 
 from apts_mpi.bundle import Bundle, with_tangents, without_tangents
-from apts_mpi.coarse import CoarseLevel, ReducedModel
+from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.linearisation import BILINEAR, Column
 from apts_mpi.local_objective import GaussNewtonRows
@@ -74,7 +74,7 @@ class StagedCoarseLevel(CoarseLevel):
             packed = np.zeros((2 * count + 1, count))
             packed[:count] = self._curvature(passes, batch_size)
             if self._leads:
-                packed[count : 2 * count][own, own] = self._gram()
+                packed[count : 2 * count][own, own] = inner_products(self._columns)
                 packed[2 * count, own] = self._slope(gradient)
             total = self._comm.sum_on_root(packed)
             if total is not None:

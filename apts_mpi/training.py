@@ -329,6 +329,7 @@ class Training:
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
+            "subdomains": self.solver.layout.subdomains,
             "batch_size": self.batch_size,
             "parameters": self.solver.parameters,
             "epochs": self.progress.epoch - (not self.progress.within_epoch),

@@ -23,10 +23,12 @@ LEVELS = (
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
     ("watch", "records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume"),
-    ("train", "scaling", "timing"),
+    ("train", "timing"),
     ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
+    ("cost_model", "cost_fit", "scaling_records", "scaling_runs", "scaling_report"),
+    ("scaling_predict", "scaling_plots", "scaling"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
@@ -39,10 +41,10 @@ PLACES = {
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
     "rich": {
-        *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_pipeline"),
-        *("checkpoint", "doctor", "log_view"),
+        *("records", "train", "scaling", "scaling_report", "scaling_predict", "compare"),
+        *("bench", "bench_checkpoint", "bench_pipeline", "checkpoint", "doctor", "log_view"),
     },
-    "h5py": {"checkpoint"},
+    "h5py": {"checkpoint", "scaling_records"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))
