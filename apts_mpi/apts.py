@@ -20,7 +20,7 @@ from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.iteration import Judged, State, StepResult
+from apts_mpi.iteration import Judged, State, StepResult, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network_state import named_tensors
@@ -79,7 +79,7 @@ class APTS:
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm | None = None,
+        comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
         forward: Forward | None = None,
     ) -> None:
@@ -253,6 +253,18 @@ class APTS:
                     self.global_step.observe(self.state.functions, self._gradient)
 
     @property
+    def _radius(self) -> float:
+        """Of the ball, which the first gradient gives at the latest."""
+        assert self.state.radius is not None
+        return self.state.radius
+
+    @property
+    def _evaluated(self) -> Run:
+        """The evaluation at the present point."""
+        assert self._run is not None
+        return self._run
+
+    @property
     def _gradient(self) -> torch.Tensor:
         return self.objective.reduction.total
 
@@ -261,18 +273,18 @@ class APTS:
         correction = self.schwarz.correction
         if not self._has_correction:
             pending = self.schwarz.start_correction(
-                self._run.caches, self._team_shares, self._batch_size, self._gradient, self.state.radius
+                self._evaluated.caches, self._team_shares, self._batch_size, self._gradient, self._radius
             )
             with self.events.timed("assembly"):
                 pending.wait()
             self._prepare_coarse()
             self._has_correction = True
         if self.coarse is not None:
-            predicted = self.coarse.recombine(self.state.radius)
+            predicted = self.coarse.recombine(self._radius)
             return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
         with self.events.timed("assembly"):
-            self.products.clip(correction, self.state.radius)
+            self.products.clip(correction, self._radius)
         return correction, None
 
     def _prepare_coarse(self) -> None:
@@ -301,7 +313,7 @@ class APTS:
 
         Without a ``predicted_reduction`` the model is the first-order one.
         """
-        options, radius = self.options.trust_region, self.state.radius
+        options, radius = self.options.trust_region, self._radius
         with self.events.timed("judge"):
             self._accepted_values.copy_(self.vector.values)
             self.vector.values.add_(step)
@@ -335,9 +347,10 @@ class APTS:
                     table[:, 2].max(),
                 )
 
-            own = [float(self._run.loss), float(trial.loss), self.events.work, *self.products.own(self._gradient, step)]
+            own = [float(self._evaluated.loss), float(trial.loss), self.events.work]
+            own += self.products.own(self._gradient, step)
             *record, self._most_work = self.comm.agree(own, decide)
-            judged = Judged(*record[:5], bool(record[5]), *record[6:])
+            judged = judged_of(record)
             self.state.radius = judged.next_radius
             if judged.accepted:
                 self.objective.buffers.accept()
@@ -354,9 +367,10 @@ class APTS:
 
     def _take_global_step(self, repeated: bool) -> Judged:
         """Trust-region step over all parameters at the point that the Schwarz step led to."""
+        assert self.global_step is not None
         self._evaluate()
         with self.events.timed("global step"):
-            step, predicted = self.global_step.find(self._passes, self._gradient, self.state.radius)
+            step, predicted = self.global_step.find(self._passes, self._gradient, self._radius)
         return self._judge(step, predicted, keep_graph=repeated)
 
     def _cauchy_length(self) -> float:
@@ -473,7 +487,7 @@ class APTS:
                 self._run = self.objective.forward(self._passes, keep_graph=True)
         if self._saved.correction is not None:
             self.schwarz.assembled.copy_(self._saved.correction)
-            self.schwarz.open_rows(self._run.caches)
+            self.schwarz.open_rows(self._evaluated.caches)
             self._prepare_coarse()
             self._has_correction = True
 

@@ -68,7 +68,7 @@ class DataParallel:
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm,
+        comm: MPI.Intracomm,
         optimizer: str,
         learning_rate: float,
         seed: int = 0,

@@ -69,7 +69,7 @@ class BarePasses:
 class Iteration:
     """Iterations of a solver on one batch."""
 
-    def __init__(self, comm: MPI.Comm, options: APTSOptions) -> None:
+    def __init__(self, comm: MPI.Intracomm, options: APTSOptions) -> None:
         self._solver = APTS(network(), cross_entropy, comm=comm, options=options)
         self._batch = batch()
 

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -51,7 +52,7 @@ def batch(samples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def options(layout: str, subdomains: int, solver: str, **pipeline: object) -> APTSOptions:
+def options(layout: Any, subdomains: int, solver: Any, **pipeline: Any) -> APTSOptions:
     """The same solver in both layouts."""
     return APTSOptions(
         layout=layout,
@@ -90,7 +91,7 @@ def memory(layers: int, width: int) -> None:
         Console(width=max(Console().width, WIDTH)).print(table)
 
 
-def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Comm) -> list[int]:
+def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intracomm) -> list[int]:
     """Largest bytes of a rank: parameters, gradients, the rest, and their sum."""
     own = [0, 0, 0, 0]
     if kind != "one rank" or world.rank == 0:
@@ -180,7 +181,9 @@ def _print_times(
 class _Evaluation:
     """Gradient evaluations of a staged solver on one batch."""
 
-    def __init__(self, comm: MPI.Comm, layers: int, width: int, micro_batches: int, schedule: str, data: tuple) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, layers: int, width: int, micro_batches: int, schedule: str, data: tuple
+    ) -> None:
         chosen = options("staged", layers, "sgd", micro_batches=micro_batches, schedule=schedule)
         chosen = _without_coarse_level(chosen)
         self._solver = StagedAPTS(network(layers, width), cross_entropy, comm=comm, options=chosen)
@@ -209,7 +212,7 @@ def _without_coarse_level(chosen: APTSOptions) -> APTSOptions:
 
 
 def _local_seconds(
-    world: MPI.Comm, layers: int, width: int, micro_batches: int, data: tuple, repetitions: int
+    world: MPI.Intracomm, layers: int, width: int, micro_batches: int, data: tuple, repetitions: int
 ) -> tuple[float, float]:
     """Seconds of the local solves of an iteration: on one rank that has all stages, and on the slowest of all ranks."""
     found = []
@@ -227,7 +230,7 @@ def _local_seconds(
 
 
 @contextmanager
-def torch_processes(world: MPI.Comm) -> Iterator[None]:
+def torch_processes(world: MPI.Intracomm) -> Iterator[None]:
     """torch's own process group of the same ranks, by gloo."""
     port = world.bcast(free_port() if world.rank == 0 else None)
     torch.distributed.init_process_group(
@@ -240,7 +243,7 @@ def torch_processes(world: MPI.Comm) -> Iterator[None]:
 
 
 def _torch_step(
-    name: str, world: MPI.Comm, whole: nn.Sequential, micro_batches: int, data: tuple[torch.Tensor, torch.Tensor]
+    name: str, world: MPI.Intracomm, whole: nn.Sequential, micro_batches: int, data: tuple[torch.Tensor, torch.Tensor]
 ) -> Callable[[], None]:
     """The same step through ``torch.distributed.pipelining``, with the same stages."""
     comm = Communicator(world, Events())

@@ -17,7 +17,7 @@ from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.partition import Subdomain
-from apts_mpi.trust_region import minimise_in_ball
+from apts_mpi.trust_region import NormKind, minimise_in_ball
 from apts_mpi.vector import norm
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
@@ -129,7 +129,7 @@ class CoarseLevel:
         subdomains: Sequence[Subdomain],
         comm: Communicator,
         events: Events,
-        kind: str,
+        kind: NormKind,
     ) -> None:
         self._options = options
         # Subdomains of data all have the same part: the whole.
@@ -137,6 +137,8 @@ class CoarseLevel:
         self._comm = comm
         self._events = events
         self._kind = kind
+        assert options.norm != "auto"  # composed
+        self._norm: Literal["2", "scaled"] = options.norm
         self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
         self.step = torch.zeros_like(objective.vector.values)
         self.last_step = torch.zeros_like(self.step)
@@ -236,9 +238,10 @@ class CoarseLevel:
 
         def decide() -> list[float]:
             model = self._model
+            assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [0.0] * count + [math.nan]  # which is judged a rejection
-            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._options.norm)
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             self._combine(coefficients)
             length = float(norm(self.step, self._kind))
@@ -250,7 +253,7 @@ class CoarseLevel:
             self._combine(coefficients)
         return predicted
 
-    def _combine(self, coefficients: Sequence[float]) -> None:
+    def _combine(self, coefficients: Sequence[float] | np.ndarray) -> None:
         self.step.zero_()
         for coefficient, column in zip(coefficients, self._columns, strict=True):
             self.step[column.start : column.stop].add_(column.values, alpha=float(coefficient))

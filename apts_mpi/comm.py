@@ -26,9 +26,9 @@ ROUND_TRIPS = 20
 class _Private:
     """A duplicate of a user's communicator, and its groups by the colors of all ranks."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm.Dup()
-        self.groups: dict[tuple[int, ...], MPI.Comm] = {}
+        self.groups: dict[tuple[int, ...], Any] = {}
 
     def free(self) -> None:
         for group in self.groups.values():
@@ -41,8 +41,8 @@ class _Private:
 _PRIVATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
 
 
-def _private(comm: MPI.Comm) -> _Private:
-    private = comm.Get_attr(_PRIVATE)
+def _private(comm: MPI.Intracomm) -> _Private:
+    private: Any = comm.Get_attr(_PRIVATE)
     if private is None:
         private = _Private(comm)
         comm.Set_attr(_PRIVATE, private)
@@ -139,7 +139,7 @@ class Communicator:
         Limits how long this rank waits for others in collectives and pending operations; None waits for ever.
     """
 
-    def __init__(self, comm: MPI.Comm, events: Events, patience: Patience | None = None) -> None:
+    def __init__(self, comm: MPI.Intracomm, events: Events, patience: Patience | None = None) -> None:
         self._private = _private(comm)
         self._mpi = self._private.comm
         self._events = events
@@ -280,7 +280,7 @@ class Communicator:
         table = np.empty((self.size, own.size)) if self.rank == 0 else None
         with self._collective("agree", own.nbytes):
             self._mpi.Gather(own, table, root=0)
-        return self.decide(lambda: decide(table))
+        return self.decide(lambda: decide(np.asarray(table)))
 
     def sum_on_root(self, values: np.ndarray) -> np.ndarray | None:
         """Sum of float64 ``values`` over the ranks; None on all ranks but rank 0. Collective."""

@@ -124,7 +124,7 @@ class GlobalStep:
         if self._options.model == "first-order":
             return self._inner.steepest_descent(gradient, radius), None
         if self._options.model == "lsr1":
-            model = self.memory
+            model: LSR1 | ProductModel = self.memory
         else:
             model = ProductModel(self._products(passes), self._preconditioner(), self._agree, self._inner.dots)
         step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))

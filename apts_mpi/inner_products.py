@@ -42,7 +42,7 @@ class InnerProducts:
         products, steps, gradients = table[self._rows].T
         return float(products.sum()), self._join(steps), math.hypot(*gradients)
 
-    def _join(self, norms: Sequence[float]) -> float:
+    def _join(self, norms: Sequence[float] | np.ndarray) -> float:
         """Norm of a vector from those of its parts; not a number if one of them is not."""
         return math.hypot(*norms) if self._kind == "2" else float(np.max(norms))
 

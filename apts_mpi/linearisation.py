@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,11 +86,11 @@ class Linearisation:
             seed_stream(device, *part.stream)
             yield
 
-    def between(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def between(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """The loss's Hessian between tangents of the outputs, shape (m, m), float64."""
         return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
 
-    def _curved(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def _curved(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """H times each tangent, by differentiating the gradient of the loss alone."""
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()

@@ -57,7 +57,8 @@ def event_table(events: Events, batch_size: int, comm: Communicator) -> dict[str
         columns += [of["own_seconds"].sum(axis=0) / of["own_seconds"].sum(), under_way, waited]
         return np.stack(columns, axis=1).ravel().tolist()
 
-    rows = np.reshape(comm.agree(np.ravel(own), decide), (len(NAMES), -1)).tolist()
+    numbers = np.array(comm.agree(np.ravel(own).tolist(), decide))
+    rows = numbers.reshape(len(NAMES), -1).tolist()
     return {
         name: {
             "calls": int(calls),

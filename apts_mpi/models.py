@@ -6,7 +6,7 @@ A model is ``m(s) = g . s + 1/2 s . B s`` for a gradient g that the caller has; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -232,9 +232,7 @@ class GaussNewtonProducts:
         The tensors to differentiate by.
     """
 
-    def __init__(
-        self, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
         self._outputs = outputs
         self._parameters = parameters
         self._weights = torch.zeros_like(outputs, requires_grad=True)
@@ -259,7 +257,7 @@ class LossHessian:
         The loss.
     """
 
-    def __init__(self, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> None:
+    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss) -> None:
         self._point = outputs.detach().requires_grad_()
         (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
 

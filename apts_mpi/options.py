@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from apts_mpi.errors import InvalidInput
 
+LocalData = Literal["auto", "shard", "full"]
+
 
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
     """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
@@ -53,7 +55,7 @@ class SchwarzOptions:
     partition: Literal["auto", "layer", "index"] = "auto"
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
-    local_data: Literal["auto", "shard", "full"] = "auto"
+    local_data: LocalData = "auto"
     damping: float = 1.0
 
     def __post_init__(self) -> None:

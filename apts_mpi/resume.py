@@ -62,6 +62,7 @@ def place(options: TrainingOptions) -> Path:
                 "after --resume"
             )
         return Path(options.run_dir) / CHECKPOINTS
+    assert options.resume is not None  # see `open_earlier`
     path = Path(options.resume)
     if not path.exists():
         raise InvalidInput(f"resume: {options.resume!r} does not exist; give a checkpoint, or the directory of a run")

@@ -38,7 +38,7 @@ def plot_report(tables: Mapping[str, Sequence[dict[str, Any]]], files: Sequence[
     """
     with rc_context({"font.size": TEXT}):
         figure = Figure(figsize=(WIDTH, 2 * HEIGHT + LEGEND), layout="constrained")
-        upper, lower = figure.subfigures(2, 1)
+        upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
         speed_up, efficiency = upper.subplots(1, 2)
         for number, (name, table) in enumerate(tables.items()):
             style = {"color": COLORS[number % len(COLORS)], "linestyle": LINE_STYLES[number % len(LINE_STYLES)]}

@@ -78,7 +78,7 @@ class StagedAPTS(APTS):
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm | None = None,
+        comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
         sample: torch.Tensor | None = None,
     ) -> None:
@@ -128,7 +128,7 @@ class StagedAPTS(APTS):
         self.replica = replica
         self.products = InnerProducts(options.trust_region.norm, self.comm, [team_ranks.start for team_ranks in ranks])
         team.share_tensors([self.vector.values, *network.buffers()])
-        self.objective = StagedObjective(
+        self.objective: StagedObjective = StagedObjective(
             network=network,
             segmented=segmented,
             vector=self.vector,
@@ -260,9 +260,9 @@ class StagedAPTS(APTS):
 def build_stage(
     make: Callable[[], Made],
     *,
-    comm: MPI.Comm | None = None,
+    comm: MPI.Intracomm | None = None,
     options: APTSOptions,
-    parts: Callable[[Made], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
+    parts: Callable[[Any], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
 ) -> Made:
     """Make a network of which only this rank's stage is in its memory, with the values that one process gives it.
 

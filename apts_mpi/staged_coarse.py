@@ -88,7 +88,8 @@ class StagedCoarseLevel(CoarseLevel):
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
             part = parts[index]
-            activations, carried = part.inputs, ()
+            activations: Bundle = part.inputs
+            carried: tuple[torch.Tensor, ...] = ()
             if entering is not None:
                 activations, carried = without_tangents(entering, self._objective.enters_tuple)
             with self._linearisation.drawing(part):
@@ -114,9 +115,11 @@ class StagedCoarseLevel(CoarseLevel):
 
         def solve() -> Sequence[float]:
             model = self._model
+            assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [math.nan] * self._count  # which is judged a rejection
-            return model.minimise(radius if self._kind == "2" else math.inf, damping, self._options.norm)
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
+            return coefficients.tolist()
 
         with self._events.timed("coarse"):
             coefficients = np.array(self._comm.decide(solve))
@@ -127,8 +130,12 @@ class StagedCoarseLevel(CoarseLevel):
             length = self._products.norm(self.step)
             coefficients *= min(1.0, radius / length) if length > 0.0 else 1.0
             self._combine(coefficients[self._own])
-            (predicted,) = self._comm.decide(lambda: [self._model.reduction(coefficients)])
+            (predicted,) = self._comm.decide(lambda: [self._reduction(coefficients)])
         return predicted
+
+    def _reduction(self, coefficients: np.ndarray) -> float:
+        assert self._model is not None  # on rank 0
+        return self._model.reduction(coefficients)
 
 
 def _import_what_forward_mode_imports_late(segments: Sequence[nn.Module]) -> None:

@@ -6,10 +6,11 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from apts_mpi.bundle import Bundle, Stored, differentiable, gradient_of, store, tensors_of
+from apts_mpi.bundle import Bundle, differentiable, gradient_of, store, tensors_of
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state
 from apts_mpi.events import BACKWARD, FORWARD, Events
@@ -229,14 +230,17 @@ class StagedObjective(Objective):
         else:
             pairs = zip(differentiable(flight.leaving), tensors_of(gradients), strict=True)
             reached = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
-            torch.autograd.backward(*zip(*reached, strict=True))
+            torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
         run.done.append(self._completed(part, flight, sum(part.weight for part in passes)))
         return None if self.pipeline.is_first else gradient_of(flight.entering)
 
     def _completed(self, part: Pass, flight: InFlight, weight: float) -> list[Cache]:
         """The caches with their output gradients, for local objectives that are means over all samples of this rank."""
         share = part.weight / weight
-        loss = flight.leaving.detach() * share if self.pipeline.is_last else self.vector.values.new_zeros(())
+        loss = self.vector.values.new_zeros(())
+        if self.pipeline.is_last:
+            assert isinstance(flight.leaving, torch.Tensor)
+            loss = flight.leaving.detach() * share
         for record in flight.records:
             record.complete(weight)
             record.inputs = store(record.inputs, self._cache_dtype)
@@ -250,7 +254,7 @@ class StagedObjective(Objective):
         return flight.caches
 
     @torch.no_grad()
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, Any], None]) -> None:
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
@@ -263,7 +267,7 @@ class StagedObjective(Objective):
 
         self.pipeline.run(forwards(len(inputs)), [("inference", len(part)) for part in inputs], forward)
 
-    def load(self, cached: Stored) -> Bundle:
+    def load(self, cached: Any) -> Bundle:
         """See `Objective`."""
         return cached.load()
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -22,7 +23,7 @@ from apts_mpi.training import METRIC_SAMPLES, Batch, Training
 from apts_mpi.training_options import TrainingOptions
 
 
-def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Comm) -> Problem:
+def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
     """A problem of whose network this rank has its stage alone in memory, and of whose data what the stage needs.
 
     Inputs are on the first stage, targets on the last; of the rest there are placeholders of the right number.
@@ -72,7 +73,8 @@ def _without_what_others_have(problem: Problem, wanted: Wanted, comm: Communicat
                     f"problem: {problem.name} has {found[0][name]} inputs but {found[-1][name]} targets in its {name} "
                     "samples; take both from the same data set"
                 )
-    return replace(problem, **{name: _of_stage(data[name], wanted, found[0][name]) for name in data})
+    own: dict[str, Any] = {name: _of_stage(data[name], wanted, found[0][name]) for name in data}
+    return replace(problem, **own)
 
 
 def _of_stage(data: Batch, wanted: Wanted, count: int) -> Batch:
@@ -88,7 +90,7 @@ class StagedTraining(Training):
 
     solver: StagedAPTS
 
-    def _make_solver(self, comm: MPI.Comm) -> StagedAPTS:
+    def _make_solver(self, comm: MPI.Intracomm) -> StagedAPTS:
         return StagedAPTS(
             self.problem.network,
             self.problem.loss,

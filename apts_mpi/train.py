@@ -121,7 +121,7 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     return TrainingOptions(**values), parser.dump(parsed)
 
 
-def launcher_mismatch(world: MPI.Comm) -> str:
+def launcher_mismatch(world: MPI.Intracomm) -> str:
     """What is wrong if the launcher started more processes than MPI knows of, and the remedy; empty if it did not."""
     launched = environment.launcher()
     if launched is None or launched[0] == world.size:
@@ -133,7 +133,7 @@ def launcher_mismatch(world: MPI.Comm) -> str:
     )
 
 
-def check_launcher(world: MPI.Comm) -> None:
+def check_launcher(world: MPI.Intracomm) -> None:
     """End the process with a message if the launcher started more processes than MPI knows of.
 
     Every process then takes itself for rank 0 of 1, and would train by itself.
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def train(arguments: Sequence[str], world: MPI.Comm) -> int:
+def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
     """Set up, train and report; return the exit status. Collective.
 
     Raises
@@ -249,7 +249,7 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
     return 0
 
 
-def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Comm) -> Training:
+def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intracomm) -> Training:
     """The run that the options describe. Collective."""
     local_rank = comm.local_rank()
     make = functools.partial(

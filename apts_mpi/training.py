@@ -84,7 +84,7 @@ class Training:
         How far training has come.
     """
 
-    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Comm) -> None:
+    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Intracomm) -> None:
         self.problem = problem
         self.options = options
         self.test: Batch | None
@@ -101,7 +101,7 @@ class Training:
         self._resumed = False
         self._shuffled = 0
 
-    def _make_solver(self, comm: MPI.Comm) -> APTS | DataParallel:
+    def _make_solver(self, comm: MPI.Intracomm) -> APTS | DataParallel:
         problem, options = self.problem, self.options
         if options.optimizer == "apts":
             return APTS(

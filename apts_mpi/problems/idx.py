@@ -74,8 +74,7 @@ def _read_pair(images_path, labels_path):
             f"{images_path} has {len(images)} images and {labels_path} has {len(labels)} labels: "
             "take both from the same data set"
         )
-    wrong = np.flatnonzero(labels >= CLASSES) if labels is not None else np.zeros(0)
-    if wrong.size:
+    if labels is not None and len(wrong := np.flatnonzero(labels >= CLASSES)):
         raise InvalidInput(
             f"{labels_path}: label {wrong[0]} is {labels[wrong[0]]}, outside 0..{CLASSES - 1}: fetch the file again"
         )
