@@ -222,8 +222,8 @@ class GaussNewton:
     """Dense Gauss-Newton step of the block within the ball: ``-(J^T H J + mu I)^-1`` times the gradient.
 
     mu is ``damping`` times the mean diagonal of ``J^T H J``, or larger to end in the ball: a longer step cut to the
-    ball is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in float64: it
-    has the square of the Jacobian's condition.
+    ball is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in
+    float64: it has the square of the Jacobian's condition.
 
     Attributes
     ----------
