@@ -23,7 +23,7 @@ LEVELS = (
     ("problems", "baselines"),
     ("records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume", "train"),
     ("scaling", "timing"),
-    ("bench_checkpoint", "bench_pipeline", "bench"),
+    ("bench_checkpoint", "bench_events", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
 )
@@ -33,12 +33,12 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
+        *("timing", "bench_checkpoint", "bench_events", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
     "rich": {
-        *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_pipeline"),
+        *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_events", "bench_pipeline"),
         *("checkpoint", "doctor", "log_view"),
     },
     "h5py": {"checkpoint"},
