@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from apts_mpi.environment import seconds
@@ -90,6 +90,15 @@ class Spans:
         self.kinds.append(self.names.setdefault(name, len(self.names)))
         self.times.extend((start, stop))
 
+    @contextmanager
+    def block(self, name: str) -> Iterator[None]:
+        """Take in the block."""
+        start = seconds()
+        try:
+            yield
+        finally:
+            self.add(name, start, seconds())
+
 
 class Events:
     """Totals by name of event, and the work done by this rank.
@@ -122,35 +131,13 @@ class Events:
         self._open = [self.totals[OTHER]]
         self._nested = 0.0
 
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> _Timer:
         """Add the seconds of the block to event ``name``."""
-        event = self.totals[name]
-        self._open.append(event)
-        nested_before, self._nested = self._nested, 0.0
-        start = seconds()
-        try:
-            yield
-        finally:
-            stop = seconds()
-            elapsed = stop - start
-            event.calls += 1
-            event.seconds += elapsed
-            event.own_seconds += elapsed - self._nested
-            self._nested = nested_before + elapsed
-            self._open.pop()
-            if self.spans is not None:
-                self.spans.add(name, start, stop)
+        return _Timer(self, name)
 
-    @contextmanager
-    def traced(self, name: str) -> Iterator[None]:
+    def traced(self, name: str) -> AbstractContextManager[None]:
         """Show the block in a trace, within the event that is being timed, and count nothing."""
-        start = seconds()
-        try:
-            yield
-        finally:
-            if self.spans is not None:
-                self.spans.add(name, start, seconds())
+        return nullcontext() if self.spans is None else self.spans.block(name)
 
     @property
     def present(self) -> Event:
@@ -167,3 +154,32 @@ class Events:
         work = samples * share * cost
         self.work += work
         self.present.work += work
+
+
+class _Timer:
+    """One timed block; a class, as a generator takes twice as long, and small networks have short iterations."""
+
+    __slots__ = ("_event", "_events", "_name", "_nested_before", "_start")
+
+    def __init__(self, events: Events, name: str) -> None:
+        self._events = events
+        self._name = name
+
+    def __enter__(self) -> None:
+        events = self._events
+        self._event = events.totals[self._name]
+        events._open.append(self._event)
+        self._nested_before, events._nested = events._nested, 0.0
+        self._start = seconds()
+
+    def __exit__(self, *_: object) -> None:
+        stop = seconds()
+        events, event = self._events, self._event
+        elapsed = stop - self._start
+        event.calls += 1
+        event.seconds += elapsed
+        event.own_seconds += elapsed - events._nested
+        events._nested = self._nested_before + elapsed
+        events._open.pop()
+        if events.spans is not None:
+            events.spans.add(self._name, self._start, stop)

@@ -43,7 +43,7 @@ def event_table(events: Events, batch_size: int, comm: Communicator) -> dict[str
         where a rank had none; ``share``, of the time of all ranks together; ``overlap``, of the time in which
         non-blocking operations that it started were under way the share that the ranks did not wait, None without any.
     """
-    own = [astuple(events.totals.get(name, Event())) for name in NAMES]
+    own = [float(value) for name in NAMES for value in astuple(events.totals.get(name, Event()))]
     places = {field.name: place for place, field in enumerate(fields(Event))}
 
     def decide(gathered: np.ndarray) -> list[float]:
@@ -57,8 +57,7 @@ def event_table(events: Events, batch_size: int, comm: Communicator) -> dict[str
         columns += [of["own_seconds"].sum(axis=0) / of["own_seconds"].sum(), under_way, waited]
         return np.stack(columns, axis=1).ravel().tolist()
 
-    numbers = np.array(comm.agree(np.ravel(own).tolist(), decide))
-    rows = numbers.reshape(len(NAMES), -1).tolist()
+    rows = np.array(comm.agree(own, decide)).reshape(len(NAMES), -1).tolist()
     return {
         name: {
             "calls": int(calls),

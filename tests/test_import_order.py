@@ -24,7 +24,7 @@ LEVELS = (
     ("problems", "baselines"),
     ("watch", "records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival", "resume"),
     ("train", "timing"),
-    ("bench_checkpoint", "bench_pipeline", "bench"),
+    ("bench_checkpoint", "bench_events", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
     ("cost_model", "cost_fit", "scaling_records", "scaling_runs", "scaling_report"),
@@ -36,13 +36,13 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("watch", "timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
+        *("watch", "timing", "bench_checkpoint", "bench_events", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
     "rich": {
         *("records", "train", "scaling", "scaling_report", "scaling_predict", "compare"),
-        *("bench", "bench_checkpoint", "bench_pipeline", "checkpoint", "doctor", "log_view"),
+        *("bench", "bench_checkpoint", "bench_events", "bench_pipeline", "checkpoint", "doctor", "log_view"),
     },
     "h5py": {"checkpoint", "scaling_records"},
 }
