@@ -74,11 +74,11 @@ def operation() -> Callable[[], None]:
 class Iterations:
     """Iterations of a solver on the first batch of the digits, the smallest problem of the package."""
 
-    def __init__(self, kind: str, comm: MPI.Comm) -> None:
+    def __init__(self, kind: str, comm: MPI.Intracomm) -> None:
         self._solver = self._make(kind, comm)
         self.events = self._solver.events
 
-    def _make(self, kind: str, comm: MPI.Comm) -> APTS | DataParallel:
+    def _make(self, kind: str, comm: MPI.Intracomm) -> APTS | DataParallel:
         problem = build("digits")
         inputs, targets = problem.train
         self._batch = inputs[: problem.batch_size], targets[: problem.batch_size]
