@@ -48,8 +48,13 @@ class Trace:
     def __init__(self, events: Events, comm: Communicator) -> None:
         self._comm = comm
         self._origin = comm.decide(lambda: [seconds()])[0]
+        self._events = events
         self._spans = events.spans = Spans(MOST)
         self._clock = comm.clock_offset()
+
+    def end(self) -> None:
+        """Keep no more events."""
+        self._events.spans = None
 
     def write(self, path: Path) -> int:
         """Write the file, on rank 0; return how many events were left out on all ranks together. Collective.

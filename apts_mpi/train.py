@@ -232,6 +232,8 @@ def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
         trace = Trace(training.solver.events, training.comm) if options.trace else None
         with Reporter(training, directory, console, options.monitor, scalars) as reporter:
             metrics = training.run(reporter.record, survival.boundary)
+        if trace is not None:
+            trace.end()
     events = event_table(training.solver.events, training.batch_size, training.comm)
     summary = None if metrics is None else training.summary(metrics) | {"events": events}
     if directory is not None and summary is not None:

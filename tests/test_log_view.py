@@ -1,0 +1,193 @@
+"""``--log-view``, ``--trace`` and ``--tensorboard`` of the command line."""
+
+import json
+import math
+import signal
+import sys
+
+import pytest
+from networks import classifier
+from processes import SMALL, Job, needs_mpirun, start
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.records import RunDirectory
+from apts_mpi.train import main
+
+REQUEUE = 75
+
+# With one message a stage less to check: 2 iterations, 1 epoch, metrics of 60 and 30 samples.
+BASELINE = "--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --optimizer=adam".split()
+STAGED = [
+    *"--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --layout=staged".split(),
+    *"--micro-batches=2 --local.solver=sgd".split(),
+]
+
+
+def events_of(path):
+    return json.loads((path / "summary.json").read_text())["events"]
+
+
+def trace_of(path):
+    """Events by rank, after a look at what the format asks for."""
+    content = json.loads((path / "trace.json").read_text())
+    assert set(content) == {"traceEvents", "displayTimeUnit", "otherData"}
+    names, spans = {}, {}
+    for event in content["traceEvents"]:
+        assert isinstance(event["pid"], int) and event["tid"] == 0
+        if event["ph"] == "M":
+            names[event["pid"]] = names.get(event["pid"], ()) + (event["name"],)
+        else:
+            assert set(event) == {"name", "ph", "ts", "dur", "pid", "tid"} and event["ph"] == "X"
+            assert event["ts"] >= 0.0 and event["dur"] >= 0.0
+            # Nanoseconds: exact, as differences of the file's numbers are not.
+            start = round(event["ts"] * 1000)
+            spans.setdefault(event["pid"], []).append((start, start + round(event["dur"] * 1000), event["name"]))
+    assert all(found == ("process_name", "process_sort_index", "thread_name") for found in names.values())
+    assert set(names) == set(spans)
+    return spans
+
+
+def nest(spans):
+    """Check that each event is within the one around it; how deep they go."""
+    deepest, around = 0, []
+    for start, stop, _ in sorted(spans, key=lambda span: (span[0], -span[1])):
+        while around and around[-1] <= start:
+            around.pop()
+        assert not around or stop <= around[-1]
+        around.append(stop)
+        deepest = max(deepest, len(around))
+    return deepest
+
+
+def calls(spans, name):
+    return sum(found == name for _, _, found in spans)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("arguments", [SMALL, BASELINE, STAGED], ids=["replicated", "baseline", "staged"])
+def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
+    if arguments is STAGED and world.size > len(list(classifier().parameters())) // 2:
+        pytest.skip("for at most as many ranks as layers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main([*arguments, "--run-dir=run", "--log-view", "--trace"])
+    printed, errors = capfd.readouterr()
+    assert errors == ""
+    if world.rank > 0:
+        assert printed == "" and list(tmp_path.iterdir()) == []
+        return
+    events, spans = events_of(tmp_path / "run"), trace_of(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert math.fsum(event["share"] for event in events.values()) == pytest.approx(1.0, rel=1e-12)
+    assert all(event["ratio"] is None or event["ratio"] >= 1.0 for event in events.values())
+    table = printed[printed.index(f"events of {world.size} rank(s)") :]
+    for name, event in events.items():
+        (line,) = [line for line in table.splitlines() if line.startswith(f"│ {name} ")]
+        assert line.split("│")[2].strip() == str(event["calls"])
+        assert f"{event['share']:.1%}" in line and "…" not in line
+    assert events["global evaluation"]["gradient_evaluations"] >= 2.0
+    assert events["metrics"]["calls"] == events["checkpoint"]["calls"] == events["other"]["calls"] == 1
+    # Every rank has its events, nested, at the same time.
+    assert set(spans) == set(range(world.size))
+    for of_rank in spans.values():
+        assert nest(of_rank) >= 3
+        for name in events:
+            assert 0 < calls(of_rank, "training" if name == "other" else name) <= events[name]["calls"]
+    outermost = [max(of_rank, key=lambda span: span[1] - span[0]) for of_rank in spans.values()]
+    assert {name for _, _, name in outermost} == {"training"}
+    assert max(start for start, _, _ in outermost) < min(stop for _, stop, _ in outermost)
+    if arguments is STAGED:
+        # Micro-batches of a gradient and a trial in each of 2 iterations, of the tangents and of the metrics.
+        assert calls(spans[0], "backward 0") == calls(spans[0], "backward 1") == 2
+
+
+def scalars_of(path):
+    """What TensorBoard shows: by tag, iterations and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+
+
+def records_of(path):
+    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+# What the package itself warns of is not ours to mend.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@needs_mpirun
+def test_event_files_and_resumed_runs(tmp_path):
+    """The run goes on from the iteration before the last: that one is done again, and shown once."""
+    pytest.importorskip("tensorboard")
+    done = start(
+        tmp_path,
+        2,
+        [*SMALL, *"--epochs=9 --max-iterations=3 --checkpoint-every=2 --tensorboard --trace --run-dir=run".split()],
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
+    assert calls(trace_of(run)[0], "judge") == 3
+    middle = "--resume=run/checkpoints/step-00000002.h5"
+    done = start(tmp_path, 2, [middle, "--run-dir=run", "--max-iterations=6"])
+    assert done.returncode == 0, done.stderr
+    # The events are those since the run was resumed.
+    assert events_of(run)["judge"]["calls"] == calls(trace_of(run)[1], "judge") == 4
+    shown = scalars_of(run / "tensorboard")
+    records = records_of(run)
+    for tag, kind in (("loss", "iteration"), ("rho", "iteration"), ("train_loss", "epoch"), ("test_accuracy", "epoch")):
+        expected = [(r["iteration"], r[tag]) for r in records if tag in r and ("train_loss" in r) == (kind == "epoch")]
+        assert [step for step, _ in shown[f"{kind}/{tag}"]] == [step for step, _ in expected]
+        assert [value for _, value in shown[f"{kind}/{tag}"]] == pytest.approx(
+            [value for _, value in expected], rel=1e-6
+        )
+    assert "iteration/epoch" not in shown and "iteration/iteration" not in shown
+
+
+@needs_mpirun
+def test_stopped_run_leaves_a_trace_and_prints_its_events(tmp_path):
+    job = Job(tmp_path, 2, [*SMALL, "--epochs=1000000", "--run-dir=run", "--trace", "--log-view"])
+    job.wait_for("epoch 2 ")
+    job.process.send_signal(signal.SIGTERM)
+    status, output = job.end()
+    assert status == REQUEUE, output
+    assert "events of 2 rank(s)" in output and "was received: go on with" in output
+    spans = trace_of(tmp_path / "run")
+    assert set(spans) == {0, 1} and all(calls(of_rank, "checkpoint") == 1 for of_rank in spans.values())
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@needs_mpirun
+def test_missing_package_is_told_before_the_work(tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('no tensorboard here')\n")
+    run = start(tmp_path, 2, [*SMALL, "--tensorboard", "--run-dir=run"])
+    assert run.returncode != 0 and run.stdout == ""
+    assert run.stderr.count("apts_mpi.train: error: ") == 1 and "Traceback" not in run.stderr
+    assert "no tensorboard here" in run.stderr and "pip install apts_mpi[tensorboard]" in run.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_trace_that_cannot_be_written(tmp_path):
+    """Told before the work where the file of an earlier run cannot be replaced."""
+    (tmp_path / "run" / "trace.json").mkdir(parents=True)
+    run = start(tmp_path, None, [*SMALL, "--trace", "--run-dir=run"])
+    assert run.returncode == 2 and "epoch" not in run.stdout
+    assert "run_dir: 'run' cannot be written" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_new_run_takes_away_what_was_written_of_an_earlier_one(tmp_path):
+    def lay_out():
+        (tmp_path / "trace.json").write_text("{}")
+        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+
+    lay_out()
+    RunDirectory(tmp_path, overwrite=True, in_place=True)
+    assert not (tmp_path / "trace.json").exists() and (tmp_path / "tensorboard").exists()
+    lay_out()
+    with pytest.raises(InvalidInput, match="already holds a run"):
+        RunDirectory(tmp_path, overwrite=False)
+    assert (tmp_path / "trace.json").exists() and (tmp_path / "tensorboard").exists()
+    RunDirectory(tmp_path, overwrite=True)
+    assert not (tmp_path / "trace.json").exists() and not (tmp_path / "tensorboard").exists()
