@@ -15,7 +15,6 @@ from apts_mpi.train import main
 
 REQUEUE = 75
 
-# With one message a stage less to check: 2 iterations, 1 epoch, metrics of 60 and 30 samples.
 BASELINE = "--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --optimizer=adam".split()
 STAGED = [
     *"--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --layout=staged".split(),
@@ -35,13 +34,13 @@ def trace_of(path):
     for event in content["traceEvents"]:
         assert isinstance(event["pid"], int) and event["tid"] == 0
         if event["ph"] == "M":
-            names[event["pid"]] = names.get(event["pid"], ()) + (event["name"],)
+            names[event["pid"]] = (*names.get(event["pid"], ()), event["name"])
         else:
             assert set(event) == {"name", "ph", "ts", "dur", "pid", "tid"} and event["ph"] == "X"
             assert event["ts"] >= 0.0 and event["dur"] >= 0.0
             # Nanoseconds: exact, as differences of the file's numbers are not.
-            start = round(event["ts"] * 1000)
-            spans.setdefault(event["pid"], []).append((start, start + round(event["dur"] * 1000), event["name"]))
+            began = round(event["ts"] * 1000)
+            spans.setdefault(event["pid"], []).append((began, began + round(event["dur"] * 1000), event["name"]))
     assert all(found == ("process_name", "process_sort_index", "thread_name") for found in names.values())
     assert set(names) == set(spans)
     return spans
@@ -50,8 +49,8 @@ def trace_of(path):
 def nest(spans):
     """Check that each event is within the one around it; how deep they go."""
     deepest, around = 0, []
-    for start, stop, _ in sorted(spans, key=lambda span: (span[0], -span[1])):
-        while around and around[-1] <= start:
+    for began, stop, _ in sorted(spans, key=lambda span: (span[0], -span[1])):
+        while around and around[-1] <= began:
             around.pop()
         assert not around or stop <= around[-1]
         around.append(stop)
@@ -97,8 +96,8 @@ def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
     assert {name for _, _, name in outermost} == {"training"}
     assert max(start for start, _, _ in outermost) < min(stop for _, stop, _ in outermost)
     if arguments is STAGED:
-        # Micro-batches of a gradient and a trial in each of 2 iterations, of the tangents and of the metrics.
-        assert calls(spans[0], "backward 0") == calls(spans[0], "backward 1") == 2
+        # Two iterations, and the gradient beside the first point that finds the radius.
+        assert calls(spans[0], "backward 0") == calls(spans[0], "backward 1") == 3
 
 
 def scalars_of(path):
@@ -121,11 +120,8 @@ def records_of(path):
 def test_event_files_and_resumed_runs(tmp_path):
     """The run goes on from the iteration before the last: that one is done again, and shown once."""
     pytest.importorskip("tensorboard")
-    done = start(
-        tmp_path,
-        2,
-        [*SMALL, *"--epochs=9 --max-iterations=3 --checkpoint-every=2 --tensorboard --trace --run-dir=run".split()],
-    )
+    asked = "--epochs=9 --max-iterations=3 --checkpoint-every=2 --tensorboard --trace --run-dir=run".split()
+    done = start(tmp_path, 2, [*SMALL, *asked])
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
@@ -138,11 +134,10 @@ def test_event_files_and_resumed_runs(tmp_path):
     shown = scalars_of(run / "tensorboard")
     records = records_of(run)
     for tag, kind in (("loss", "iteration"), ("rho", "iteration"), ("train_loss", "epoch"), ("test_accuracy", "epoch")):
-        expected = [(r["iteration"], r[tag]) for r in records if tag in r and ("train_loss" in r) == (kind == "epoch")]
-        assert [step for step, _ in shown[f"{kind}/{tag}"]] == [step for step, _ in expected]
-        assert [value for _, value in shown[f"{kind}/{tag}"]] == pytest.approx(
-            [value for _, value in expected], rel=1e-6
-        )
+        of_kind = [record for record in records if ("train_loss" in record) == (kind == "epoch")]
+        steps, values = zip(*shown[f"{kind}/{tag}"], strict=True)
+        assert list(steps) == [record["iteration"] for record in of_kind]
+        assert list(values) == pytest.approx([record[tag] for record in of_kind], rel=1e-6)  # kept in single precision
     assert "iteration/epoch" not in shown and "iteration/iteration" not in shown
 
 
@@ -178,16 +173,17 @@ def test_trace_that_cannot_be_written(tmp_path):
 
 
 def test_a_new_run_takes_away_what_was_written_of_an_earlier_one(tmp_path):
-    def lay_out():
-        (tmp_path / "trace.json").write_text("{}")
-        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+    (tmp_path / "history.jsonl").touch()
 
-    lay_out()
-    RunDirectory(tmp_path, overwrite=True, in_place=True)
-    assert not (tmp_path / "trace.json").exists() and (tmp_path / "tensorboard").exists()
-    lay_out()
-    with pytest.raises(InvalidInput, match="already holds a run"):
-        RunDirectory(tmp_path, overwrite=False)
-    assert (tmp_path / "trace.json").exists() and (tmp_path / "tensorboard").exists()
-    RunDirectory(tmp_path, overwrite=True)
-    assert not (tmp_path / "trace.json").exists() and not (tmp_path / "tensorboard").exists()
+    def kept(**how):
+        (tmp_path / "trace.json").touch()
+        (tmp_path / "tensorboard").mkdir(exist_ok=True)
+        try:
+            RunDirectory(tmp_path, **how).close({})
+        except InvalidInput as error:
+            assert "already holds a run" in str(error)
+        return [name for name in ("trace.json", "tensorboard") if (tmp_path / name).exists()]
+
+    assert kept(overwrite=False) == ["trace.json", "tensorboard"]
+    assert kept(overwrite=True, in_place=True) == ["tensorboard"]
+    assert kept(overwrite=True) == []
