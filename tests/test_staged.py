@@ -63,6 +63,27 @@ def test_global_steps_of_second_order(world, monkeypatch, name, model, product, 
     compare(world, chosen, name, monkeypatch)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "coarse", "changes"),
+    [
+        ("mlp", "none", {"subdomains": 9, "norm": "inf"}),
+        ("cnn", "gauss-newton", {"subdomains": None, "initial_radius": 0.05}),
+        ("double tuples", "gauss-newton", {"subdomains": None}),
+    ],
+)
+def test_dense_gauss_newton(world, monkeypatch, name, coarse, changes):
+    """The rows of all outputs travel backwards; damped, so that solving does not magnify rounding."""
+    chosen = staged(
+        options(**{"initial_radius": 0.3} | changes),
+        coarse=coarse,
+        solver="gauss-newton",
+        micro_batches=3,
+    )
+    chosen = replace(chosen, local=replace(chosen.local, damping=0.1))
+    compare(world, chosen, name, monkeypatch)
+
+
 # In the maximum norm not with sgd or tr: where tanh saturates the sign of rounding would count.
 CHOICES = [
     {"solver": "lsr1", "iterations": 2},
