@@ -136,6 +136,20 @@ def test_two_replicas(world, monkeypatch, coarse, solver):
     compare(world, chosen, "mlp", monkeypatch)
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("model", ["lsr1", "steihaug"])
+def test_two_replicas_with_global_steps_of_second_order(world, monkeypatch, model):
+    if world.size % 2:
+        pytest.skip("needs an even number of ranks")
+    chosen = staged(
+        options(subdomains=None, replicas=2, global_step=model, initial_radius=0.2),
+        solver="kfac",
+        micro_batches=3,
+        schedule="gpipe",
+    )
+    compare(world, chosen, "mlp", monkeypatch)
+
+
 @pytest.mark.mpi
 def test_schedules_are_equal_to_the_bit(world):
     builder, batches, loss = NETWORKS["mlp"]
