@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, jacrev, vjp, vmap
 
+from apts_mpi.bundle import Bundle, differentiable, map_tensors, with_differentiable
 from apts_mpi.objective import Loss
 
 # The derivatives of more samples at once would take several times the memory of the result.
@@ -51,18 +52,60 @@ class BlockJacobian:
             outputs = self._chain(inputs)
             derivatives = vmap(jacrev(outputs_of_sample), in_dims=(None, 0), chunk_size=SAMPLES_AT_ONCE)(values, inputs)
             jacobian = torch.cat([derivatives[name].flatten(2) for name in self._names], dim=2)
-        return (self._roots(outputs, targets) @ jacobian).flatten(0, 1)
+        return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
 
-    def _roots(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Square roots of each sample's Hessian of the mean loss with respect to its outputs, (samples, o, o)."""
-        samples, size = len(outputs), outputs[0].numel()
-        with torch.enable_grad():
-            point = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self._loss(point, targets), point, create_graph=True)
-            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-            directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
-            (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True)
-        values, vectors = torch.linalg.eigh(curved.reshape(size, samples, size).transpose(0, 1))
-        # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
-        # it is unique, so that rows of different ranks belong together.
-        return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+
+def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
+    samples, size = len(outputs), outputs[0].numel()
+    with torch.enable_grad():
+        point = outputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(point, targets), point, create_graph=True)
+        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
+        (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True)
+    values, vectors = torch.linalg.eigh(curved.reshape(size, samples, size).transpose(0, 1))
+    # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
+    # it is unique, so that rows of different ranks belong together.
+    return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+
+
+def pull_rows(
+    segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], inputs: Bundle, rows: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Take rows of derivatives back through segments: from those by their outputs to those by what is before.
+
+    Parameters
+    ----------
+    segments, parameters
+        As in `BlockJacobian`; the segments may be followed by others.
+    inputs
+        What enters the first segment.
+    rows
+        For each differentiable tensor that leaves the last segment, the derivatives of k numbers a sample by it, shape
+        (k, samples, ...).
+
+    Returns
+    -------
+    by_parameters : Tensor, shape (samples * k, size)
+    by_inputs : tuple of Tensor
+        For each differentiable tensor that enters, shape (k, samples, ...).
+    """
+    chain = nn.Sequential(*segments)
+    found = {id(value): name for name, value in chain.named_parameters()}
+    names = [found[id(value)] for value in parameters]
+    values = {name: value.detach() for name, value in zip(names, parameters, strict=True)}
+
+    def of_sample(sample: Bundle, *rows: torch.Tensor) -> tuple:
+        def outputs(values: dict[str, torch.Tensor], *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            batch = map_tensors(lambda tensor: tensor[None], with_differentiable(sample, parts))
+            leaving = functional_call(chain, values, (batch,))
+            return tuple(tensor[0] for tensor in differentiable(leaving))
+
+        _, pull = vjp(outputs, values, *differentiable(sample))
+        return vmap(lambda *of_row: pull(of_row))(*rows)
+
+    in_dims = (0, *[1] * len(rows))
+    derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(inputs, *rows)
+    by_parameters = torch.cat([derivatives[name].flatten(2) for name in names], dim=2)
+    return by_parameters.flatten(0, 1), tuple(part.transpose(0, 1) for part in by_inputs)

@@ -81,6 +81,9 @@ class Pipeline:
         self.stage, self.stages = comm.rank, comm.size
         self._entering: dict[Hashable, Description] = {}
         self._leaving: dict[Hashable, Description] = {}
+        self._describe_back = False
+        self._returning: dict[Hashable, Description] = {}
+        self._returned: set[Hashable] = set()
         self._sends: list[tuple[Pending, Bundle]] = []
         self._receives: dict[Action, _Receive] = {}
 
@@ -100,6 +103,7 @@ class Pipeline:
         keys: Sequence[Hashable],
         forward: Callable[[int, Bundle | None], Bundle | None],
         backward: Callable[[int, Bundle | None], Bundle | None] | None = None,
+        describe_back: bool = False,
     ) -> None:
         """Do the actions of a schedule. Collective over the stages.
 
@@ -115,6 +119,8 @@ class Pipeline:
         backward
             Called with the number of a micro-batch and the gradients of the differentiable tensors that left (None on
             the last stage); returns those of the differentiable tensors that entered (ignored on the first).
+        describe_back
+            Whether what goes back has other shapes than what went forwards; equal for equal keys.
 
         Raises
         ------
@@ -123,6 +129,7 @@ class Pipeline:
         StallError
             If a neighbour is not heard of in time.
         """
+        self._describe_back = describe_back
         for number, action in enumerate(actions):
             self._post_ahead(actions[number : number + 1 + AHEAD], keys)
             arrived = self._arrived(action, keys)
@@ -141,7 +148,7 @@ class Pipeline:
             if action.direction == "forward" and not self.is_last:
                 self._send_forward(result, keys[action.micro_batch])
             elif action.direction == "backward" and not self.is_first:
-                self._send(result, self.stage - 1, TAGS["backward"])
+                self._send_backward(result, keys[action.micro_batch])
         for pending, _ in self._sends:
             pending.wait("a neighbour to take in what was sent")
         self._sends.clear()
@@ -172,10 +179,7 @@ class Pipeline:
         source, key = self._source(action.direction), keys[action.micro_batch]
         if source is None or action in self._receives:
             return True
-        if action.direction == "backward":
-            description = self._leaving[key].gradients() if key in self._leaving else None
-        else:
-            description = self._entering.get(key)
+        description = self._described(action.direction).get(key)
         if description is None:
             return False
         self._receives[action] = _Receive(self._comm, description, source, TAGS[action.direction], self._device)
@@ -186,18 +190,31 @@ class Pipeline:
         if source is None:
             return None
         if action not in self._receives:
-            self._entering[key] = self._comm.receive_object(source, DESCRIPTION)
+            self._described(action.direction)[key] = self._comm.receive_object(source, DESCRIPTION)
             self._post(action, keys)
         content = "activations" if action.direction == "forward" else "output gradients"
         what = f"the {content} of micro-batch {action.micro_batch} from {self._names[source]}"
         return self._receives.pop(action).wait(what)
+
+    def _described(self, direction: Direction) -> dict[Hashable, Description]:
+        """What is known of the bundles that come to this rank."""
+        return self._entering if direction == "forward" else self._returning
 
     def _send_forward(self, bundle: Bundle | None, key: Hashable) -> None:
         assert bundle is not None
         if key not in self._leaving:
             self._leaving[key] = Description.of(bundle)
             self._comm.send_object(self._leaving[key], self.stage + 1, DESCRIPTION)
+            if not self._describe_back:
+                self._returning[key] = self._leaving[key].gradients()
         self._send(detached(bundle), self.stage + 1, TAGS["forward"])
+
+    def _send_backward(self, bundle: Bundle | None, key: Hashable) -> None:
+        assert bundle is not None
+        if self._describe_back and key not in self._returned:
+            self._returned.add(key)
+            self._comm.send_object(Description.of(bundle), self.stage - 1, DESCRIPTION)
+        self._send(bundle, self.stage - 1, TAGS["backward"])
 
     def _send(self, bundle: Bundle | None, rank: int, tag: int) -> None:
         assert bundle is not None

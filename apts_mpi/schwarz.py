@@ -39,6 +39,8 @@ class AdditiveSchwarz:
         Whether `columns` will be asked for.
     events
         Where work and messages are counted.
+    rows
+        What computes the rows of local solver gauss-newton.
 
     Attributes
     ----------
@@ -71,6 +73,7 @@ class AdditiveSchwarz:
         count: int,
         recombined: bool,
         events: Events,
+        rows: type[GaussNewtonRows] = GaussNewtonRows,
     ) -> None:
         self._objective = objective
         self.comm = comm
@@ -97,6 +100,7 @@ class AdditiveSchwarz:
             )
             for subdomain in self.carried
         }
+        self._make_rows = rows
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
@@ -150,7 +154,7 @@ class AdditiveSchwarz:
 
     def open_rows(self, caches: Sequence[Sequence[Cache]]) -> None:
         """Have `rows` ready to be computed at the present parameters, for the caches of each pass there."""
-        self.rows = [GaussNewtonRows(self._objective, of_pass, self._events) for of_pass in caches]
+        self.rows = [self._make_rows(self._objective, of_pass, self._events) for of_pass in caches]
 
     def _solve(
         self,

@@ -29,6 +29,7 @@ from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
 from apts_mpi.staged_global_step import StagedGlobalStep
 from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged_rows import StagedGaussNewtonRows
 from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
 from apts_mpi.vector import FlatParameters
@@ -159,6 +160,7 @@ class StagedAPTS(APTS):
             count=count,
             recombined=options.coarse.model != "none",
             events=self.events,
+            rows=StagedGaussNewtonRows,
         )
         self.coarse = None
         if options.coarse.model != "none":
@@ -322,8 +324,12 @@ def check_staged(options: APTSOptions) -> None:
         refuse("schwarz.overlap", schwarz.overlap, "where a rank has no layers of its neighbours; give 0")
     if schwarz.local_data == "shard":
         refuse("schwarz.local_data", "shard", "where every stage sees all samples; choose full")
-    if options.local.solver == "gauss-newton":
-        refuse("local.solver", "gauss-newton", "as it needs the layers up to the loss; choose kfac or another one")
+    if options.local.solver == "gauss-newton" and options.local.iterations > 1:
+        refuse(
+            "local.iterations",
+            options.local.iterations,
+            "where local solver gauss-newton would need the layers up to the loss again; give 1, or choose kfac",
+        )
     if options.local.solver == "steihaug" and options.local.product == "gauss-newton":
         refuse("local.product", "gauss-newton", "as it needs the layers up to the loss; choose hessian")
 

@@ -18,7 +18,7 @@ LEVELS = (
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
     ("inner_products", "models", "local_objective", "local_state", "local_second_order", "local"),
     ("batch", "micro_batches", "construction", "stages", "staged_objective", "iteration", "composition"),
-    ("schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
+    ("staged_rows", "schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
     ("schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),

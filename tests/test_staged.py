@@ -63,6 +63,27 @@ def test_global_steps_of_second_order(world, monkeypatch, name, model, product, 
     compare(world, chosen, name, monkeypatch)
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("name", "coarse", "changes"),
+    [
+        ("mlp", "none", {"subdomains": 9, "norm": "inf"}),
+        ("cnn", "gauss-newton", {"subdomains": None, "initial_radius": 0.05}),
+        ("double tuples", "gauss-newton", {"subdomains": None}),
+    ],
+)
+def test_dense_gauss_newton(world, monkeypatch, name, coarse, changes):
+    """The rows of all outputs travel backwards; damped, so that solving does not magnify rounding."""
+    chosen = staged(
+        options(**{"initial_radius": 0.3} | changes),
+        coarse=coarse,
+        solver="gauss-newton",
+        micro_batches=3,
+    )
+    chosen = replace(chosen, local=replace(chosen.local, damping=0.1))
+    compare(world, chosen, name, monkeypatch)
+
+
 # In the maximum norm not with sgd or tr: where tanh saturates the sign of rounding would count.
 CHOICES = [
     {"solver": "lsr1", "iterations": 2},
@@ -111,6 +132,20 @@ def test_two_replicas(world, monkeypatch, coarse, solver):
         solver=solver,
         iterations=2,
         micro_batches=3,
+    )
+    compare(world, chosen, "mlp", monkeypatch)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("model", ["lsr1", "steihaug"])
+def test_two_replicas_with_global_steps_of_second_order(world, monkeypatch, model):
+    if world.size % 2:
+        pytest.skip("needs an even number of ranks")
+    chosen = staged(
+        options(subdomains=None, replicas=2, global_step=model, initial_radius=0.2),
+        solver="kfac",
+        micro_batches=3,
+        schedule="gpipe",
     )
     compare(world, chosen, "mlp", monkeypatch)
 

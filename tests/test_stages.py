@@ -247,7 +247,7 @@ REFUSED = [
     ({"schwarz": {"partition": "index"}}, "schwarz.partition: 'index'"),
     ({"schwarz": {"overlap": 1}}, "schwarz.overlap: 1"),
     ({"schwarz": {"local_data": "shard"}}, "schwarz.local_data: 'shard'"),
-    ({"local": {"solver": "gauss-newton"}}, "local.solver: 'gauss-newton'"),
+    ({"local": {"solver": "gauss-newton", "iterations": 2}}, "local.iterations: 2 is not for layout staged"),
     ({"local": {"solver": "steihaug"}}, "local.product: 'gauss-newton'"),
     ({"pipeline": {"balance": "cost"}}, "balance: 'cost' needs a sample"),
 ]

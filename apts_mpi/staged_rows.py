@@ -1,0 +1,54 @@
+"""Rows of the Gauss-Newton matrix of a stage: derivatives of the outputs travel the pipeline backwards."""
+
+from __future__ import annotations
+
+import torch
+
+from apts_mpi.bundle import Bundle, tensors_of
+from apts_mpi.dense import pull_rows, roots
+from apts_mpi.environment import preserved_random_state
+from apts_mpi.events import BACKWARD, FORWARD
+from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.staged_objective import StagedObjective
+
+
+class StagedGaussNewtonRows(GaussNewtonRows):
+    """`GaussNewtonRows` of the subdomains of a stage. Computing them is collective over the stages.
+
+    For each output of the network a row of every sample goes from stage to stage, as large as the activations.
+    """
+
+    _objective: StagedObjective
+
+    def _compute(self) -> torch.Tensor:
+        objective, pipeline = self._objective, self._objective.pipeline
+        parts = self._cache.micro_batches
+        # Nothing is behind the first stage's parameters that would ask for derivatives by its inputs.
+        segments = objective.segmented.segments[self._cache.subdomain.first_segment if pipeline.is_first else 0 :]
+        parameters = objective.vector.parameters[self._touched]
+        entered: dict[int, Bundle] = {}
+        at_outputs: dict[int, torch.Tensor] = {}
+        found: dict[int, torch.Tensor] = {}
+
+        def forward(index: int, entering: Bundle | None) -> Bundle:
+            activations = objective.load(parts[index].inputs) if entering is None else entering
+            entered[index] = activations
+            for segment in segments:
+                activations = segment(activations)
+            if pipeline.is_last:
+                by_outputs = roots(objective.loss, activations, parts[index].targets).transpose(0, 1)
+                at_outputs[index] = by_outputs.reshape(len(by_outputs), *activations.shape)
+            return activations
+
+        def backward(index: int, rows: Bundle | None) -> Bundle:
+            leaving = (at_outputs.pop(index),) if rows is None else tensors_of(rows)
+            by_parameters, by_inputs = pull_rows(segments, parameters, entered.pop(index), leaving)
+            found[index] = by_parameters.mul_(parts[index].share ** 0.5)
+            return by_inputs
+
+        keys = [("rows", len(part.targets)) for part in parts]
+        with torch.no_grad(), preserved_random_state(objective.vector.values.device), objective.buffers.copied():
+            pipeline.run(objective.actions(len(parts)), keys, forward, backward, describe_back=True)
+        share = objective.segmented.share(0, len(objective.segmented) - 1)
+        self._events.count_work(sum(len(part.targets) for part in parts), share, FORWARD + BACKWARD)
+        return torch.cat([found[index] for index in range(len(parts))])
