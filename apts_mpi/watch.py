@@ -1,6 +1,6 @@
 """An end to every wait for other ranks: a thread that ends the job when one takes too long.
 
-MPI libraries wait for ever for a host that the network no longer reaches. `apts_mpi.patience` finds out who stands
+MPI libraries wait for ever for a host that the network no longer reaches. ``apts_mpi.patience`` finds out who stands
 still where ranks give signs, but cannot leave a blocking call; this leaves everything, the process with it.
 """
 

@@ -44,7 +44,8 @@ COMMANDS = {
     "python -m apts_mpi.checkpoint": "",
     "python -m apts_mpi.doctor": "",
     "python -m apts_mpi.plot": "",
-    "python -m apts_mpi.scaling report": "",
+    "python -m apts_mpi.scaling run": "--max-iterations 3",  # the last options there are those of the runs
+    "python -m apts_mpi.scaling": "",
     "python program.py": "",
     "pip install": "--dry-run --no-deps --quiet",
     # With a stand-in for the scheduler.
@@ -249,6 +250,7 @@ def check_scripts(command):
 def test_inline_command(page, command):
     """It would be taken: scripts are there, options and their values are known."""
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(bare(command))]
+    words = list(itertools.takewhile(lambda word: word != "--", words))  # what follows is for another program
     if words[0] == "apts-train":
         words = ["python", "-m", "apts_mpi.train", *words[1:]]
     if words[0] != "python":
