@@ -44,7 +44,8 @@ COMMANDS = {
     "python -m apts_mpi.checkpoint": "",
     "python -m apts_mpi.doctor": "",
     "python -m apts_mpi.plot": "",
-    "python -m apts_mpi.scaling report": "",
+    "python -m apts_mpi.scaling run": "--max-iterations 3",
+    "python -m apts_mpi.scaling": "",
     "python program.py": "",
     "pip install": "--dry-run --no-deps --quiet",
     # With a stand-in for the scheduler.
