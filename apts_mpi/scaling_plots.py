@@ -16,7 +16,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.run_plots import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH
 
 # Beside the colours, for prints without any.
-HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "+++")
+HATCHES = ("", "///", "...", "xxx")
 MARKERS = ("o", "s", "^", "D")
 
 # Inches of a panel, and of the legend below.
@@ -77,12 +77,11 @@ def _draw_shares(figure: Any, tables: Mapping[str, Sequence[dict[str, Any]]]) ->
         places, below = [str(row["ranks"]) for row in table], [0.0] * len(table)
         for number, event in enumerate(events):
             heights = [row["shares"].get(event, 0.0) for row in table]
-            style = {"color": COLORS[number % len(COLORS)], "hatch": HATCHES[number % len(HATCHES)]}
-            if number >= len(COLORS):
-                style["hatch"] = HATCHES[(number + 1) % len(HATCHES)]
-            bars = axes.bar(places, heights, bottom=below, label=event, edgecolor="white", linewidth=THIN, **style)
+            # Neighbours differ in their hatch, and each colour has other ones when it comes round again.
+            hatch = HATCHES[2 * (number // len(COLORS)) + number % 2]
+            style = {"color": COLORS[number % len(COLORS)], "hatch": hatch}
+            axes.bar(places, heights, bottom=below, label=event, edgecolor="white", linewidth=THIN, **style)
             below = [base + height for base, height in zip(below, heights, strict=True)]
-        del bars
         axes.set_title(name, fontsize=TEXT)
         axes.set_xlabel("ranks")
     panels[0].set_ylabel("share of the time")

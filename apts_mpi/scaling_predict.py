@@ -68,7 +68,7 @@ def point_of(run: RunRecord) -> Point:
     if summary["optimizer"] != "apts":
         raise InvalidInput(f"optimizer: {summary['optimizer']!r} has no cost model; give studies of apts")
     coarse, replicas = options["coarse"], options["replicas"]
-    share = coarse["samples"] or min(1.0, COARSE_TARGETS / run.batch_size)
+    share = coarse.get("samples") or min(1.0, COARSE_TARGETS / run.batch_size)
     judge = summary["events"]["judge"]
     staged = options["layout"] == "staged" and run.ranks > replicas
     shape = Shape(

@@ -16,10 +16,10 @@ from apts_mpi.comparison import OUTPUT, check_launcher, failure_in
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import require
 from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, read_studies, without_places
-from apts_mpi.train import parse
+from apts_mpi.train import parse, spell
 
-# Options of the run that a study sets itself.
-OWN = ("run_dir", "overwrite", "resume", "config")
+# Options that a study sets itself, and one with which a run would not be one from start to end.
+OWN = ("--run_dir", "--overwrite", "--resume")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class Study:
             require(samples is not None and samples >= 1, "samples_per_rank", samples, "a weak study needs 1 or more")
         else:
             require(samples is None, "samples_per_rank", samples, "it is for a weak study; leave it out")
+        for argument in spell(self.arguments):
+            if argument.startswith(OWN):
+                raise InvalidInput(f"{argument}: the study sets this option itself; leave it out")
         check_launcher(max(self.ranks), "apts_mpi.scaling")
 
     def arguments_of(self, ranks: int) -> list[str]:
@@ -70,11 +73,7 @@ class Study:
 
     def configuration(self, ranks: int) -> str:
         """The configuration that the record of such a run has."""
-        options = yaml.safe_load(parse(self.arguments_of(ranks))[1])
-        for name in OWN:
-            if options.get(name):
-                raise InvalidInput(f"{name}: the study sets this option itself; leave it out")
-        return without_places(options)
+        return without_places(yaml.safe_load(parse(self.arguments_of(ranks))[1]))
 
 
 def run_study(study: Study, path: Path, report: Callable[[str], None]) -> Studies:

@@ -8,4 +8,5 @@ directory=$1
 shift
 describe_job
 load_environment
-exec "$python" -m apts_mpi.scaling report --json "$directory/scaling.json" "$@"
+rm -f "$directory/studies.h5" # of an earlier study with this name, whose runs were replaced
+exec "$python" -m apts_mpi.scaling report --json "$directory/scaling.json" --hdf5 "$directory/studies.h5" "$@"

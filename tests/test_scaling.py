@@ -1,28 +1,21 @@
-"""The report of a scaling study, from records whose figures are known."""
+"""Scaling studies: reports of records whose figures are known, the file that keeps them, and a real study."""
 
 import json
+import re
 
+import h5py
 import pytest
+import yaml
+from processes import needs_mpirun, start
+from scaling_runs import write_run
 
 from apts_mpi.scaling import main
+from apts_mpi.scaling_records import read_run, read_studies
 
 
-def write_run(path, ranks, seconds, batch_size=100, **others):
-    """A run of four iterations; the first is slow, as it is in truth."""
-    path.mkdir()
-    ends = [10.0 + number * seconds for number in range(4)]
-    records = [{"iteration": number + 1, "seconds": end} for number, end in enumerate(ends)]
-    records.append({"epoch": 1, "seconds": ends[-1], "train_loss": 0.5})
-    (path / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    summary = {"problem": "digits", "optimizer": "apts", "parameters": 7, "train_loss": 0.5, "seconds": ends[-1]}
-    summary |= {"ranks": ranks, "batch_size": batch_size, "seconds_in_communication": ends[-1] / 4} | others
-    (path / "summary.json").write_text(json.dumps(summary))
-    return str(path)
-
-
-def call(*arguments):
+def call(*arguments, command="report"):
     with pytest.raises(SystemExit) as end:
-        main(["report", *arguments])
+        main([command, *arguments])
     return end.value.code
 
 
@@ -66,3 +59,130 @@ def test_runs_that_do_not_belong_together(tmp_path, capsys):
     assert "differ in batch_size" in capsys.readouterr().err
     assert call(f"{tmp_path}/gone") == 2
     assert "none came to its end" in capsys.readouterr().err
+
+
+def test_shares_and_plots(tmp_path, capsys):
+    """The share of each event is in the tables, in the JSON and in the picture."""
+    runs = [write_run(tmp_path / f"r{ranks}", ranks, 1.0 / ranks) for ranks in (1, 2, 4)]
+    first = sizes(tmp_path, *runs, f"--plot={tmp_path / 'picture'}")[0]
+    assert first["shares"] == {"judge": 0.25, "wait": 0.75}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["│", "wait", *["│", "75.0%"] * 3, "│"] in lines
+    words = set(re.findall(r"<!-- (.*?) -->", (tmp_path / "picture.svg").read_text(encoding="utf-8")))
+    assert {"speed-up", "efficiency", "ideal", "strong, replicated", "judge", "wait", "ranks"} <= words
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+def test_the_file_reports_what_the_directories_report(tmp_path):
+    """Directories go into a file, once each, beside those of another study."""
+    file = str(tmp_path / "studies.h5")
+    strong = [write_run(tmp_path / f"s{ranks}", ranks, 1.0 / ranks) for ranks in (1, 2)]
+    weak = [write_run(tmp_path / f"w{ranks}", ranks, 1.0, 100 * ranks) for ranks in (1, 2)]
+    for runs in (strong, weak, strong):
+        assert call(*runs, "--hdf5", file, f"--json={tmp_path}/{runs[0][-2]}.json") == 0
+    assert call(file, f"--json={tmp_path}/all.json") == 0
+    studies = json.loads((tmp_path / "all.json").read_text())["studies"]
+    assert list(studies) == ["strong, replicated", "weak, replicated"]
+    for name, table in studies.items():
+        assert table == json.loads((tmp_path / f"{name[0]}.json").read_text())["sizes"]
+    stored = read_studies(tmp_path / "studies.h5")
+    assert len(stored.runs) == 4 and all(time > 0.0 for time in stored.reduced_model.values())
+    directory = read_run(tmp_path / "s1")
+    assert (stored.runs[0].summary, stored.runs[0].seconds) == (directory.summary, directory.seconds)
+    assert "run_dir" not in stored.runs[0].options
+
+
+def test_a_file_that_is_none(tmp_path, capsys):
+    """Each is told, with status 2, and is afterwards as before."""
+    run = write_run(tmp_path / "a", 1, 1.0)
+    (tmp_path / "text.h5").write_text("no HDF5")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["values"] = [1.0]
+    with h5py.File(tmp_path / "newer.h5", "w") as file:
+        file.attrs.update({"format": "apts_mpi scaling studies", "version": 99})
+    for name, message in (
+        ("text.h5", "cannot be read as an HDF5 file of scaling studies"),
+        ("foreign.h5", "is an HDF5 file of something else"),
+        ("newer.h5", "is of version 99, not 1"),
+    ):
+        content = (tmp_path / name).read_bytes()
+        for arguments in ((str(tmp_path / name),), (run, "--hdf5", str(tmp_path / name))):
+            assert call(*arguments) == 2
+            assert message in capsys.readouterr().err
+        assert call(str(tmp_path / name), command="predict") == 2
+        assert message in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content
+    assert call(str(tmp_path / "gone.h5"), command="predict") == 2
+    assert "gone.h5 cannot be read" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_used(tmp_path, capsys):
+    one = write_run(tmp_path / "one", 1, 1.0)
+    assert call(write_run(tmp_path / "old", 1, 1.0, events=None)) == 2
+    assert "old has no events in its summary.json; run it again" in capsys.readouterr().err
+    other = tmp_path / "other"
+    write_run(other, 2, 1.0)
+    options = yaml.safe_load((other / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump(options | {"dtype": "float64"}))
+    assert call(one, str(other)) == 2
+    assert "the runs differ in dtype: float32 and float64" in capsys.readouterr().err
+    (other / "config.yaml").unlink()
+    assert call(str(other)) == 2
+    assert "cannot be read as a run" in capsys.readouterr().err
+    assert call(one, "--hdf5", str(tmp_path / "nowhere" / "file.h5")) == 2
+    assert "file.h5 cannot be written" in capsys.readouterr().err
+    file = str(tmp_path / "studies.h5")
+    assert call(one, "--hdf5", file) == 0
+    assert call(file, one) == 2
+    assert "give one file alone" in capsys.readouterr().err
+    assert call(write_run(tmp_path / "third", 2, 1.0, problem="burgers"), "--hdf5", file) == 2
+    assert "differ in problem: ['burgers', 'digits']" in capsys.readouterr().err
+    assert len(read_studies(tmp_path / "studies.h5").runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("strong FILE --ranks 0", "ranks: (0,)"),
+        ("strong FILE --ranks 1 --repeats 0", "repeats: 0"),
+        ("strong FILE --ranks 1 --samples-per-rank 5", "samples_per_rank: 5 "),
+        ("weak FILE --ranks 1", "samples_per_rank: None"),
+        ("strong FILE --ranks 1 -- --run-dir=here", "--run_dir=here: the study sets this option itself"),
+        ("strong FILE --ranks 1 -- --nonsense=1", "nonsense"),
+    ],
+)
+def test_studies_that_cannot_be_run(tmp_path, capsys, arguments, message):
+    file = tmp_path / "studies.h5"
+    assert call(*arguments.replace("FILE", str(file)).split(), command="run") == 2
+    assert message in capsys.readouterr().err
+    assert not file.exists()
+
+
+SMALL = ["--problem=digits", "--device=cpu", "--train-samples=200", "--max-iterations=3", "--checkpoint-every=null"]
+
+
+@needs_mpirun
+def test_a_real_study(tmp_path):
+    """Sizes are measured once; then one that fails is told, and what was measured stays."""
+
+    def run(*arguments):
+        return start(tmp_path, None, ["run", *arguments, "--", *SMALL, "--subdomains=2"], "apts_mpi.scaling")
+
+    done = run("strong", "studies.h5", "--ranks", "1")
+    assert done.returncode == 0, done.stderr
+    assert "strong, 1 rank(s)" in done.stdout
+    more = run("strong", "studies.h5", "--ranks", "1", "2")
+    assert more.returncode == 0, more.stderr
+    assert "strong, 1 rank(s): 1 measured before" in more.stdout and more.stdout.count("s an iteration") == 1
+    stored = read_studies(tmp_path / "studies.h5").runs
+    assert [(run.kind, run.ranks, len(run.seconds)) for run in stored] == [("strong", 1, 2), ("strong", 2, 2)]
+    assert [run.summary["subdomains"] for run in stored] == [2, 2]
+    # The same iterates, summed in another order in float32.
+    losses = [run.summary["train_loss"] for run in stored]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    done = run("weak", "studies.h5", "--ranks", "1", "--samples-per-rank", "1")
+    assert done.returncode == 2 and "the run with 1 rank(s) failed: " in done.stderr
+    assert "batch_size: 1 is too small" in done.stderr
+    assert read_studies(tmp_path / "studies.h5").runs == stored
+    assert call(str(tmp_path / "studies.h5"), f"--json={tmp_path / 'out.json'}", command="predict") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["values"]["gradient"] > 0.0
