@@ -43,6 +43,9 @@ class TrainingOptions:
         Of the network and its inputs.
     device
         ``auto`` takes one GPU a rank where there is one.
+    transport
+        How tensors of a GPU come to MPI: ``staged``, through pinned host memory; ``direct``, in their own memory, for a
+        GPU-aware MPI. ``auto``: direct where a trial in processes of its own is right, as `apts_mpi.doctor` makes it.
     optimizer
         ``apts``, or one of torch's own, data-parallel, on the same initial network and the same batches.
     learning_rate
@@ -97,6 +100,7 @@ class TrainingOptions:
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    transport: Literal["auto", "staged", "direct"] = "auto"
     optimizer: Literal["apts", "adam", "sgd", "lbfgs"] = "apts"
     learning_rate: float = 1e-3
     layout: Literal["replicated", "staged"] = "replicated"
@@ -127,6 +131,7 @@ class TrainingOptions:
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         require_choice("dtype", self.dtype, ("float32", "float64"))
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("transport", self.transport, ("auto", "staged", "direct"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
         self._check_survival()
         remedy = "it is for optimizer apts; choose that, or --layout replicated"

@@ -21,7 +21,7 @@ LEVELS = (
     ("global_step", "schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("watch", "records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
+    ("watch", "direct", "records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
     ("bench_checkpoint", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),

@@ -87,6 +87,7 @@ BAD_VALUES = [
     (TrainingOptions, {"device": "tpu"}, "device: 'tpu' .* choose one of auto, cpu, cuda"),
     (TrainingOptions, {"optimizer": "newton"}, "optimizer: 'newton' .* choose one of apts, adam, sgd, lbfgs"),
     (TrainingOptions, {"learning_rate": 0.0}, "learning_rate: 0.0 .* give a number above 0"),
+    (TrainingOptions, {"transport": "pigeon"}, "transport: 'pigeon' .* choose one of auto, staged, direct"),
     (TrainingOptions, {"layout": "sharded"}, "layout: 'sharded'"),
     (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
     (TrainingOptions, {"checkpoint_every": 0}, "checkpoint_every: 0 .* give a number of iterations above 0, a time"),
