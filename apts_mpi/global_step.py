@@ -168,7 +168,7 @@ class GlobalStep:
             seed_stream(device, *part.stream)
             outputs = part.inputs
             for segment in objective.segmented.segments:
-                outputs = segment(outputs)
+                outputs = objective.segmented.run(segment, outputs)
         return outputs
 
     def _preconditioner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -41,6 +41,9 @@ class TrainingOptions:
         Seed of the initial network, of the order of the samples and of dropout.
     dtype
         Of the network and its inputs.
+    autocast
+        ``bfloat16``: the network computes in it where torch's autocast holds it to be safe; parameters, gradients,
+        reductions and curvature stay float32. Metrics are computed in float32.
     device
         ``auto`` takes one GPU a rank where there is one.
     transport
@@ -99,6 +102,7 @@ class TrainingOptions:
     batch_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transport: Literal["auto", "staged", "direct"] = "auto"
     optimizer: Literal["apts", "adam", "sgd", "lbfgs"] = "apts"
@@ -130,6 +134,9 @@ class TrainingOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         require_choice("dtype", self.dtype, ("float32", "float64"))
+        require_choice("autocast", self.autocast, ("none", "bfloat16"))
+        both = self.autocast == "none" or self.dtype == "float32"
+        require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require_choice("transport", self.transport, ("auto", "staged", "direct"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
