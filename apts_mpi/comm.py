@@ -235,14 +235,14 @@ class Communicator:
 
         ``send`` and ``receive`` may be the same mirror.
         """
-        source = MPI.IN_PLACE if send is receive else send.memory(start, stop)
-        target = receive.memory(start, stop)
         self._events.message("sum", (stop - start) * receive.tensor.element_size())
-        pending.add(
-            send.push(start, stop),
-            lambda: self._mpi.Iallreduce(source, target),
-            lambda: receive.pull(start, stop),
-        )
+
+        def begin() -> MPI.Request:
+            # Holding ``send``: its tensor is read until then.
+            source = MPI.IN_PLACE if send is receive else send.memory(start, stop)
+            return self._mpi.Iallreduce(source, receive.memory(start, stop))
+
+        pending.add(send.push(start, stop), begin, lambda: receive.pull(start, stop))
 
     def start_gather(self, pending: Pending, buffer: Mirror, ranges: Sequence[tuple[int, int]]) -> None:
         """Start to give every rank the elements that rank r holds in ``ranges[r]``, in place. Collective."""
