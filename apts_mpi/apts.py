@@ -20,7 +20,7 @@ from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.iteration import Judged, State, StepResult
+from apts_mpi.iteration import Judged, State, StepResult, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network_state import named_tensors
@@ -79,7 +79,7 @@ class APTS:
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm | None = None,
+        comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
         forward: Forward | None = None,
     ) -> None:
@@ -150,7 +150,6 @@ class APTS:
                 schwarz=self.schwarz if blocks else None,
                 comm=self.comm,
                 events=self.events,
-                kind=options.trust_region.norm,
                 products=self.products,
             )
         self._begin(team)
@@ -200,7 +199,8 @@ class APTS:
         self._versions = self.vector.versions()
         self._evaluate()
         if self.state.radius is None:
-            self.state.radius = self._cauchy_length()
+            with self.events.timed("global evaluation"):
+                self.state.radius = self._cauchy_length()
         schwarz = self._judge(*self._correct(), keep_graph=repeated)
         if self.coarse is not None:
             self.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
@@ -216,7 +216,8 @@ class APTS:
     def _take(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Make a new batch the present function f_k."""
         self.state.functions += 1
-        self._cut(batch, rows)
+        with self.events.timed("data"):
+            self._cut(batch, rows)
 
     def _cut(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Cut the batch of the present function into this rank's passes."""
@@ -254,6 +255,18 @@ class APTS:
                     self.global_step.observe(self.state.functions, self._gradient)
 
     @property
+    def _radius(self) -> float:
+        """Of the ball, which the first gradient gives at the latest."""
+        assert self.state.radius is not None
+        return self.state.radius
+
+    @property
+    def _evaluated(self) -> Run:
+        """The evaluation at the present point."""
+        assert self._run is not None
+        return self._run
+
+    @property
     def _gradient(self) -> torch.Tensor:
         return self.objective.reduction.total
 
@@ -262,17 +275,18 @@ class APTS:
         correction = self.schwarz.correction
         if not self._has_correction:
             pending = self.schwarz.start_correction(
-                self._run.caches, self._team_shares, self._batch_size, self._gradient, self.state.radius
+                self._evaluated.caches, self._team_shares, self._batch_size, self._gradient, self._radius
             )
             with self.events.timed("assembly"):
                 pending.wait()
             self._prepare_coarse()
             self._has_correction = True
         if self.coarse is not None:
-            predicted = self.coarse.recombine(self.state.radius)
+            predicted = self.coarse.recombine(self._radius)
             return self.coarse.step, predicted
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
-        self.products.clip(correction, self.state.radius)
+        with self.events.timed("assembly"):
+            self.products.clip(correction, self._radius)
         return correction, None
 
     def _prepare_coarse(self) -> None:
@@ -301,14 +315,14 @@ class APTS:
 
         Without a ``predicted_reduction`` the model is the first-order one.
         """
-        options, radius = self.options.trust_region, self.state.radius
+        options, radius = self.options.trust_region, self._radius
         epsilon = self._epsilon
         if self.options.autocast != "none":
             # Samples are rounded independently of each other; what is summed of them is rounded much less.
             epsilon /= self._batch_size**0.5
-        self._accepted_values.copy_(self.vector.values)
-        self.vector.values.add_(step)
         with self.events.timed("judge"):
+            self._accepted_values.copy_(self.vector.values)
+            self.vector.values.add_(step)
             trial = self.objective.forward(self._passes, keep_graph)
 
             def decide(table: np.ndarray) -> Sequence[float]:
@@ -341,18 +355,18 @@ class APTS:
 
             # The device is waited for here, once for all numbers.
             products = self.products.own(self._gradient, step)
-            loss, trial_loss, *own = torch.stack([self._run.loss, trial.loss, *products]).tolist()
+            loss, trial_loss, *own = torch.stack([self._evaluated.loss, trial.loss, *products]).tolist()
             *record, self._most_work = self.comm.agree([loss, trial_loss, self.events.work, *own], decide)
-        judged = Judged(*record[:5], bool(record[5]), *record[6:])
-        self.state.radius = judged.next_radius
-        if judged.accepted:
-            self.objective.buffers.accept()
-            self._remember(judged.loss)
-            self._forget()
-            self._run = trial if keep_graph else None
-        else:
-            self.vector.values.copy_(self._accepted_values)
-        return judged
+            judged = judged_of(record)
+            self.state.radius = judged.next_radius
+            if judged.accepted:
+                self.objective.buffers.accept()
+                self._remember(judged.loss)
+                self._forget()
+                self._run = trial if keep_graph else None
+            else:
+                self.vector.values.copy_(self._accepted_values)
+            return judged
 
     def _remember(self, loss: float) -> None:
         window = self.options.trust_region.window
@@ -360,9 +374,10 @@ class APTS:
 
     def _take_global_step(self, repeated: bool) -> Judged:
         """Trust-region step over all parameters at the point that the Schwarz step led to."""
+        assert self.global_step is not None
         self._evaluate()
         with self.events.timed("global step"):
-            step, predicted = self.global_step.find(self._passes, self._gradient, self.state.radius)
+            step, predicted = self.global_step.find(self._passes, self._gradient, self._radius)
         return self._judge(step, predicted, keep_graph=repeated)
 
     def _cauchy_length(self) -> float:
@@ -379,7 +394,7 @@ class APTS:
         values.add_(direction, alpha=length)
         self.objective.evaluate(self._passes)
         values.copy_(self._accepted_values)
-        slope, moved = self.products.dot(gradient, direction), self.products.dot(self._gradient, direction)
+        slope, moved = self.products.dots((gradient, direction), (self._gradient, direction))
 
         def decide(table: np.ndarray) -> Sequence[float]:
             curvature = (moved - slope) / length
@@ -424,7 +439,7 @@ class APTS:
         Parameters
         ----------
         checkpoint
-            The file, from `apts_mpi.checkpoint.open_checkpoint` or `newest_valid`.
+            The file, from `apts_mpi.checkpoint.open_checkpoint` or `apts_mpi.checkpoint.newest_valid`.
         metadata
             What `save` returned.
 
@@ -460,7 +475,7 @@ class APTS:
         return self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
-        """Tensors and numbers that have the same bits on all ranks."""
+        """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
         last_step = [] if self.coarse is None else [self.coarse.last_step]
         return [*named_tensors(self.network).values(), *last_step], self.state
 
@@ -470,14 +485,16 @@ class APTS:
 
     def repeat(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> None:
         """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
-        self._cut(batch, rows)
+        with self.events.timed("data"):
+            self._cut(batch, rows)
         if self._saved.differentiated:
             self._evaluate()
         elif self._saved.evaluated:
-            self._run = self.objective.forward(self._passes, keep_graph=True)
+            with self.events.timed("global evaluation"):
+                self._run = self.objective.forward(self._passes, keep_graph=True)
         if self._saved.correction is not None:
             self.schwarz.assembled.copy_(self._saved.correction)
-            self.schwarz.open_rows(self._run.caches)
+            self.schwarz.open_rows(self._evaluated.caches)
             self._prepare_coarse()
             self._has_correction = True
 

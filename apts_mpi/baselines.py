@@ -71,7 +71,7 @@ class DataParallel:
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm,
+        comm: MPI.Intracomm,
         optimizer: str,
         learning_rate: float,
         seed: int = 0,
@@ -109,31 +109,33 @@ class DataParallel:
         started = seconds()
         self.events.work = 0.0
         self.iteration += 1
-        passes, batch_size = passes_of_batch(
-            batch,
-            rows,
-            layout=self.layout,
-            subdomains=self._everything,
-            comm=self.comm,
-            local_data="shard",
-            whole=True,
-            stream=(self._seed, self.iteration),
-        )
+        with self.events.timed("data"):
+            passes, batch_size = passes_of_batch(
+                batch,
+                rows,
+                layout=self.layout,
+                subdomains=self._everything,
+                comm=self.comm,
+                local_data="shard",
+                whole=True,
+                stream=(self._seed, self.iteration),
+            )
         first: list[tuple[float, float]] = []
         most_work = 0.0
 
         def closure() -> float:
             nonlocal most_work
-            run = self.objective.forward(passes, keep_graph=True)
-            self.objective.backward(passes, run)
-            own = [float(run.loss), self.events.work]
-            loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
-            if not first:
-                self.objective.buffers.accept()
-                first.append((loss, float(torch.linalg.vector_norm(self._flat.grad))))
+            with self.events.timed("global evaluation"):
+                run = self.objective.evaluate(passes)
+                own = [float(run.loss), self.events.work]
+                loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
+                if not first:
+                    self.objective.buffers.accept()
+                    first.append((loss, float(torch.linalg.vector_norm(self._flat.grad))))
             return loss
 
-        self.optimizer.step(closure)
+        with self.events.timed("optimizer"):
+            self.optimizer.step(closure)
         evaluations = most_work * self.comm.size / batch_size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
 from apts_mpi.objective import Pass
+from apts_mpi.options import LocalData
 from apts_mpi.partition import Layout, Subdomain, split
 
 
@@ -20,7 +20,7 @@ def passes_of_batch(
     layout: Layout,
     subdomains: Sequence[Subdomain],
     comm: Communicator,
-    local_data: Literal["shard", "full"],
+    local_data: LocalData,
     whole: bool,
     stream: tuple[int, ...],
 ) -> tuple[list[Pass], int]:
@@ -75,9 +75,11 @@ def passes_of_batch(
     passes = []
     for (start, stop), group in zip(ranges, groups, strict=True):
         shard = (0, count) if local_data == "full" else split(count, layout.subdomains, group[0].index)
+        part = slice(start, stop) if rows is None else rows[start:stop]
         passes.append(
             Pass(
-                *(data[slice(start, stop) if rows is None else rows[start:stop]] for data in batch),
+                inputs[part],
+                targets[part],
                 weight=(stop - start) / total,
                 stream=(*stream, group[0].index if local_data == "shard" else 0, member),
                 subdomains=group,

@@ -1,6 +1,7 @@
-"""``python -m apts_mpi.bench iteration|checkpoint``: what a part costs, as ratios within one run.
+"""``python -m apts_mpi.bench iteration|checkpoint|events``: what a part costs, as ratios within one run.
 
-An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes.
+An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes, the timers of the events
+beside the iteration that they time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
 from apts_mpi.bench_checkpoint import checkpoint
+from apts_mpi.bench_events import events
 from apts_mpi.bench_pipeline import memory, pipeline
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
@@ -69,7 +71,7 @@ class BarePasses:
 class Iteration:
     """Iterations of a solver on one batch."""
 
-    def __init__(self, comm: MPI.Comm, options: APTSOptions) -> None:
+    def __init__(self, comm: MPI.Intracomm, options: APTSOptions) -> None:
         self._solver = APTS(network(), cross_entropy, comm=comm, options=options)
         self._batch = batch()
 
@@ -147,6 +149,9 @@ def main() -> None:
     four.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
     four.add_argument("--repetitions", type=int, default=10, help="timed calls of each kind (default: 10)")
     four.set_defaults(command=pipeline)
+    five = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
+    five.add_argument("--repetitions", type=int, default=100, help="timed iterations of each kind (default: 100)")
+    five.set_defaults(command=events)
     arguments = vars(parser.parse_args())
     arguments.pop("command")(**arguments)
 

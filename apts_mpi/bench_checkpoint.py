@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
 
-from apts_mpi.checkpoint import CheckpointDirectory, split_evenly
+from apts_mpi.checkpoint import Array, CheckpointDirectory, split_evenly
 from apts_mpi.checkpoint.writers import choose_writer
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import pause
@@ -68,6 +69,11 @@ def write_raw(path: Path, content: memoryview) -> None:
         os.fsync(file.fileno())
 
 
+def save_next(checkpoints: CheckpointDirectory, arrays: list[Array], steps: Iterator[int]) -> None:
+    """Save under a new step, as a run does: to replace a file takes the time that its removal takes. Collective."""
+    checkpoints.save(arrays, {}, next(steps))
+
+
 def cases_of(size: int, arrays: dict[str, np.ndarray], directory: Path, stack: ExitStack) -> Iterator[Case]:
     """All ways for the first ``size`` ranks; ``stack`` takes what is to be closed. Collective."""
     world = MPI.COMM_WORLD
@@ -85,7 +91,7 @@ def cases_of(size: int, arrays: dict[str, np.ndarray], directory: Path, stack: E
         if taking_part:
             path = directory / f"{writer}-{size}"
             checkpoints = stack.enter_context(CheckpointDirectory(path, group, keep_last=1, writer=writer))
-            save = partial(checkpoints.save, split_evenly(arrays, group), {}, 0)
+            save = partial(save_next, checkpoints, split_evenly(arrays, group), itertools.count())
         yield Case(f"checkpoint, writer {writer}", size, save)
 
 

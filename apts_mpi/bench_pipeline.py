@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from apts_mpi.apts import APTS
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import free_port
-from apts_mpi.events import Events
+from apts_mpi.events import Event, Events
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
 from apts_mpi.schedules import SCHEDULES, ideal_bubble
 from apts_mpi.staged import StagedAPTS, build_stage
@@ -51,7 +52,7 @@ def batch(samples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def options(layout: str, subdomains: int, solver: str, **pipeline: object) -> APTSOptions:
+def options(layout: Any, subdomains: int, solver: Any, **pipeline: Any) -> APTSOptions:
     """The same solver in both layouts."""
     return APTSOptions(
         layout=layout,
@@ -90,7 +91,7 @@ def memory(layers: int, width: int) -> None:
         Console(width=max(Console().width, WIDTH)).print(table)
 
 
-def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Comm) -> list[int]:
+def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intracomm) -> list[int]:
     """Largest bytes of a rank: parameters, gradients, the rest, and their sum."""
     own = [0, 0, 0, 0]
     if kind != "one rank" or world.rank == 0:
@@ -180,7 +181,9 @@ def _print_times(
 class _Evaluation:
     """Gradient evaluations of a staged solver on one batch."""
 
-    def __init__(self, comm: MPI.Comm, layers: int, width: int, micro_batches: int, schedule: str, data: tuple) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, layers: int, width: int, micro_batches: int, schedule: str, data: tuple
+    ) -> None:
         chosen = options("staged", layers, "sgd", micro_batches=micro_batches, schedule=schedule)
         chosen = _without_coarse_level(chosen)
         self._solver = StagedAPTS(network(layers, width), cross_entropy, comm=comm, options=chosen)
@@ -188,18 +191,20 @@ class _Evaluation:
         self._start()
 
     def _start(self) -> None:
-        events = self._solver.events.totals
-        self._before = events["stage work"].seconds, events["pipeline"].seconds
+        self._before = replace(self._event)
+
+    @property
+    def _event(self) -> Event:
+        return self._solver.events.totals["global evaluation"]
 
     def __call__(self) -> None:
-        with self._solver.events.timed("pipeline"):
+        with self._solver.events.timed("global evaluation"):
             self._solver.evaluate()
 
     def bubble(self) -> float:
-        """Share of the time in which this rank did not work on a micro-batch."""
-        events = self._solver.events.totals
-        work, elapsed = events["stage work"].seconds - self._before[0], events["pipeline"].seconds - self._before[1]
-        return 1.0 - work / elapsed
+        """Share of the time in which this rank waited."""
+        event, before = self._event, self._before
+        return 1.0 - (event.own_seconds - before.own_seconds) / (event.seconds - before.seconds)
 
 
 def _without_coarse_level(chosen: APTSOptions) -> APTSOptions:
@@ -207,7 +212,7 @@ def _without_coarse_level(chosen: APTSOptions) -> APTSOptions:
 
 
 def _local_seconds(
-    world: MPI.Comm, layers: int, width: int, micro_batches: int, data: tuple, repetitions: int
+    world: MPI.Intracomm, layers: int, width: int, micro_batches: int, data: tuple, repetitions: int
 ) -> tuple[float, float]:
     """Seconds of the local solves of an iteration: on one rank that has all stages, and on the slowest of all ranks."""
     found = []
@@ -225,7 +230,7 @@ def _local_seconds(
 
 
 @contextmanager
-def torch_processes(world: MPI.Comm) -> Iterator[None]:
+def torch_processes(world: MPI.Intracomm) -> Iterator[None]:
     """torch's own process group of the same ranks, by gloo."""
     port = world.bcast(free_port() if world.rank == 0 else None)
     torch.distributed.init_process_group(
@@ -238,7 +243,7 @@ def torch_processes(world: MPI.Comm) -> Iterator[None]:
 
 
 def _torch_step(
-    name: str, world: MPI.Comm, whole: nn.Sequential, micro_batches: int, data: tuple[torch.Tensor, torch.Tensor]
+    name: str, world: MPI.Intracomm, whole: nn.Sequential, micro_batches: int, data: tuple[torch.Tensor, torch.Tensor]
 ) -> Callable[[], None]:
     """The same step through ``torch.distributed.pipelining``, with the same stages."""
     comm = Communicator(world, Events())

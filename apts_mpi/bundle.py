@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,30 @@ def tensors_of(bundle: Bundle) -> tuple[torch.Tensor, ...]:
 
 def differentiable(bundle: Bundle) -> tuple[torch.Tensor, ...]:
     """Those of its tensors that can have a gradient."""
-    return tuple(tensor for tensor in tensors_of(bundle) if tensor.is_floating_point() or tensor.is_complex())
+    return tuple(tensor for tensor in tensors_of(bundle) if _is_differentiable(tensor))
+
+
+def _is_differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def with_differentiable(bundle: Bundle, parts: Sequence[torch.Tensor]) -> Bundle:
+    """The bundle with ``parts`` in the places of its differentiable tensors."""
+    given = iter(parts)
+    return map_tensors(lambda tensor: next(given) if _is_differentiable(tensor) else tensor, bundle)
+
+
+def with_tangents(bundle: Bundle, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """A bundle and the tangents of its differentiable tensors as one tuple, see `without_tangents`."""
+    return (*tensors_of(bundle), *tangents)
+
+
+def without_tangents(joined: Bundle, is_tuple: bool) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+    """The bundle, which is a tuple or one tensor, and the tangents of which `with_tangents` has made ``joined``."""
+    tensors = tensors_of(joined)
+    counts = range(1, len(tensors) + 1)
+    count = next(count for count in counts if count + len(differentiable(tensors[:count])) == len(tensors))
+    return tensors[:count] if is_tuple else tensors[0], tensors[count:]
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], bundle: Bundle) -> Bundle:

@@ -17,7 +17,7 @@ from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.partition import Subdomain
-from apts_mpi.trust_region import minimise_in_ball
+from apts_mpi.trust_region import NormKind, minimise_in_ball
 from apts_mpi.vector import norm
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
@@ -77,6 +77,23 @@ def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
     return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
 
 
+def inner_products(columns: Sequence[Column]) -> torch.Tensor:
+    """Inner products of columns, shape (m, m), float64; zero for those that share no index."""
+    count = len(columns)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=columns[0].values.device)
+    for first, left in enumerate(columns):
+        for second in range(first, count):
+            right = columns[second]
+            start, stop = max(left.start, right.start), min(left.stop, right.stop)
+            if start < stop:
+                product = torch.dot(
+                    left.values[start - left.start : stop - left.start],
+                    right.values[start - right.start : stop - right.start],
+                )
+                gram[first, second] = gram[second, first] = product
+    return gram
+
+
 class CoarseLevel:
     """Finds the best combination of the subdomains' columns within the trust region.
 
@@ -112,7 +129,7 @@ class CoarseLevel:
         subdomains: Sequence[Subdomain],
         comm: Communicator,
         events: Events,
-        kind: str,
+        kind: NormKind,
     ) -> None:
         self._options = options
         # Subdomains of data all have the same part: the whole.
@@ -120,6 +137,8 @@ class CoarseLevel:
         self._comm = comm
         self._events = events
         self._kind = kind
+        assert options.norm != "auto"  # composed
+        self._norm: Literal["2", "scaled"] = options.norm
         self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
         self.step = torch.zeros_like(objective.vector.values)
         self.last_step = torch.zeros_like(self.step)
@@ -160,7 +179,7 @@ class CoarseLevel:
             count, leads = len(self._columns), self._comm.rank == 0
             # The device is waited for once.
             parts = [] if rows else [self._curvature_of_passes(passes, batch_size)]
-            parts += [self._gram(), self._slope(gradient)[None]] if leads else []
+            parts += [inner_products(self._columns), self._slope(gradient)[None]] if leads else []
             own = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, count))
             curvature = self._products_of_rows(passes, rows, batch_size) if rows else own[:count]
             total = self._comm.sum_on_root(curvature)
@@ -214,22 +233,6 @@ class CoarseLevel:
             return self._options.samples
         return min(1.0, ENOUGH_TARGETS / (batch_size * targets[0].numel()))
 
-    def _gram(self) -> torch.Tensor:
-        """Inner products of the columns, shape (m, m), float64; zero for those that share no index."""
-        count = len(self._columns)
-        gram = torch.zeros(count, count, dtype=torch.float64, device=self.step.device)
-        for first, left in enumerate(self._columns):
-            for second in range(first, count):
-                right = self._columns[second]
-                start, stop = max(left.start, right.start), min(left.stop, right.stop)
-                if start < stop:
-                    product = torch.dot(
-                        left.values[start - left.start : stop - left.start],
-                        right.values[start - right.start : stop - right.start],
-                    )
-                    gram[first, second] = gram[second, first] = product
-        return gram
-
     def recombine(self, radius: float) -> float:
         """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective."""
         count = len(self._columns)
@@ -237,9 +240,10 @@ class CoarseLevel:
 
         def decide() -> list[float]:
             model = self._model
+            assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [0.0] * count + [math.nan]  # which is judged a rejection
-            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._options.norm)
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             self._combine(coefficients)
             length = float(norm(self.step, self._kind))
@@ -251,7 +255,7 @@ class CoarseLevel:
             self._combine(coefficients)
         return predicted
 
-    def _combine(self, coefficients: Sequence[float]) -> None:
+    def _combine(self, coefficients: Sequence[float] | np.ndarray) -> None:
         self.step.zero_()
         for coefficient, column in zip(coefficients, self._columns, strict=True):
             self.step[column.start : column.stop].add_(column.values, alpha=float(coefficient))

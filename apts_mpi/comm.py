@@ -17,13 +17,19 @@ from apts_mpi.events import Events
 from apts_mpi.patience import Patience
 from apts_mpi.transport import Bytes, Event, Mirror
 
+# Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
+CLOCK, TURN = 900, 901
+
+# Round trips by which two clocks are compared. The shortest counts: the others met a busy machine.
+ROUND_TRIPS = 20
+
 
 class _Private:
     """A duplicate of a user's communicator, and its groups by the colors of all ranks."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm.Dup()
-        self.groups: dict[tuple[int, ...], MPI.Comm] = {}
+        self.groups: dict[tuple[int, ...], Any] = {}
 
     def free(self) -> None:
         for group in self.groups.values():
@@ -36,8 +42,8 @@ class _Private:
 _PRIVATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
 
 
-def _private(comm: MPI.Comm) -> _Private:
-    private = comm.Get_attr(_PRIVATE)
+def _private(comm: MPI.Intracomm) -> _Private:
+    private: Any = comm.Get_attr(_PRIVATE)
     if private is None:
         private = _Private(comm)
         comm.Set_attr(_PRIVATE, private)
@@ -109,9 +115,13 @@ class Pending:
         self._operations = 0
         self._requests: list[MPI.Request] = []
         self._finish: list[Callable[[], None]] = []
+        self._event = events.present
+        self._since: float | None = None
 
     def add(self, ready: Event, start: Callable[[], MPI.Request], finish: Callable[[], None]) -> None:
         """Take in one more operation: after what, how it starts, and what remains to do once it has completed."""
+        if self._since is None:
+            self._since = seconds()
         self._operations += 1
         self._finish.append(finish)
         self._starts.add(ready, lambda: self._requests.append(start()))
@@ -121,23 +131,39 @@ class Pending:
 
         Most libraries move nothing outside of a call.
         """
+        done = self._all_done()
+        if done:
+            self._note_completion(seconds())
+        return done
+
+    def _all_done(self) -> bool:
         self._starts.advance()
         return MPI.Request.Testall(self._requests) and len(self._requests) == self._operations
 
     def wait(self, what: str = "a reduction") -> None:
         """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
+        began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
                 self._starts.finish()
                 with WAITING.noted(what):
                     MPI.Request.Waitall(self._requests)
             else:
-                self._patience.wait(self.progress, what)
+                self._patience.wait(self._all_done, what)
+        self._note_completion(began)
         for finish in self._finish:
             finish()
         self._operations = 0
         self._requests.clear()
         self._finish.clear()
+
+    def _note_completion(self, waiting_since: float) -> None:
+        """Add the time that the operations were under way to the event that began them."""
+        if self._since is not None:
+            now = seconds()
+            self._event.under_way += now - self._since
+            self._event.waited += now - waiting_since
+            self._since = None
 
 
 class Communicator:
@@ -153,7 +179,7 @@ class Communicator:
         Limits how long this rank waits for others in collectives and pending operations; None waits for ever.
     """
 
-    def __init__(self, comm: MPI.Comm, events: Events, patience: Patience | None = None) -> None:
+    def __init__(self, comm: MPI.Intracomm, events: Events, patience: Patience | None = None) -> None:
         self._private = _private(comm)
         self._mpi = self._private.comm
         self._events = events
@@ -189,18 +215,25 @@ class Communicator:
         return Pending(self._events, self._starts, self.patience)
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
-        """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See `Patience`."""
+        """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
         self.patience = Patience(self._mpi, timeout, places)
 
     @contextmanager
-    def _met(self) -> Iterator[None]:
-        """A blocking collective in the block; before it, wait for all ranks as long as the patience lasts."""
-        what = "all ranks to come to a reduction"
+    def _collective(self, operation: str, size: int = 0) -> Iterator[None]:
+        """Count and time a blocking collective, the block, to which this rank gives ``size`` bytes. Collective.
+
+        Of objects that are pickled the bytes are not known, and not counted.
+        """
         self._starts.finish()
+        self._events.message(operation, size)
         if self.patience is not None:
-            self.patience.wait(self._mpi.Ibarrier().Test, what)
-        with WAITING.noted(what):
-            yield
+            self._events.message("barrier", 0)
+        what = "all ranks to come to a reduction"
+        with self._events.timed("wait"):
+            if self.patience is not None:
+                self.patience.wait(self._mpi.Ibarrier().Test, what)
+            with WAITING.noted(what):
+                yield
 
     def start_send(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
@@ -265,15 +298,15 @@ class Communicator:
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every rank rank 0's contents of ``tensors``, of any dtype; for set-up. Collective."""
-        own = [tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None
-        with WAITING.noted("the tensors of rank 0"):
-            contents = self._mpi.bcast(own)
+        given = sum(tensor.nbytes for tensor in tensors) if self.rank == 0 else 0
+        with self._collective("share", given):
+            contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
         for tensor, content in zip(tensors, contents, strict=True):
             tensor.copy_(torch.from_numpy(content))
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
-        with self._met():
+        with self._collective("collect"):
             return self._mpi.allreduce(number)
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
@@ -291,34 +324,76 @@ class Communicator:
         """
         own = np.asarray(values, dtype=np.float64)
         table = np.empty((self.size, own.size)) if self.rank == 0 else None
-        self._events.message("agree", own.nbytes)
-        with self._events.timed("wait"), self._met():
+        with self._collective("agree", own.nbytes):
             self._mpi.Gather(own, table, root=0)
-        return self.decide(lambda: decide(table))
+        return self.decide(lambda: decide(np.asarray(table)))
 
     def sum_on_root(self, values: np.ndarray) -> np.ndarray | None:
         """Sum of float64 ``values`` over the ranks; None on all ranks but rank 0. Collective."""
         total = np.empty_like(values) if self.rank == 0 else None
-        self._events.message("reduce", values.nbytes)
-        with self._events.timed("wait"), self._met():
+        with self._collective("reduce", values.nbytes):
             self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
         return total
 
     def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = tuple(map(float, decide())) if self.rank == 0 else None
-        with self._events.timed("wait"), self._met():
+        with self._collective("decide", 8 * len(record or ())):
             return self._mpi.bcast(record, root=0)
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
-        with self._events.timed("wait"), self._met():
+        with self._collective("collect"):
             return self._mpi.allgather(value)
 
     def agree_on_text(self, text: str) -> str:
         """Rank 0's ``text``. Collective."""
-        with WAITING.noted("a text of rank 0"):
+        with self._collective("decide"):
             return self._mpi.bcast(text, root=0)
+
+    def clock_offset(self) -> tuple[float, float]:
+        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong. Collective.
+
+        Rank 0 asks each rank for the time; the answer is taken for the time of the middle of the round trip (Cristian,
+        doi 10.1007/BF01784024), which is wrong by at most half of it.
+        """
+        own = np.empty(1)
+        offsets = np.zeros((self.size, 2))
+        with WAITING.noted("all ranks to compare their clocks"):
+            if self.rank > 0:
+                for _ in range(ROUND_TRIPS):
+                    self._mpi.Recv(own, 0, CLOCK)
+                    own[0] = seconds()
+                    self._mpi.Send(own, 0, CLOCK)
+            else:
+                for rank in range(1, self.size):
+                    offsets[rank] = self._compare_clocks(rank, own)
+            self._mpi.Bcast(offsets)
+        return float(offsets[self.rank, 0]), float(offsets[self.rank, 1])
+
+    def _compare_clocks(self, rank: int, answer: np.ndarray) -> tuple[float, float]:
+        trips = []
+        for _ in range(ROUND_TRIPS):
+            asked = seconds()
+            self._mpi.Send(answer, rank, CLOCK)
+            self._mpi.Recv(answer, rank, CLOCK)
+            answered = seconds()
+            trips.append((answered - asked, answer[0] - (asked + answered) / 2))
+        length, offset = min(trips)
+        return offset, length / 2
+
+    def in_turn(self, value: Any) -> Iterator[Any]:
+        """On rank 0 what each rank gives, in the order of ranks, one in memory at a time; to be used up. Collective."""
+        what = "the ranks to give their parts in turn"
+        if self.rank > 0:
+            with WAITING.noted(what):
+                self._mpi.send(value, 0, TURN)
+            return
+        yield value
+        for rank in range(1, self.size):
+            with WAITING.noted(what):
+                given = self._mpi.recv(source=rank, tag=TURN)
+            yield given
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -327,15 +402,15 @@ class Communicator:
         Raises
         ------
         SharedInvalidInput
-            With the message of the first rank that failed. An exception other than `InvalidInput` is raised as it is
-            where it happened.
+            With the message of the first rank that failed. An exception other than `apts_mpi.InvalidInput` is raised
+            as it is where it happened.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        with self._met():
+        with self._collective("collect"):
             messages = self._mpi.allgather(None if error is None else _describe(error))
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):

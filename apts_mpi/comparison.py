@@ -214,10 +214,7 @@ class Run:
 
     def failure(self) -> str:
         """Why the run failed, in the last words about an error that it printed."""
-        path = self.path / OUTPUT
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        errors = [line.strip() for line in lines if re.search(r"error\b", line, re.IGNORECASE)]
-        return (errors or lines or ["it printed nothing"])[-1]
+        return failure_in(self.path / OUTPUT)
 
     def history(self) -> History:
         """The records of a finished run."""
@@ -324,11 +321,18 @@ class Plan:
         return run
 
 
-def check_launcher(ranks: int) -> None:
-    """Raise `InvalidInput` if runs with that many ranks cannot be started from this process."""
+def failure_in(output: Path) -> str:
+    """The last words about an error in what a run printed."""
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
+    errors = [line.strip() for line in lines if re.search(r"error\b", line, re.IGNORECASE)]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+def check_launcher(ranks: int, program: str = "apts_mpi.compare") -> None:
+    """Raise `InvalidInput` if ``program`` cannot start runs with that many ranks from this process."""
     launched = environment.launcher()
     if launched is not None and launched[0] > 1:
-        raise InvalidInput("apts_mpi.compare starts mpirun itself; start it as one process, and give --ranks")
+        raise InvalidInput(f"{program} starts mpirun itself; start it as one process, and give --ranks")
     can_start = ranks == 1 or shutil.which("mpirun") is not None
     require(can_start, "ranks", ranks, "mpirun is not in PATH; add it, or give 1")
 

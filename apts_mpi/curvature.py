@@ -89,6 +89,7 @@ class KroneckerFactors:
         module = self._module
         if isinstance(module, nn.Linear):
             return inputs.reshape(-1, inputs.shape[-1])
+        assert not isinstance(module.padding, str)  # see `curvature_of`
         patches = functional.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
@@ -135,7 +136,7 @@ class EmbeddingFactors:
 class NormalisationDiagonal:
     """Diagonal Fisher matrix of the scale and shift of a normalisation layer, from per-sample gradients."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.LayerNorm | nn.modules.batchnorm._BatchNorm) -> None:
         self._module = module
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:

@@ -14,16 +14,28 @@ from apts_mpi.errors import SharedFailure
 from apts_mpi.network_state import to_numpy
 
 
-def fingerprint(tensors: Iterable[torch.Tensor], numbers: object) -> int:
-    """CRC-32 of the values of tensors and of the text of numbers."""
-    result = zlib.crc32(repr(numbers).encode())
+def fingerprint(tensors: Iterable[torch.Tensor], numbers: object, part: int = 0) -> tuple[int, int, int]:
+    """``part``, and the CRC-32 of the values of tensors and of the text of numbers.
+
+    All ranks share the numbers; those that give the same ``part`` of a network share its tensors.
+    """
+    result = 0
     for tensor in tensors:
         result = zlib.crc32(to_numpy(tensor).reshape(-1).view(np.uint8).data, result)
-    return result
+    return part, result, zlib.crc32(repr(numbers).encode())
 
 
-def check_shared(own: int, iteration: int, comm: Communicator) -> None:
-    """See that all ranks have the same `fingerprint`. Collective.
+def check_shared(own: tuple[int, int, int], iteration: int, comm: Communicator) -> None:
+    """See that all ranks have the same numbers, and those with one part the same tensors. Collective.
+
+    Parameters
+    ----------
+    own
+        This rank's `fingerprint`.
+    iteration
+        For the message.
+    comm
+        The ranks.
 
     Raises
     ------
@@ -32,16 +44,24 @@ def check_shared(own: int, iteration: int, comm: Communicator) -> None:
     """
 
     def decide(table: np.ndarray) -> list[float]:
-        values = table[:, 0]
-        if values.min() == values.max():
-            return [-1.0]
-        usual = Counter(values.tolist()).most_common(1)[0][0]
-        return [float(np.flatnonzero(values != usual)[0])]
+        parts, tensors, numbers = table.T
+        for part in np.unique(parts):
+            ranks = np.flatnonzero(parts == part)
+            if (found := _first_other(tensors[ranks])) is not None:
+                return [float(ranks[place]) for place in found]
+        return list(map(float, _first_other(numbers) or (-1, -1)))
 
-    (rank,) = comm.agree([float(own)], decide)
-    if rank >= 0.0:
+    rank, usual = (int(number) for number in comm.agree(own, decide))
+    if rank >= 0:
         raise SharedFailure(
-            f"after iteration {iteration} rank {int(rank)} has other parameters or another solver state than most "
-            "ranks, and all should have the same bits: its memory, or what changes the network besides the solver, is "
+            f"after iteration {iteration} rank {rank} has other parameters or another solver state than rank {usual}, "
+            "and they should have the same bits: the memory of one, or what changes the network besides the solver, is "
             "at fault; nothing of this is saved, resume from the last checkpoint"
         )
+
+
+def _first_other(values: np.ndarray) -> tuple[int, int] | None:
+    """Places of the first value that differs from the most frequent one, and of that; None if all are equal."""
+    usual = Counter(values.tolist()).most_common(1)[0][0]
+    others = np.flatnonzero(values != usual)
+    return (int(others[0]), int(np.flatnonzero(values == usual)[0])) if others.size else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from apts_mpi.bundle import Bundle
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state, seed_stream
 from apts_mpi.events import BACKWARD, FORWARD, Events
@@ -16,8 +17,6 @@ from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.transport import Mirror
-from apts_mpi.trust_region import NormKind, euclidean_radius
-from apts_mpi.vector import clip_to_ball
 
 
 class GlobalStep:
@@ -36,9 +35,9 @@ class GlobalStep:
     schwarz
         The preconditioner of steihaug; None is none.
     comm, events
-        The ranks, and where work is counted.
-    kind, products
-        Norm of the ball, and inner products of vectors of all parameters.
+        The ranks that hold the same parameters, and where work is counted.
+    products
+        Inner products of vectors of all parameters, and the norm of the ball.
 
     Attributes
     ----------
@@ -54,7 +53,6 @@ class GlobalStep:
         schwarz: AdditiveSchwarz | None,
         comm: Communicator,
         events: Events,
-        kind: NormKind,
         products: InnerProducts,
     ) -> None:
         self._options = options
@@ -63,8 +61,7 @@ class GlobalStep:
         self._schwarz = schwarz
         self._comm = comm
         self._events = events
-        self._kind = kind
-        self.memory = LSR1()
+        self.memory = LSR1(inner=products)
         self._function: int | None = None
         self._values = self._gradient = objective.vector.values[:0]
 
@@ -128,17 +125,28 @@ class GlobalStep:
         if self._options.model == "first-order":
             return self._inner.steepest_descent(gradient, radius), None
         if self._options.model == "lsr1":
-            model = self.memory
+            model: LSR1 | ProductModel = self.memory
         else:
-            model = ProductModel(self._products(passes), self._preconditioner(), self._agree)
-        step = model.minimise(gradient, euclidean_radius(radius, len(gradient), self._kind))
-        clip_to_ball(step, radius, self._kind)
+            model = ProductModel(self._products(passes), self._preconditioner(), self._agree, self._inner.dots)
+        step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
+        self._inner.clip(step, radius)
         # Rank 0's for all: a model magnifies the different rounding errors of the ranks' sums.
         self._comm.share_tensors([step])
         return step, model.predict(gradient, step)
 
     def _products(self, passes: Sequence[Pass]) -> Product:
         """Products with the curvature of the batch at the present point, summed over passes and ranks."""
+        of_rank = self._products_of_rank(passes)
+
+        def product(direction: torch.Tensor) -> torch.Tensor:
+            total = of_rank(direction)
+            self._comm.sum(Mirror(total))
+            return total
+
+        return product
+
+    def _products_of_rank(self, passes: Sequence[Pass]) -> Product:
+        """The same, summed over this rank's passes."""
         objective = self._objective
         parameters, loss = objective.vector.parameters, objective.loss
         own: list[Product] = []
@@ -155,7 +163,6 @@ class GlobalStep:
             for part, of_pass in zip(passes, own, strict=True):
                 total.add_(of_pass(direction), alpha=part.weight)
                 self._events.count_work(part.samples, 1.0, 2.0 * BACKWARD)
-            self._comm.sum(Mirror(total))
             return total
 
         return product
@@ -166,9 +173,10 @@ class GlobalStep:
         device = part.inputs.device
         with preserved_random_state(device), objective.buffers.copied():
             seed_stream(device, *part.stream)
-            outputs = part.inputs
+            outputs: Bundle = part.inputs
             for segment in objective.segmented.segments:
                 outputs = objective.segmented.run(segment, outputs)
+        assert isinstance(outputs, torch.Tensor)
         return outputs
 
     def _preconditioner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

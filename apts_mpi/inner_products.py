@@ -9,27 +9,28 @@ import numpy as np
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.trust_region import NormKind, steepest_descent
-from apts_mpi.vector import clip_to_ball, norm
+from apts_mpi.trust_region import NormKind, euclidean_radius, steepest_descent
+from apts_mpi.vector import clip_to_ball, dots, norm
 
 
 class InnerProducts:
     """Inner products over all parameters, and the norm of the ball.
 
+    All ranks get the same bits, as rank 0 puts the parts together.
+
     Parameters
     ----------
     kind
         Norm of the ball.
-    parts
-        The ranks that hold the parts of a vector, in the order of ranks; None where every rank holds all of it, which
-        needs no message.
+    comm
+        The ranks, where each holds a part of a vector; None where every rank holds all of it, which needs no message.
     rows
-        Those ranks, numbered as in a table that rank 0 gathers.
+        Ranks that hold one part each, in the order of the parts; those behind one hold copies of its part.
     """
 
-    def __init__(self, kind: NormKind, parts: Communicator | None = None, rows: Sequence[int] = (0,)) -> None:
+    def __init__(self, kind: NormKind, comm: Communicator | None = None, rows: Sequence[int] = (0,)) -> None:
         self._kind = kind
-        self._parts = parts
+        self._comm = comm
         self._rows = list(rows)
 
     def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[torch.Tensor]:
@@ -40,36 +41,77 @@ class InnerProducts:
     def of_table(self, table: np.ndarray) -> tuple[float, float, float]:
         """Inner product, norm of the step, and 2-norm of the gradient, from what `own` returned on all ranks."""
         products, steps, gradients = table[self._rows].T
-        return math.fsum(products), self._join(steps), math.hypot(*gradients)
+        return float(products.sum()), self._join(steps), math.hypot(*gradients)
 
-    def _join(self, norms: Sequence[float]) -> float:
+    def _join(self, norms: Sequence[float] | np.ndarray) -> float:
         """Norm of a vector from those of its parts; not a number if one of them is not."""
         return math.hypot(*norms) if self._kind == "2" else float(np.max(norms))
+
+    def sum(self, own: np.ndarray) -> np.ndarray:
+        """Sum over the parts of an array of float64 numbers. Collective over the parts."""
+        if self._comm is None:
+            return own
+        total = self._comm.agree(own.ravel().tolist(), lambda table: table[self._rows].sum(axis=0).tolist())
+        return np.array(total).reshape(own.shape)
 
     def norm(self, vector: torch.Tensor) -> float:
         """Norm of the ball. Collective over the parts."""
         own = float(norm(vector, self._kind))
-        if self._parts is None:
+        if self._comm is None:
             return own
-        return self._parts.agree([own], lambda table: [self._join(table[:, 0])])[0]
+        return self._comm.agree([own], lambda table: [self._join(table[self._rows, 0])])[0]
 
     def euclidean_norms(self, *vectors: torch.Tensor) -> tuple[float, ...]:
         """2-norms. Collective over the parts."""
-        own = [float(norm(vector, "2")) for vector in vectors]
-        if self._parts is None:
+        own = torch.stack([norm(vector, "2") for vector in vectors]).tolist()
+        if self._comm is None:
             return tuple(own)
-        return self._parts.agree(own, lambda table: [math.hypot(*column) for column in table.T])
+        return self._comm.agree(own, lambda table: [math.hypot(*column) for column in table[self._rows].T])
 
-    def dot(self, vector: torch.Tensor, other: torch.Tensor) -> float:
-        """Inner product. Collective over the parts."""
-        own = float(torch.dot(vector, other))
-        if self._parts is None:
-            return own
-        return self._parts.agree([own], lambda table: [math.fsum(table[:, 0])])[0]
+    def dots(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, ...]:
+        """Inner products of pairs of vectors. Collective over the parts."""
+        return tuple(self.sum(np.array(dots(*pairs))).tolist())
+
+    def of_columns(self, matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """``matrix^T vector``, shape (k,), for a matrix of k vectors as columns. Collective over the parts."""
+        own = matrix.T @ vector
+        return own if self._comm is None else torch.from_numpy(self.sum(own.double().cpu().numpy())).to(own)
+
+    def orthonormalise(self, matrix: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+        """QR decomposition of a matrix of k vectors as columns. Collective over the parts.
+
+        Of parts it is that of the triangles of their own decompositions, one below the other (Demmel et al., doi
+        10.1137/080731992), which is as accurate as that of the whole.
+
+        Returns
+        -------
+        Tensor, shape (n, k)
+            Orthonormal columns.
+        ndarray, shape (k, k), float64
+            The triangle.
+        """
+        orthonormal, triangle = torch.linalg.qr(matrix)
+        root = triangle.double().cpu().numpy()
+        if self._comm is None:
+            return orthonormal, root
+        own, size = len(root), root.shape[1]
+        square = np.zeros((size, size))  # a part may have fewer rows than there are columns
+        square[:own] = root
+        stack = np.zeros((self._comm.size, size, size))
+
+        def decide(table: np.ndarray) -> list[float]:
+            parts, root = np.linalg.qr(table[self._rows].reshape(-1, size))
+            stack[self._rows] = parts.reshape(-1, size, size)
+            return [*root.ravel(), *stack.ravel()]
+
+        found = np.array(self._comm.agree(square.ravel().tolist(), decide)).reshape(-1, size, size)
+        root, parts = found[0], found[1:]
+        place = max(row for row in self._rows if row <= self._comm.rank)
+        return orthonormal @ torch.from_numpy(parts[place, :own]).to(orthonormal), root
 
     def clip(self, vector: torch.Tensor, radius: float) -> None:
         """Scale ``vector`` in place so that its norm is at most ``radius``. Collective over the parts."""
-        if self._parts is None:
+        if self._comm is None:
             clip_to_ball(vector, radius, self._kind)
             return
         length = self.norm(vector)
@@ -78,7 +120,12 @@ class InnerProducts:
 
     def steepest_descent(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
         """Minimiser of ``gradient . step`` in the ball, zero for a zero gradient. Collective over the parts."""
-        if self._parts is None or self._kind == "inf":
+        if self._comm is None or self._kind == "inf":
             return steepest_descent(gradient, radius, self._kind)
         (length,) = self.euclidean_norms(gradient)
         return gradient * (-radius / (length or 1.0))
+
+    def euclidean_radius(self, radius: float, vector: torch.Tensor) -> float:
+        """Radius of the smallest 2-norm ball that holds the ball of ``radius``. Collective over the parts."""
+        (size,) = self.sum(np.array([float(len(vector))]))
+        return euclidean_radius(radius, int(size), self._kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -48,6 +49,12 @@ class Judged:
     next_radius: float
     step_norm: float
     gradient_norm: float
+
+
+def judged_of(record: Sequence[float]) -> Judged:
+    """A judged step from the numbers of its fields, in their order."""
+    loss, trial_loss, predicted, actual, rho, accepted, *rest = record
+    return Judged(loss, trial_loss, predicted, actual, rho, bool(accepted), *rest)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 
+from apts_mpi.bundle import Bundle, detached, differentiable, tensors_of, with_differentiable
 from apts_mpi.environment import preserved_random_state, seed_stream
 from apts_mpi.events import FORWARD, Events
 from apts_mpi.objective import Loss, Pass
@@ -73,7 +75,7 @@ class Linearisation:
             J is the Jacobian of the outputs, H the Hessian of the loss with respect to them.
         """
         with self.drawing(part):
-            outputs, tangents = self.tangents(part.inputs, columns)
+            outputs, (tangents,) = self.tangents(part.inputs, columns)
         return self.between(outputs, part.targets, tangents)
 
     @contextmanager
@@ -84,11 +86,11 @@ class Linearisation:
             seed_stream(device, *part.stream)
             yield
 
-    def between(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def between(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """The loss's Hessian between tangents of the outputs, shape (m, m), float64."""
         return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
 
-    def _curved(self, outputs: torch.Tensor, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+    def _curved(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
         """H times each tangent, by differentiating the gradient of the loss alone."""
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()
@@ -98,14 +100,15 @@ class Linearisation:
             return torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
 
     def tangents(
-        self, inputs: torch.Tensor, columns: Sequence[Column], entering: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs, shape (samples, ...), and J S, shape (m, samples, ...).
+        self, inputs: Bundle, columns: Sequence[Column], entering: tuple[torch.Tensor, ...] = ()
+    ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+        """The outputs, and J S of each of their differentiable tensors, shape (m, samples, ...).
 
-        ``entering`` has the tangents of the inputs along the first columns, shape (columns, samples, ...).
+        ``entering`` has the tangents of the differentiable inputs along the first columns, shape (columns, samples,
+        ...).
         """
         activations, tangents = inputs, entering
-        joined = list(range(len(entering))) if entering is not None else []
+        joined = list(range(len(entering[0]))) if entering else []
         for index, segment in enumerate(self._segmented.segments):
             moving = [
                 number
@@ -113,21 +116,23 @@ class Linearisation:
                 if any(column.start < entry.stop and entry.start < column.stop for entry in self._own[index].values())
             ]
             moved = self._along_parameters(index, activations, [columns[number] for number in moving])
+            samples = len(tensors_of(activations)[0])
             activations, carried = _along_inputs(segment, activations, tangents)
             self._events.count_work(
-                len(inputs), self._segmented.share(index, index), FORWARD * (1 + len(joined) + len(moving))
+                samples, self._segmented.share(index, index), FORWARD * (1 + len(joined) + len(moving))
             )
             joined, tangents = _merge(joined, carried, moving, moved)
         order = [joined.index(number) if number in joined else None for number in range(len(columns))]
-        zero = torch.zeros_like(activations)
-        return activations, torch.stack([zero if place is None else tangents[place] for place in order])
+        found = []
+        for place, tensor in enumerate(differentiable(activations)):
+            zero = torch.zeros_like(tensor)
+            found.append(torch.stack([zero if number is None else tangents[place][number] for number in order]))
+        return activations, tuple(found)
 
-    def _along_parameters(
-        self, index: int, activations: torch.Tensor, columns: Sequence[Column]
-    ) -> torch.Tensor | None:
-        """Tangents of a segment's outputs along its own parameters, shape (columns, samples, ...)."""
+    def _along_parameters(self, index: int, activations: Bundle, columns: Sequence[Column]) -> tuple[torch.Tensor, ...]:
+        """Tangents of a segment's outputs along its own parameters, shape (columns, samples, ...); empty: none move."""
         if not columns:
-            return None
+            return ()
         segment = self._segmented.segments[index]
         # Copies: forward mode gives a tangent as much memory as its primal's storage has, which for a view of the flat
         # vector is that of all parameters.
@@ -138,15 +143,14 @@ class Linearisation:
         }
         if isinstance(segment, BILINEAR):
             frozen = {name: torch.zeros_like(value) for name, value in segment.named_parameters()}
-            return torch.stack(
-                [
-                    functional_call(segment, frozen | {name: d[number] for name, d in directions.items()}, activations)
-                    for number in range(len(columns))
-                ]
-            )
+            moved = [
+                functional_call(segment, frozen | {name: d[number] for name, d in directions.items()}, activations)
+                for number in range(len(columns))
+            ]
+            return (torch.stack(moved),)
 
-        def outputs(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            return functional_call(segment, values, (activations,))
+        def outputs(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return differentiable(functional_call(segment, values, (activations,)))
 
         return vmap(lambda direction: jvp(outputs, (parameters,), (direction,))[1], randomness="same")(directions)
 
@@ -167,52 +171,67 @@ def _direction(column: Column, entry: Entry) -> torch.Tensor:
 
 
 def _along_inputs(
-    segment: nn.Module, activations: torch.Tensor, tangents: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...)."""
-    if tangents is None:
-        return segment(activations), None
+    segment: nn.Module, activations: Bundle, tangents: tuple[torch.Tensor, ...]
+) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+    """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...); empty: none move."""
+    if not tangents:
+        return segment(activations), ()
     if isinstance(segment, BILINEAR):
         values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
-        moved = functional_call(segment, values, (tangents.flatten(0, 1),))
-        return segment(activations), moved.unflatten(0, tangents.shape[:2])
+        moved = functional_call(segment, values, (tangents[0].flatten(0, 1),))
+        return segment(activations), (moved.unflatten(0, tangents[0].shape[:2]),)
     if next(segment.parameters(), None) is None:
         return _along_inputs_by_transposes(segment, activations, tangents)
-    moved = vmap(lambda tangent: jvp(segment, (activations,), (tangent,))[1], randomness="same")(tangents)
+
+    def outputs(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return differentiable(segment(with_differentiable(activations, parts)))
+
+    point = differentiable(activations)
+    moved = vmap(lambda *directions: jvp(outputs, point, directions)[1], randomness="same")(*tangents)
     return segment(activations), moved
 
 
 def _along_inputs_by_transposes(
-    segment: nn.Module, activations: torch.Tensor, tangents: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    segment: nn.Module, activations: Bundle, tangents: tuple[torch.Tensor, ...]
+) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
     """The same for activation functions and the like: the derivative of ``v -> J^T v``, transposed.
 
     Forward mode would do as well, but its first use imports for seconds, and it runs the segment once more.
     """
     with torch.enable_grad():
-        point = activations.detach().requires_grad_()
-        outputs = segment(point)
-        weights = torch.zeros_like(outputs, requires_grad=True)
-        (transposed,) = torch.autograd.grad(outputs, point, weights, create_graph=True)
-        moved = torch.autograd.grad(transposed, weights, tangents, is_grads_batched=True)[0]
-    return outputs.detach(), moved
+        point = [tensor.detach().requires_grad_() for tensor in differentiable(activations)]
+        outputs = segment(with_differentiable(activations, point))
+        moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
+        weights = [torch.zeros_like(tensor, requires_grad=True) for tensor in moving]
+        pulled = torch.autograd.grad(moving, point, weights, create_graph=True, allow_unused=True)
+        used = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=True) if part is not None]
+        parts, directions = zip(*used, strict=True)
+        moved = iter(torch.autograd.grad(parts, weights, directions, is_grads_batched=True))
+    columns = len(tangents[0])
+    return detached(outputs), tuple(
+        next(moved) if tensor.requires_grad else tensor.new_zeros(columns, *tensor.shape)
+        for tensor in differentiable(outputs)
+    )
 
 
 def _merge(
-    joined: list[int], carried: torch.Tensor | None, moving: list[int], moved: torch.Tensor | None
-) -> tuple[list[int], torch.Tensor | None]:
+    joined: list[int], carried: tuple[torch.Tensor, ...], moving: list[int], moved: tuple[torch.Tensor, ...]
+) -> tuple[list[int], tuple[torch.Tensor, ...]]:
     """Add the tangents along inputs and along parameters, column by column."""
-    if moved is None:
+    if not moved:
         return joined, carried
-    if carried is None:
+    if not carried:
         return moving, moved
     fresh = [place for place, number in enumerate(moving) if number not in joined]
-    for place, number in enumerate(moving):
-        if number in joined:
-            carried[joined.index(number)] += moved[place]
-    if fresh:
-        carried = torch.cat([carried, moved[fresh]])
-    return joined + [moving[place] for place in fresh], carried
+    merged = []
+    for along_inputs, along_parameters in zip(carried, moved, strict=True):
+        if len(carried) > 1:  # a module may hand on one tensor in two places, with one tangent
+            along_inputs = along_inputs.clone()
+        for place, number in enumerate(moving):
+            if number in joined:
+                along_inputs[joined.index(number)] += along_parameters[place]
+        merged.append(torch.cat([along_inputs, along_parameters[fresh]]) if fresh else along_inputs)
+    return joined + [moving[place] for place in fresh], tuple(merged)
 
 
 @contextmanager

@@ -123,6 +123,8 @@ class KFAC:
         layers: Sequence[tuple[Curvature, torch.nn.Module, slice]],
         team: Communicator,
     ) -> None:
+        assert options.damping is not None  # composed
+        self._damping = options.damping
         self._options = options
         self._layers = layers
         self._team = team
@@ -165,7 +167,7 @@ class KFAC:
                 for (curvature, module, part), replaced in zip(self._layers, unseen, strict=True)
             ]
         for means, (curvature, _, _) in zip(self.statistics, self._layers, strict=False):
-            curvature.refresh(means, self._options.damping)
+            curvature.refresh(means, self._damping)
 
     def _update(self, local: LocalObjective) -> None:
         """Take in the statistics of this batch, and factorise."""
@@ -194,7 +196,7 @@ class KFAC:
         for means, statistics, (curvature, _, _) in zip(self.statistics, fresh, self._layers, strict=True):
             for mean, statistic in zip(means, statistics, strict=True):
                 mean.lerp_(statistic, 1.0 - keep)
-            curvature.refresh(means, self._options.damping)
+            curvature.refresh(means, self._damping)
 
     def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
         """A layer whose weights are used without calling it has nothing to measure but its gradient."""
@@ -219,9 +221,9 @@ class KFAC:
 class GaussNewton:
     """Dense Gauss-Newton step of the block within the ball: ``-(J^T H J + mu I)^-1`` times the gradient.
 
-    mu is `damping` times the mean diagonal of ``J^T H J``, or larger to end in the ball: a longer step cut to the ball
-    is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in float64: it
-    has the square of the Jacobian's condition.
+    mu is ``damping`` times the mean diagonal of ``J^T H J``, or larger to end in the ball: a longer step cut to the
+    ball is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in
+    float64: it has the square of the Jacobian's condition.
 
     Attributes
     ----------
@@ -336,6 +338,7 @@ def make_local_solver(
     if options.solver == "kfac":
         return KFAC(options, layers, team)
     if options.solver == "gauss-newton":
+        assert options.damping is not None  # composed
         return GaussNewton(options.iterations, options.damping, team)
     if options.solver == "tr":
         return TrustRegion(options.iterations, trust_region)

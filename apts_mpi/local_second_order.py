@@ -73,8 +73,8 @@ class LSR1TrustRegion:
 class SteihaugTrustRegion(Memoryless):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
-    An iteration costs up to `apts_mpi.models.CG_ITERATIONS` + 1 products. The last one evaluates the objective without
-    its gradient.
+    An iteration costs up to ``apts_mpi.models.CG_ITERATIONS`` + 1 products. The last one evaluates the objective
+    without its gradient.
 
     Parameters
     ----------

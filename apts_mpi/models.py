@@ -6,14 +6,15 @@ A model is ``m(s) = g . s + 1/2 s . B s`` for a gradient g that the caller has; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
+from apts_mpi.inner_products import InnerProducts
 from apts_mpi.objective import Loss
-from apts_mpi.trust_region import minimise_in_ball, steihaug
-from apts_mpi.vector import norm
+from apts_mpi.trust_region import Dots, minimise_in_ball, steihaug
+from apts_mpi.vector import dots
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ProductKind = Literal["gauss-newton", "hessian"]
@@ -45,7 +46,7 @@ class LSR1:
 
     ``B = gamma I + Psi M^-1 Psi^T`` with ``Psi = Y - gamma S`` and ``M = D + L + L^T - gamma S^T S``, where D and L are
     the diagonal and the strictly lower triangle of ``S^T Y`` (Brust, Erway and Marcia, arXiv 1506.07222, section 2).
-    gamma is y . y / s . y of the newest pair, the larger Barzilai-Borwein value, or |y| / |s| where s . y is not
+    gamma is y . y / s . y of the newest pair, the larger Barzilai-Borwein value, or ``|y| / |s|`` where s . y is not
     positive; the lowest eigenvalue of an indefinite B thus belongs to an eigenvector in the span of Psi. Without a pair
     B is zero.
 
@@ -53,6 +54,9 @@ class LSR1:
     ----------
     pairs
         Pairs that are remembered: 3 ``pairs`` vectors with Psi, and as many again while a step is looked for.
+    inner
+        Inner products; where ranks hold parts of the vectors, all methods but `restore` are collective over the parts.
+        None: this rank holds all.
 
     Attributes
     ----------
@@ -62,61 +66,66 @@ class LSR1:
         Curvature outside the span.
     """
 
-    def __init__(self, pairs: int = PAIRS) -> None:
+    def __init__(self, pairs: int = PAIRS, inner: InnerProducts | None = None) -> None:
         self._pairs = pairs
+        self._inner = inner or InnerProducts("2")
         self.steps: list[torch.Tensor] = []
         self.changes: list[torch.Tensor] = []
         self.gamma = 0.0
+        self._formed: tuple[torch.Tensor, np.ndarray] | None = None
 
     def update(self, step: torch.Tensor, change: torch.Tensor) -> None:
         """Take in a pair, unless it is not finite or makes the update of B undefined."""
-        if not (_finite(step, change) and self._admits(step, change)):
+        if self._inner.sum(np.array([float(not _finite(step, change))])) or not self._admits(step, change):
             return
         pairs = [*zip(self.steps, self.changes, strict=True), (step.clone(), change.clone())]
-        self.gamma = _scale(step, change)
-        self.steps, self.changes = [], []
+        self.gamma = self._scale(step, change)
+        self.restore([], [], self.gamma)
         # With another gamma, or without the oldest pair, an update that was defined before may not be.
         for pair in pairs[-self._pairs :]:
             if self._admits(*pair):
-                self.steps.append(pair[0])
-                self.changes.append(pair[1])
-                self._form()
+                self.restore([*self.steps, pair[0]], [*self.changes, pair[1]], self.gamma)
 
     def restore(self, steps: Sequence[torch.Tensor], changes: Sequence[torch.Tensor], gamma: float) -> None:
         """Take over the pairs and the scale of another model."""
         self.steps, self.changes, self.gamma = list(steps), list(changes), gamma
-        if self.steps:
-            self._form()
+        self._formed = None
 
     def _admits(self, step: torch.Tensor, change: torch.Tensor) -> bool:
         residual = change - self.product(step)
-        length = norm(residual, "2")
-        scale = torch.finfo(step.dtype).eps ** 0.5
-        numbers = (torch.dot(step, residual).abs(), norm(step, "2"), length, scale * norm(change, "2"))
-        denominator, step_length, length, least = torch.stack(numbers).tolist()
+        (product,) = self._inner.dots((step, residual))
+        step_length, length, change_length = self._inner.euclidean_norms(step, residual, change)
         # B already explains a change from which nothing but rounding is left.
-        return step_length > 0.0 and length > least and denominator >= SKIP * step_length * length
+        rounding = torch.finfo(step.dtype).eps ** 0.5 * change_length
+        return step_length > 0.0 and length > rounding and abs(product) >= SKIP * step_length * length
 
-    def _form(self) -> None:
-        """Form Psi and the inverse of M."""
-        steps, changes = torch.stack(self.steps, dim=1), torch.stack(self.changes, dim=1)
-        products = (steps.T @ changes).double().cpu().numpy()
-        lower = np.tril(products, -1)
-        middle = np.diag(np.diag(products)) + lower + lower.T
-        middle -= self.gamma * (steps.T @ steps).double().cpu().numpy()
-        self._psi = changes - self.gamma * steps
-        self._inverse = np.linalg.inv(middle)
+    def _scale(self, step: torch.Tensor, change: torch.Tensor) -> float:
+        """The curvature outside the span of the pairs, from the newest one."""
+        along, square = self._inner.dots((step, change), (change, change))
+        return square / along if along > 0.0 else square**0.5 / self._inner.euclidean_norms(step)[0]
+
+    def _form(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Psi and the inverse of M."""
+        if self._formed is None:
+            steps, changes = torch.stack(self.steps, dim=1), torch.stack(self.changes, dim=1)
+            own = torch.stack([steps.T @ changes, steps.T @ steps]).double().cpu().numpy()
+            products, squares = self._inner.sum(own)
+            lower = np.tril(products, -1)
+            middle = np.diag(np.diag(products)) + lower + lower.T - self.gamma * squares
+            self._formed = changes - self.gamma * steps, np.linalg.inv(middle)
+        return self._formed
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
         """B times ``vector``, shape (n,)."""
         if not self.steps:
             return self.gamma * vector
-        coefficients = torch.from_numpy(self._inverse).to(vector) @ (self._psi.T @ vector)
-        return self.gamma * vector + self._psi @ coefficients
+        psi, inverse = self._form()
+        coefficients = torch.from_numpy(inverse).to(vector) @ self._inner.of_columns(psi, vector)
+        return self.gamma * vector + psi @ coefficients
 
     def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
         """See `Model`."""
-        return _predict(gradient, step, self.product(step))
+        return _predict(gradient, step, self.product(step), self._inner.dots)
 
     def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
         """Minimiser in the ball, shape (n,); waits for the device.
@@ -126,9 +135,9 @@ class LSR1:
         Erway and Marcia, section 3).
         """
         basis, values = self._eigenbasis(gradient)
-        inside = basis.T @ gradient
+        inside = self._inner.of_columns(basis, gradient)
         outside = gradient - basis @ inside
-        slope = torch.cat([inside, norm(outside, "2").reshape(1)]).double().cpu().numpy()
+        slope = np.append(inside.double().cpu().numpy(), self._inner.euclidean_norms(outside))
         if not np.isfinite(slope).all():
             return torch.full_like(gradient, torch.nan)
         solution = minimise_in_ball(np.diag([*values, self.gamma]), slope, radius)
@@ -139,9 +148,9 @@ class LSR1:
         """Orthonormal eigenvectors of B that span Psi, shape (n, k), and their eigenvalues."""
         if not self.steps:
             return like.new_zeros(len(like), 0), np.zeros(0)
-        orthonormal, triangle = torch.linalg.qr(self._psi)
-        root = triangle.double().cpu().numpy()
-        values, vectors = np.linalg.eigh(root @ self._inverse @ root.T)
+        psi, inverse = self._form()
+        orthonormal, root = self._inner.orthonormalise(psi)
+        values, vectors = np.linalg.eigh(root @ inverse @ root.T)
         return orthonormal @ torch.from_numpy(vectors).to(like), values + self.gamma
 
 
@@ -154,27 +163,32 @@ class ProductModel:
         B times a vector.
     preconditioner
         Approximate inverse of B times a vector; None is the identity.
-    agree
-        See `steihaug`.
+    agree, dots
+        See `apts_mpi.trust_region.steihaug`.
     """
 
     def __init__(
-        self, product: Product, preconditioner: Product | None = None, agree: Callable[[bool], bool] = bool
+        self,
+        product: Product,
+        preconditioner: Product | None = None,
+        agree: Callable[[bool], bool] = bool,
+        dots: Dots = dots,
     ) -> None:
         self._product = product
         self._preconditioner = preconditioner
         self._agree = agree
+        self._dots = dots
 
     def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
         """See `Model`; collective where the product is."""
         step, _ = steihaug(
-            self._product, gradient, radius, CG_TOLERANCE, CG_ITERATIONS, self._preconditioner, self._agree
+            self._product, gradient, radius, CG_TOLERANCE, CG_ITERATIONS, self._preconditioner, self._agree, self._dots
         )
         return step
 
     def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
         """See `Model`; collective where the product is."""
-        return _predict(gradient, step, self._product(step))
+        return _predict(gradient, step, self._product(step), self._dots)
 
 
 class HessianProducts:
@@ -218,22 +232,38 @@ class GaussNewtonProducts:
         The tensors to differentiate by.
     """
 
-    def __init__(
-        self, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
         self._outputs = outputs
         self._parameters = parameters
         self._weights = torch.zeros_like(outputs, requires_grad=True)
         parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
         self._pulled = torch.cat([part.flatten() for part in parts])
-        self._point = outputs.detach().requires_grad_()
-        (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
+        self._curved = LossHessian(outputs, targets, loss)
 
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
         """The matrix times ``direction``, both in the order of the parameters."""
         tangent = _transposed(self._pulled, [self._weights], direction).view_as(self._outputs)
-        curved = _transposed(self._slope, [self._point], tangent).view_as(self._outputs)
-        return _transposed(self._outputs, self._parameters, curved)
+        return _transposed(self._outputs, self._parameters, self._curved(tangent))
+
+
+class LossHessian:
+    """Products with the Hessian of the loss with respect to the outputs.
+
+    Parameters
+    ----------
+    outputs, targets : Tensor
+        Where, and what the outputs are compared with.
+    loss
+        The loss.
+    """
+
+    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss) -> None:
+        self._point = outputs.detach().requires_grad_()
+        (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
+
+    def __call__(self, tangent: torch.Tensor) -> torch.Tensor:
+        """The Hessian times ``tangent``, both of the shape of the outputs."""
+        return _transposed(self._slope, [self._point], tangent).view_as(tangent)
 
 
 def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -244,14 +274,9 @@ def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights
     return torch.cat([part.flatten() for part in parts])
 
 
-def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor) -> float:
-    return -float(torch.dot(gradient, step) + 0.5 * torch.dot(step, curved))
-
-
-def _scale(step: torch.Tensor, change: torch.Tensor) -> float:
-    """The curvature that `LSR1` takes outside the span of its pairs, from the newest one."""
-    along, square, length = torch.stack([torch.dot(step, change), torch.dot(change, change), norm(step, "2")]).tolist()
-    return square / along if along > 0.0 else square**0.5 / length
+def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor, dots: Dots) -> float:
+    slope, curvature = dots((gradient, step), (step, curved))
+    return -(slope + 0.5 * curvature)
 
 
 def _finite(*vectors: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.transport import on_device
 from apts_mpi.vector import FlatParameters
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -54,11 +55,11 @@ class Cache:
     """
 
     subdomain: Subdomain
-    inputs: Bundle
+    inputs: Any
     random_state: torch.Tensor
     targets: torch.Tensor
     outputs: Bundle | None = None
-    output_gradient: Bundle | None = None
+    output_gradient: Any = None
     value: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     records: list[LayerRecord] = field(default_factory=list)
@@ -238,7 +239,7 @@ class Objective:
         self.backward(passes, run)
         return run
 
-    def load(self, cached: Bundle) -> Bundle:
+    def load(self, cached: Any) -> Bundle:
         """What was cached, as it was."""
         return cached
 

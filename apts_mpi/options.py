@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from apts_mpi.errors import InvalidInput
+
+LocalData = Literal["auto", "shard", "full"]
 
 
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
@@ -60,7 +62,7 @@ class SchwarzOptions:
     partition: Literal["auto", "layer", "index"] = "auto"
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
-    local_data: Literal["auto", "shard", "full"] = "auto"
+    local_data: LocalData = "auto"
     damping: float = 1.0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,9 @@ class SchwarzOptions:
         require_choice("schwarz.type", self.type, ("basic", "restrict"))
         require_choice("schwarz.local_data", self.local_data, ("auto", "shard", "full"))
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
+
+
+LocalSolverName = Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ class LocalOptions:
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
     """
 
-    solver: Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"] = "auto"
+    solver: LocalSolverName = "auto"
     iterations: int = 1
     damping: float | None = None
     decay: float = 0.9
@@ -108,8 +113,7 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        solvers = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
-        require_choice("local.solver", self.solver, solvers)
+        require_choice("local.solver", self.solver, get_args(LocalSolverName))
         require_choice("local.product", self.product, ("gauss-newton", "hessian"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
@@ -200,6 +204,9 @@ class TrustRegionOptions:
         require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
 
 
+GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GlobalStepOptions:
     """The trust-region step over all parameters that follows the Schwarz step.
@@ -214,11 +221,11 @@ class GlobalStepOptions:
         Curvature of steihaug: ``gauss-newton`` or ``hessian``.
     """
 
-    model: Literal["none", "first-order", "lsr1", "steihaug"] = "none"
+    model: GlobalModelName = "none"
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("global_step.model", self.model, ("none", "first-order", "lsr1", "steihaug"))
+        require_choice("global_step.model", self.model, get_args(GlobalModelName))
         require_choice("global_step.product", self.product, ("gauss-newton", "hessian"))
 
 
@@ -314,7 +321,7 @@ class APTSOptions:
     replicas
         Ranks that share the work of one subdomain rank over its samples.
     batch
-        What each rank passes to `step`: the ``whole`` batch, or its own ``shard`` of it.
+        What each rank passes to `apts_mpi.APTS.step`: the ``whole`` batch, or its own ``shard`` of it.
     seed
         Seed of the random numbers that the network draws while it trains (dropout).
     autocast

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.options import LocalData
 
 
 def split(size: int, parts: int, part: int) -> tuple[int, int]:
@@ -136,7 +137,7 @@ def make_subdomains(
         raise InvalidInput(f"subdomains: {count} is too many; the {kind} partition makes at most {most}{remedy}")
     if kind == "layer":
         cuts = balanced_cuts([layer.stop - layer.start for layer in layers], count)
-        starts = [layer.start for layer in layers] + [layers[-1].stop]
+        starts: Sequence[int] = [layer.start for layer in layers] + [layers[-1].stop]
     else:
         cuts = [split(most, count, part)[0] for part in range(count)] + [most]
         starts = range(most + 1)
@@ -237,7 +238,7 @@ class Layout:
         """Subdomains that a team carries."""
         return range(*split(self.subdomains, self.teams, team))
 
-    def shards(self, rank: int, batch_size: int, local_data: Literal["shard", "full"]) -> list[tuple[int, int]]:
+    def shards(self, rank: int, batch_size: int, local_data: LocalData) -> list[tuple[int, int]]:
         """Samples that a rank evaluates, as ranges of the batch: one for each pass through the network.
 
         With ``shard`` a team has one pass for the shard of each of its subdomains, with ``full`` every team has the
@@ -255,7 +256,7 @@ class Layout:
             ranges.append((start + first, start + last))
         return ranges
 
-    def smallest_batch(self, local_data: Literal["shard", "full"]) -> int:
+    def smallest_batch(self, local_data: LocalData) -> int:
         """Samples that a batch needs so that no rank has an empty pass."""
         members = -(-self.ranks // self.teams)
         return members if local_data == "full" else members * self.subdomains

@@ -70,7 +70,7 @@ class Pipeline:
     device
         Where this rank's tensors are.
     events
-        Where the seconds of its work are counted, as ``stage work``.
+        Where its passes are told to a trace.
     """
 
     def __init__(self, comm: Communicator, names: Sequence[str], device: torch.device, events: Events) -> None:
@@ -129,7 +129,7 @@ class Pipeline:
             passed = forward if action.direction == "forward" else backward
             assert passed is not None
             try:
-                with self._events.timed("stage work"):
+                with self._events.traced(f"{action.direction} {action.micro_batch}"):
                     result = passed(action.micro_batch, arrived)
             except StallError:
                 raise

@@ -13,6 +13,9 @@ from apts_mpi.train import USAGE
 
 FORMATS = (".png", ".svg")
 
+# Those of `apts_mpi.run_plots.ROWS`, which needs matplotlib.
+ROWS = ("loss", "accuracy", "rho", "radius")
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The runs and where the plot goes; ends the process for ``--help`` and for arguments that are not known."""
@@ -28,6 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("plot"),
         help="file to write, its name ending in .png or .svg; without such an end, both are written (default: plot)",
     )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="what to plot (default: all that there is)")
     return parser.parse_args(arguments)
 
 
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from apts_mpi.run_plots import plot_runs
 
         files = files_of(options.out)
-        plot_runs(group(map(read_run, options.runs)), files)
+        plot_runs(group(map(read_run, options.runs)), files, options.rows)
     except InvalidInput as error:
         print(f"apts_mpi.plot: error: {error}", file=sys.stderr)
         sys.exit(USAGE)

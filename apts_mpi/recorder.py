@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,17 +20,17 @@ class LayerRecord:
     module : nn.Module
         The layer.
     inputs : Tensor
-        What it was given; samples in the first dimension.
+        What it was given; samples in the first dimension. In a stage what `apts_mpi.bundle.store` makes of it.
     outputs : Tensor or None
         What it returned, with its graph; dropped once the gradient is known.
     gradient : Tensor or None
-        Gradient of the mean loss of the pass with respect to the outputs.
+        Gradient of the mean loss of the pass with respect to the outputs, kept as the inputs are.
     """
 
     module: torch.nn.Module
-    inputs: torch.Tensor
+    inputs: Any
     outputs: torch.Tensor | None
-    gradient: torch.Tensor | None = None
+    gradient: Any = None
 
     def complete(self, weight: float) -> None:
         """Take the gradient from the graph, in which the loss was multiplied by ``weight``."""
@@ -57,9 +58,9 @@ class LayerRecorder:
     @contextmanager
     def recording(self) -> Iterator[list[LayerRecord]]:
         """Record all calls in the block that take part in a graph."""
-        self._records = records = []
+        self._records = []
         try:
-            yield records
+            yield self._records
         finally:
             self._records = None
 

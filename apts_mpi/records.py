@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from rich.table import Table
 from apts_mpi.errors import InvalidInput
 
 CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
+
+# What a run writes that was asked to: a file, and a directory.
+TRACE, TENSORBOARD = "trace.json", "tensorboard"
 
 
 def make_directory(path: Path) -> None:
@@ -36,6 +40,8 @@ class RunDirectory:
         Whether the records of an earlier run may be replaced.
     history
         Records with which the history begins, of the run that is resumed.
+    in_place
+        Whether that run is the one in the directory.
 
     Raises
     ------
@@ -43,7 +49,7 @@ class RunDirectory:
         If the directory holds a run already, or cannot be written.
     """
 
-    def __init__(self, path: Path, overwrite: bool, history: bytes = b"") -> None:
+    def __init__(self, path: Path, overwrite: bool, history: bytes = b"", in_place: bool = False) -> None:
         self.path = path
         make_directory(path)
         earlier = [name for name in (CONFIG, HISTORY, SUMMARY) if (path / name).exists()]
@@ -55,6 +61,9 @@ class RunDirectory:
         try:
             for name in earlier:
                 (path / name).unlink()
+            (path / TRACE).unlink(missing_ok=True)
+            if not in_place and (path / TENSORBOARD).exists():
+                shutil.rmtree(path / TENSORBOARD)
             (path / HISTORY).write_bytes(history)
             self._history: IO[str] = open(path / HISTORY, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:

@@ -62,6 +62,7 @@ def place(options: TrainingOptions) -> Path:
                 "after --resume"
             )
         return Path(options.run_dir) / CHECKPOINTS
+    assert options.resume is not None  # see `open_earlier`
     path = Path(options.resume)
     if not path.exists():
         raise InvalidInput(f"resume: {options.resume!r} does not exist; give a checkpoint, or the directory of a run")
@@ -94,7 +95,12 @@ def replaces(options: TrainingOptions, path: Path, checkpoint: Checkpoint | None
     """Whether the records in directory ``path`` may be replaced: those of a run that goes on are kept in it."""
     if checkpoint is None:
         return options.overwrite or options.resume == LATEST_OF_RUN
-    return options.overwrite or checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
+    return options.overwrite or goes_on_in(path, checkpoint)
+
+
+def goes_on_in(path: Path, checkpoint: Checkpoint | None) -> bool:
+    """Whether the run that goes on is the one in directory ``path``."""
+    return checkpoint is not None and checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
 
 
 def history_of(checkpoint: Checkpoint | None) -> bytes:

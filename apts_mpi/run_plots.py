@@ -45,7 +45,7 @@ class Row:
     scale: str
 
 
-def plot_runs(groups: Sequence[Group], files: Sequence[Path]) -> None:
+def plot_runs(groups: Sequence[Group], files: Sequence[Path], rows: Sequence[str] | None = None) -> None:
     """Draw loss, accuracy, ρ and radius against iterations, evaluations and seconds.
 
     Lines are means over the seeds, bands reach from the least to the greatest value. Rows for which no run has values
@@ -57,27 +57,31 @@ def plot_runs(groups: Sequence[Group], files: Sequence[Path]) -> None:
         Up to `MOST_GROUPS`.
     files
         Where to write the figure; the ends of the names say in which formats.
+    rows
+        Names in `ROWS` of those to draw, if there are values for them; None is all.
 
     Raises
     ------
     InvalidInput
-        If there are too many groups to tell apart, or a file cannot be written.
+        If there are too many groups to tell apart, no values for the rows, or a file cannot be written.
     """
     if len(groups) > MOST_GROUPS:
         raise InvalidInput(
             f"run: {len(groups)} configurations cannot be told apart in a plot; give {MOST_GROUPS} or fewer"
         )
     styles = list(itertools.islice(zip(itertools.cycle(COLORS), itertools.cycle(LINE_STYLES)), len(groups)))
-    rows = [row for row in ROWS if any(map(row.shown, groups))]
+    shown = [row for name, row in ROWS.items() if (rows is None or name in rows) and any(map(row.shown, groups))]
+    if not shown:
+        raise InvalidInput(f"rows: the runs have no {', '.join(rows or ROWS)}; give others, or other runs")
     with rc_context({"font.size": TEXT}):
-        figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 1.0), layout="constrained")
-        panels = figure.subplots(len(rows), len(COLUMNS), sharex="col", sharey="row", squeeze=False)
+        figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(shown) + 1.0), layout="constrained")
+        panels = figure.subplots(len(shown), len(COLUMNS), sharex="col", sharey="row", squeeze=False)
         for (color, line_style), group in zip(styles, groups, strict=True):
-            for row, line in zip(rows, panels, strict=True):
+            for row, line in zip(shown, panels, strict=True):
                 for name, axes in zip(COLUMNS, line, strict=True):
                     if row.shown(group):
                         row.draw(axes, group, name, {"color": color, "linestyle": line_style})
-        _label(rows, panels)
+        _label(shown, panels)
         _legends(figure, groups, styles)
         for file in files:
             try:
@@ -182,9 +186,9 @@ def _shows(kind: str, name: str) -> Callable[[Group], bool]:
     return lambda group: _has(group, kind, name)
 
 
-ROWS = (
-    Row("loss", _shows("iterations", "loss"), _draw_loss, "log"),
-    Row("accuracy", _shows("epochs", "train_accuracy"), _draw_accuracy, "linear"),
-    Row("ρ", _shows("iterations", "rho"), _draw_step("rho"), "symlog"),
-    Row("radius", _shows("iterations", "radius"), _draw_step("radius"), "log"),
-)
+ROWS = {
+    "loss": Row("loss", _shows("iterations", "loss"), _draw_loss, "log"),
+    "accuracy": Row("accuracy", _shows("epochs", "train_accuracy"), _draw_accuracy, "linear"),
+    "rho": Row("ρ", _shows("iterations", "rho"), _draw_step("rho"), "symlog"),
+    "radius": Row("radius", _shows("iterations", "radius"), _draw_step("radius"), "log"),
+}

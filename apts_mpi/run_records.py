@@ -17,8 +17,9 @@ from apts_mpi.records import CONFIG, HISTORY, SUMMARY
 Records = tuple[dict[str, Any], ...]
 
 # Options that change nothing of what a run does in its iterations, and the seed.
-APART = {"seed", "overwrite", "view", "monitor", "walltime", "drift_check_every"} | {
-    f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")
+APART = {
+    *("seed", "overwrite", "view", "monitor", "log_view", "trace", "tensorboard", "walltime", "drift_check_every"),
+    *(f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")),
 }
 
 

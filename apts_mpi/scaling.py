@@ -1,165 +1,134 @@
-"""``python -m apts_mpi.scaling report RUN…``: speed-up and efficiency from the records of finished runs."""
+"""``python -m apts_mpi.scaling run|report|predict``: strong and weak scaling studies."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.records import HISTORY, SUMMARY
+from apts_mpi.plot import files_of
+from apts_mpi.records import SUMMARY
+from apts_mpi.scaling_records import add_runs, read_studies
+from apts_mpi.scaling_report import measurement, print_shares, print_table, read_sources, rows, studies_of
+from apts_mpi.scaling_runs import Study, run_study
 from apts_mpi.train import FAILED, USAGE
 
 # Columns of a table that goes to a file: enough for its cells to stay on one line.
-FILE_WIDTH = 120
-
-# What runs must share to be compared.
-SHARED = ("problem", "optimizer", "parameters")
+FILE_WIDTH = 140
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What one run, or the runs of one size, came to.
-
-    Attributes
-    ----------
-    ranks, batch_size
-        Of the run.
-    seconds
-        Of an iteration: the median over all but the first, which allocates and compiles.
-    communication
-        Share of the time that the rank which waited longest spent waiting for messages.
-    train_loss
-        At the end; None where it was not finite.
-    """
-
-    ranks: int
-    batch_size: int
-    seconds: float
-    communication: float
-    train_loss: float | None
-
-
-def read(run: Path) -> tuple[dict[str, Any], Measurement]:
-    """The summary of a run and what was measured.
-
-    Raises
-    ------
-    InvalidInput
-        If the run has fewer than two iterations.
-    """
-    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-    records = [json.loads(line) for line in (run / HISTORY).read_text(encoding="utf-8").splitlines()]
-    # Records of epochs repeat the seconds of the iteration before.
-    ends = [record["seconds"] for record in records if "train_loss" not in record]
-    if len(ends) < 2:
-        raise InvalidInput(f"{run} has too few iterations to measure; give at least 2, better 20")
-    seconds = statistics.median(end - start for start, end in itertools.pairwise(ends))
-    communication = summary["seconds_in_communication"] / summary["seconds"]
-    return summary, Measurement(summary["ranks"], summary["batch_size"], seconds, communication, summary["train_loss"])
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
+    parser = argparse.ArgumentParser(prog="apts_mpi.scaling", description="Scaling studies.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
+        ("run", run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
+        ("report", report, "speed-up, efficiency and the share of each event of finished runs"),
+        ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
+    )
+    made = {}
+    for name, command, description in commands:
+        made[name] = subparsers.add_parser(name, help=description, description=description)
+        made[name].set_defaults(command=command)
+    made["run"].add_argument("kind", choices=("strong", "weak"), help="one batch at all sizes, or one that grows")
+    made["run"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file, made if it does not exist")
+    made["run"].add_argument("--ranks", type=int, nargs="+", required=True, metavar="N", help="sizes to measure")
+    made["run"].add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each size (default: 1)")
+    made["run"].add_argument("--samples-per-rank", type=int, metavar="N", help="of a batch, in a weak study")
+    made["report"].add_argument(
+        "sources", nargs="+", type=Path, metavar="FILE|RUN", help="one HDF5 file, or directories of runs"
+    )
+    made["report"].add_argument("--hdf5", type=Path, metavar="FILE", help="also put the runs into an HDF5 file")
+    made["predict"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
+    for name in ("report", "predict"):
+        made[name].add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+        made[name].add_argument("--plot", type=Path, metavar="NAME", help="also draw NAME.png and NAME.svg")
+    return parser.parse_args(arguments)
 
 
-def collect(runs: Sequence[Path]) -> list[Measurement]:
-    """One measurement a number of ranks, of several runs the median one, in the order of the ranks.
-
-    Raises
-    ------
-    InvalidInput
-        If the runs are not of one study.
-    """
-    pairs = [read(run) for run in runs]
-    for name in SHARED:
-        values = {summary[name] for summary, _ in pairs}
-        if len(values) > 1:
-            raise InvalidInput(f"the runs differ in {name}: {sorted(values)}; give those of one study")
-    measurements = []
-    for ranks in sorted({measurement.ranks for _, measurement in pairs}):
-        same = sorted((m for _, m in pairs if m.ranks == ranks), key=lambda measurement: measurement.seconds)
-        if len({measurement.batch_size for measurement in same}) > 1:
-            raise InvalidInput(f"the runs at {ranks} ranks differ in batch_size; give those of one study")
-        measurements.append(same[(len(same) - 1) // 2])
-    return measurements
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measure what is missing."""
+    study = Study(
+        kind=options.kind,
+        ranks=tuple(dict.fromkeys(options.ranks)),
+        repeats=options.repeats,
+        samples_per_rank=options.samples_per_rank,
+        arguments=tuple(options.arguments),
+    )
+    run_study(study, options.file, lambda line: say(console, line))
+    say(console, f"studies: {options.file}")
+    return 0
 
 
-def rows(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Measurements with samples a second, and speed-up and efficiency over the smallest number of ranks.
+def report(options: argparse.Namespace, console: Console) -> int:
+    """Print the tables of all studies; the status is 1 if a run did not come to its end."""
+    runs, unfinished = read_sources(options.sources)
+    tables = {name: rows(list(map(measurement, own))) for name, own in studies_of(runs).items()}
+    if options.hdf5 is not None:
+        add_runs(options.hdf5, runs)
+    for name, table in tables.items():
+        print_table(name, table, console)
+        print_shares(name, table, console)
+    for path in unfinished:
+        say(console, f"{path} has no {SUMMARY}: it did not come to its end")
+    (first, *_) = tables.values()
+    write_json(options.json, {"sizes": first, "studies": tables, "unfinished": [str(path) for path in unfinished]})
+    if options.plot is not None:
+        from apts_mpi.scaling_plots import plot_report
 
-    The speed-up is the ratio of the samples a second: in a strong study, where all have one batch, the ratio of
-    the times of an iteration; in a weak one the scaled speed-up (Gustafson), whose efficiency is that ratio.
-    """
-    table = []
-    base = measurements[0]
-    for measurement in measurements:
-        speed = measurement.batch_size / measurement.seconds
-        speed_up = speed / (base.batch_size / base.seconds)
-        efficiency = speed_up * base.ranks / measurement.ranks
-        table.append(asdict(measurement) | {"samples_a_second": speed, "speed_up": speed_up, "efficiency": efficiency})
-    return table
-
-
-def report(runs: Sequence[Path], target: Path | None, console: Console) -> int:
-    """Print the table of a study, and write it as JSON; return the exit status.
-
-    Raises
-    ------
-    InvalidInput
-        If no run ended, or the runs do not belong together.
-    """
-    finished = [run for run in runs if (run / SUMMARY).exists()]
-    unfinished = [str(run) for run in runs if run not in finished]
-    if not finished:
-        raise InvalidInput(f"none of the runs has a {SUMMARY}: {', '.join(unfinished)}; none came to its end")
-    table = rows(collect(finished))
-    print_table(table, console)
-    for run in unfinished:
-        console.print(f"{run} has no {SUMMARY}: it did not come to its end", markup=False, soft_wrap=True)
-    if target is not None:
-        text = json.dumps({"sizes": table, "unfinished": unfinished}, indent=2)
-        target.write_text(text + "\n", encoding="utf-8")
+        plot_report(tables, files_of(options.plot))
     return FAILED if unfinished else 0
 
 
-def print_table(table: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print one line a number of ranks."""
-    base = table[0]["ranks"]
-    shown = Table(caption=f"Speed-up: samples a second over those at {base} rank(s). Seconds: median of an iteration.")
-    for heading in ("ranks", "batch", "seconds", "samples/s", "speed-up", "efficiency", "communication", "train loss"):
-        shown.add_column(heading, justify="right")
-    for row in table:
-        loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:.4g}"
-        shown.add_row(
-            str(row["ranks"]),
-            str(row["batch_size"]),
-            f"{row['seconds']:.4g}",
-            f"{row['samples_a_second']:.4g}",
-            f"{row['speed_up']:.3g}",
-            f"{row['efficiency']:.0%}",
-            f"{row['communication']:.0%}",
-            loss,
-        )
-    console.print(shown)
+def predict(options: argparse.Namespace, console: Console) -> int:
+    """Fit and extrapolate."""
+    from apts_mpi.scaling_predict import as_json, print_prediction
+    from apts_mpi.scaling_predict import predict as predict_studies
+
+    prediction = predict_studies(read_studies(options.file))
+    print_prediction(prediction, console)
+    write_json(options.json, as_json(prediction))
+    if options.plot is not None:
+        from apts_mpi.scaling_plots import plot_prediction
+
+        studies = {name: (points, prediction.shapes[name]) for name, points in prediction.points.items()}
+        plot_prediction(studies, prediction.values, files_of(options.plot))
+    return 0
+
+
+def write_json(path: Path | None, values: Any) -> None:
+    """Write figures to a file, if one was given."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"json: {str(path)!r} cannot be written ({error}); give another file") from error
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exit status 1 if a run did not come to its end."""
-    parser = argparse.ArgumentParser(prog="apts_mpi.scaling", description="Scaling studies.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = subparsers.add_parser("report", help="speed-up and efficiency of finished runs")
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
-    options = parser.parse_args(arguments)
+    """The command line; exit status 1 if a run did not come to its end, 2 for input that cannot be used."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows belongs to another program, whatever it looks like.
+    end = given.index("--") if "--" in given else len(given)
+    options = parse(given[:end])
+    options.arguments = given[end + 1 :]
     try:
+        if options.arguments and options.command is not run:
+            raise InvalidInput("arguments after -- are for run alone; leave them out")
         console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-        status = report(options.runs, options.json, console)
+        status = options.command(options, console)
     except InvalidInput as error:
         print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
         sys.exit(USAGE)

@@ -10,7 +10,7 @@ from apts_mpi.comm import Communicator, Pending
 from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column
-from apts_mpi.local import ensure_descent, make_local_solver
+from apts_mpi.local import KFAC, ensure_descent, make_local_solver
 from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
@@ -216,7 +216,9 @@ class AdditiveSchwarz:
             Where the result goes.
         """
         for subdomain in self.carried:
-            direction = self.solvers[subdomain.index].direction(residual[subdomain.start : subdomain.stop])
+            solver = self.solvers[subdomain.index]
+            assert isinstance(solver, KFAC)
+            direction = solver.direction(residual[subdomain.start : subdomain.stop])
             owned = slice(subdomain.owned_start, subdomain.owned_stop)
             inner = direction[owned.start - subdomain.start : owned.stop - subdomain.start]
             torch.neg(inner, out=solved.tensor[owned])

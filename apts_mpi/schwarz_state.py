@@ -152,6 +152,7 @@ class _Reader:
         wanted = self._owner(layer.start)["index"] if self._index is None else self._index
         row = [record["index"] for record in carriers].index(wanted)
         kept = _kept(carriers[row], layer.name)
+        assert kept is not None
         tensors = [self._tensor(_place(layer.name, number), row, 1)[0] for number in range(len(kept["tensors"]))]
         return [LayerState(kept["kind"], tensors)]
 

@@ -88,7 +88,7 @@ class SegmentedNetwork:
             for layer, following in zip(layers, nexts, strict=True)
         )
 
-    def measure(self, inputs: torch.Tensor, part: bool = False) -> None:
+    def measure(self, inputs: Bundle, part: bool = False) -> None:
         """Count the multiplications of each segment on a few samples, once, for `share`.
 
         Those with weights count, whose number is the outputs' times the weights of one output. (torch's own counter
@@ -140,4 +140,5 @@ def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:
 def _count_multiplications(
     counts: list[float], index: int, module: torch.nn.Module, inputs: object, outputs: torch.Tensor
 ) -> None:
-    counts[index] += outputs.numel() * module.weight[0].numel()
+    weight = module.get_parameter("weight")
+    counts[index] += outputs.numel() * weight[0].numel()

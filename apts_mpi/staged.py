@@ -17,7 +17,6 @@ from apts_mpi.construction import with_parameters, without_memory
 from apts_mpi.environment import process
 from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
-from apts_mpi.global_step import GlobalStep
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
@@ -28,6 +27,7 @@ from apts_mpi.partition import Layout, make_subdomains
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
+from apts_mpi.staged_global_step import StagedGlobalStep
 from apts_mpi.staged_objective import StagedObjective
 from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
@@ -78,7 +78,7 @@ class StagedAPTS(APTS):
         network: torch.nn.Module,
         loss: Loss,
         *,
-        comm: MPI.Comm | None = None,
+        comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
         sample: torch.Tensor | None = None,
     ) -> None:
@@ -126,9 +126,9 @@ class StagedAPTS(APTS):
         team = self.comm.group(stage)
         replica = self.comm.group(team.rank)
         self.replica = replica
-        self.products = InnerProducts(options.trust_region.norm, replica, [team_ranks.start for team_ranks in ranks])
+        self.products = InnerProducts(options.trust_region.norm, self.comm, [team_ranks.start for team_ranks in ranks])
         team.share_tensors([self.vector.values, *network.buffers()])
-        self.objective = StagedObjective(
+        self.objective: StagedObjective = StagedObjective(
             network=network,
             segmented=segmented,
             vector=self.vector,
@@ -176,13 +176,12 @@ class StagedAPTS(APTS):
             )
         self.global_step = None
         if options.global_step.model != "none":
-            self.global_step = GlobalStep(
+            self.global_step = StagedGlobalStep(
                 options=options.global_step,
                 objective=self.objective,
-                schwarz=None,
-                comm=self.comm,
+                schwarz=self.schwarz if options.local.solver == "kfac" else None,
+                comm=team,
                 events=self.events,
-                kind=options.trust_region.norm,
                 products=self.products,
             )
         self._begin(team)
@@ -228,10 +227,6 @@ class StagedAPTS(APTS):
             self.network, self._parts, self.schwarz, checkpoint, metadata, self.extent, self.tensor_names
         )
 
-    def shared(self) -> tuple[list[torch.Tensor], object]:
-        """See `APTS`: numbers alone, as ranks hold different stages."""
-        return [], self.state
-
     def describe(self) -> str:
         """See `APTS`."""
         pipeline, dtype = self.options.pipeline, self.vector.values.dtype
@@ -265,9 +260,9 @@ class StagedAPTS(APTS):
 def build_stage(
     make: Callable[[], Made],
     *,
-    comm: MPI.Comm | None = None,
+    comm: MPI.Intracomm | None = None,
     options: APTSOptions,
-    parts: Callable[[Made], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
+    parts: Callable[[Any], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
 ) -> Made:
     """Make a network of which only this rank's stage is in its memory, with the values that one process gives it.
 
@@ -331,10 +326,6 @@ def check_staged(options: APTSOptions) -> None:
         refuse("local.solver", "gauss-newton", "as it needs the layers up to the loss; choose kfac or another one")
     if options.local.solver == "steihaug" and options.local.product == "gauss-newton":
         refuse("local.product", "gauss-newton", "as it needs the layers up to the loss; choose hessian")
-    if options.global_step.model not in ("none", "first-order"):
-        refuse(
-            "global_step.model", options.global_step.model, "which has no products with all layers; choose first-order"
-        )
 
 
 def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: torch.Tensor | None) -> list[Stage]:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from apts_mpi.bundle import Bundle
-from apts_mpi.coarse import CoarseLevel, ReducedModel
-from apts_mpi.errors import InvalidInput
+from apts_mpi.bundle import Bundle, with_tangents, without_tangents
+from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.linearisation import BILINEAR, Column
 from apts_mpi.local_objective import GaussNewtonRows
@@ -68,11 +67,6 @@ class StagedCoarseLevel(CoarseLevel):
     ) -> None:
         """See `CoarseLevel`; there are no rows."""
         with self._events.timed("coarse"):
-            if self._objective.has_tuples:
-                raise InvalidInput(
-                    "coarse.model: 'gauss-newton' needs one tensor between modules, and this network has tuples; "
-                    "choose --coarse none"
-                )
             self._corrections = corrections
             self._columns = self._columns_of(corrections, gradient)
             count, own = self._count, self._own
@@ -80,7 +74,7 @@ class StagedCoarseLevel(CoarseLevel):
             packed = np.zeros((2 * count + 1, count))
             packed[:count] = self._curvature(passes, batch_size)
             if self._leads:
-                products = torch.cat([self._gram(), self._slope(gradient)[None]]).cpu().numpy()
+                products = torch.cat([inner_products(self._columns), self._slope(gradient)[None]]).cpu().numpy()
                 packed[count : 2 * count][own, own] = products[:-1]
                 packed[2 * count, own] = products[-1]
             total = self._comm.sum_on_root(packed)
@@ -95,23 +89,26 @@ class StagedCoarseLevel(CoarseLevel):
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
             part = parts[index]
-            activations, carried = (part.inputs, None) if entering is None else entering
+            activations: Bundle = part.inputs
+            carried: tuple[torch.Tensor, ...] = ()
+            if entering is not None:
+                activations, carried = without_tangents(entering, self._objective.enters_tuple)
             with self._linearisation.drawing(part):
                 outputs, tangents = self._linearisation.tangents(activations, self._joined(carried), carried)
             if self._pipeline.is_last:
-                reduced = self._linearisation.between(outputs, part.targets, tangents)
+                reduced = self._linearisation.between(outputs, part.targets, tangents[0])
                 curvature.add_(reduced, alpha=part.weight)
-            return outputs, tangents
+            return with_tangents(outputs, tangents)
 
         # A key of its own: tuples of activations and tangents have other shapes than activations.
         keys = [("tangents", part.samples) for part in parts]
         self._pipeline.run(forwards(len(parts)), keys, forward)
         return curvature.cpu().numpy()
 
-    def _joined(self, tangents: torch.Tensor | None) -> list[Column]:
+    def _joined(self, tangents: tuple[torch.Tensor, ...]) -> list[Column]:
         """A column without parameters here for each tangent that comes from the stages before, then the own ones."""
         nothing = self.step[:0]
-        return [Column(0, 0, nothing)] * (0 if tangents is None else len(tangents)) + self._columns
+        return [Column(0, 0, nothing)] * (len(tangents[0]) if tangents else 0) + self._columns
 
     def recombine(self, radius: float) -> float:
         """See `CoarseLevel`."""
@@ -119,9 +116,11 @@ class StagedCoarseLevel(CoarseLevel):
 
         def solve() -> Sequence[float]:
             model = self._model
+            assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [math.nan] * self._count  # which is judged a rejection
-            return model.minimise(radius if self._kind == "2" else math.inf, damping, self._options.norm)
+            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
+            return coefficients.tolist()
 
         with self._events.timed("coarse"):
             coefficients = np.array(self._comm.decide(solve))
@@ -132,8 +131,12 @@ class StagedCoarseLevel(CoarseLevel):
             length = self._products.norm(self.step)
             coefficients *= min(1.0, radius / length) if length > 0.0 else 1.0
             self._combine(coefficients[self._own])
-            (predicted,) = self._comm.decide(lambda: [self._model.reduction(coefficients)])
+            (predicted,) = self._comm.decide(lambda: [self._reduction(coefficients)])
         return predicted
+
+    def _reduction(self, coefficients: np.ndarray) -> float:
+        assert self._model is not None  # on rank 0
+        return self._model.reduction(coefficients)
 
 
 def _import_what_forward_mode_imports_late(segments: Sequence[nn.Module]) -> None:

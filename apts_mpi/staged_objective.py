@@ -6,10 +6,11 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from apts_mpi.bundle import Bundle, Stored, differentiable, gradient_of, store, tensors_of
+from apts_mpi.bundle import Bundle, differentiable, gradient_of, store, tensors_of
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state
 from apts_mpi.events import BACKWARD, FORWARD, Events
@@ -79,8 +80,8 @@ class StagedObjective(Objective):
 
     Attributes
     ----------
-    has_tuples : bool
-        Whether tuples of tensors flow between any modules at the ends of stages; known after the first evaluation.
+    enters_tuple : bool
+        Whether a tuple of tensors enters this stage; known after the first evaluation.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class StagedObjective(Objective):
         self._recompute = options.recompute
         self._stages = stages
         self._measured = False
-        self.has_tuples = False
+        self.enters_tuple = False
         self._drive_progress()
 
     def _drive_progress(self) -> None:
@@ -147,11 +148,14 @@ class StagedObjective(Objective):
 
     def evaluate(self, passes: Sequence[Pass]) -> StagedRun:
         """Loss, gradient and caches by the schedule of the options. Collective."""
-        actions = self._schedule(self.pipeline.stage, self.pipeline.stages, len(passes))
         self._begin_gradient()
-        run = self._run(passes, actions, self._new_run(), keep_graph=True)
+        run = self._run(passes, self.actions(len(passes)), self._new_run(), keep_graph=True)
         self._complete_gradient(passes, run)
         return run
+
+    def actions(self, micro_batches: int) -> list[Action]:
+        """This stage's part of the schedule of the options."""
+        return self._schedule(self.pipeline.stage, self.pipeline.stages, micro_batches)
 
     def _new_run(self) -> StagedRun:
         return StagedRun(torch.zeros((), dtype=torch.float64, device=self._device))
@@ -177,9 +181,7 @@ class StagedObjective(Objective):
     def _share_multiplications(self) -> None:
         """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
         if not self._measured:
-            found = self._stages.collect((self.segmented.multiplications, self.has_tuples))
-            self.segmented.multiplications = sum(count for count, _ in found)
-            self.has_tuples = any(tuples for _, tuples in found)
+            self.segmented.multiplications = sum(self._stages.collect(self.segmented.multiplications))
             self._measured = True
 
     def _forward(
@@ -187,6 +189,7 @@ class StagedObjective(Objective):
     ) -> Bundle | None:
         part = passes[index]
         inputs = part.inputs if entering is None else entering
+        self.enters_tuple = isinstance(inputs, tuple)
         if not self._measured:
             with self.buffers.copied(), preserved_random_state(self._device):
                 self.segmented.measure(inputs, part=True)
@@ -195,7 +198,6 @@ class StagedObjective(Objective):
         with torch.set_grad_enabled(graph), self.buffers.noted(part.weight):
             self._run_stage(part, flight, graph)
         leaving = flight.leaving
-        self.has_tuples |= isinstance(leaving, tuple)
         if self.pipeline.is_last:
             assert isinstance(leaving, torch.Tensor)
             run.loss += leaving.detach().double() * part.weight
@@ -228,14 +230,17 @@ class StagedObjective(Objective):
         else:
             pairs = zip(differentiable(flight.leaving), tensors_of(gradients), strict=True)
             reached = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
-            torch.autograd.backward(*zip(*reached, strict=True))
+            torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
         run.done.append(self._completed(part, flight, sum(part.weight for part in passes)))
         return None if self.pipeline.is_first else gradient_of(flight.entering)
 
     def _completed(self, part: Pass, flight: InFlight, weight: float) -> list[Cache]:
         """The caches with their output gradients, for local objectives that are means over all samples of this rank."""
         share = part.weight / weight
-        loss = flight.leaving.detach() * share if self.pipeline.is_last else self.vector.values.new_zeros(())
+        loss = self.vector.values.new_zeros(())
+        if self.pipeline.is_last:
+            assert isinstance(flight.leaving, torch.Tensor)
+            loss = flight.leaving.detach() * share
         for record in flight.records:
             record.complete(weight)
             record.inputs = store(record.inputs, self._cache_dtype)
@@ -249,7 +254,7 @@ class StagedObjective(Objective):
         return flight.caches
 
     @torch.no_grad()
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, Any], None]) -> None:
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
@@ -262,7 +267,7 @@ class StagedObjective(Objective):
 
         self.pipeline.run(forwards(len(inputs)), [("inference", len(part)) for part in inputs], forward)
 
-    def load(self, cached: Stored) -> Bundle:
+    def load(self, cached: Any) -> Bundle:
         """See `Objective`."""
         return cached.load()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def save_staged(
     tensors: dict[str, torch.Tensor] = {}
     states = {name: None if part is None else part.state() for name, part in parts.items()}
     metadata = take_tensors(states | {"correction": correction}, SOLVER.rstrip("/"), tensors)
-    solvers, metadata["subdomains"] = save_local_solvers(_Whole(schwarz, extent, comm))
+    solvers, metadata["subdomains"] = save_local_solvers(cast(AdditiveSchwarz, _Whole(schwarz, extent, comm)))
     metadata["local_solver"] = schwarz.local_solver
     vectors = [_vector(name, to_numpy(tensor), extent, schwarz.leads, comm.rank) for name, tensor in tensors.items()]
     return [*_tensors(named_tensors(network), schwarz.leads, comm), *vectors, *solvers], metadata
@@ -140,7 +140,8 @@ def load_staged(
 ) -> tuple[torch.Tensor | None, list[str]]:
     """`apts_mpi.solver_state.load_solver` for stages; ``names`` are those of the tensors of all stages."""
     own = _StagePart(checkpoint, extent, set(names) - set(named_tensors(network)))
-    return load_solver(network, parts, _Whole(schwarz, extent, schwarz.comm), own, metadata)
+    whole = cast(AdditiveSchwarz, _Whole(schwarz, extent, schwarz.comm))
+    return load_solver(network, parts, whole, cast(Checkpoint, own), metadata)
 
 
 class _StagePart:

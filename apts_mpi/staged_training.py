@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from mpi4py import MPI
 
 from apts_mpi.comm import Communicator
+from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput
+from apts_mpi.events import Events
 from apts_mpi.micro_batches import placeholder
-from apts_mpi.partition import split
-from apts_mpi.problems import Problem
+from apts_mpi.partition import Layout, split
+from apts_mpi.problems import Problem, Wanted
 from apts_mpi.staged import StagedAPTS, build_stage
 from apts_mpi.training import METRIC_SAMPLES, Batch, Training
 from apts_mpi.training_options import TrainingOptions
 
 
-def build_staged_problem(make: Callable[[], Problem], options: TrainingOptions, world: MPI.Comm) -> Problem:
-    """A problem of whose network this rank has its stage alone in memory. Collective.
+def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
+    """A problem of whose network this rank has its stage alone in memory, and of whose data what the stage needs.
+
+    Inputs are on the first stage, targets on the last; of the rest there are placeholders of the right number.
+    Collective.
+
+    Parameters
+    ----------
+    make
+        Makes the problem; takes ``wanted``, see `apts_mpi.problems.Wanted`.
+    options
+        Of the run.
+    world
+        All ranks.
 
     Raises
     ------
@@ -35,7 +52,37 @@ def build_staged_problem(make: Callable[[], Problem], options: TrainingOptions, 
             )
         return problem.network, problem.train[0]
 
-    return build_stage(make, comm=world, options=options.solver_options(), parts=parts)
+    comm = Communicator(world, Events())
+    with comm.shared_errors():
+        layout = Layout(comm.size, max(comm.size // options.replicas, 1), options.replicas)
+        stage = layout.team_of(comm.rank)
+        wanted = Wanted(inputs=stage == 0, targets=stage == layout.teams - 1)
+    make = functools.partial(make, wanted=wanted)
+    problem = build_stage(make, comm=world, options=options.solver_options(), parts=parts)
+    return _without_what_others_have(problem, wanted, comm)
+
+
+def _without_what_others_have(problem: Problem, wanted: Wanted, comm: Communicator) -> Problem:
+    """The problem with the data that are wanted here alone, and the numbers of samples of all. Collective."""
+    data = {"train": problem.train} | ({} if problem.test is None else {"test": problem.test})
+    found = comm.collect({name: len(inputs) for name, (inputs, _) in data.items()})
+    with comm.shared_errors():
+        for name in data:
+            if found[0][name] != found[-1][name]:
+                raise InvalidInput(
+                    f"problem: {problem.name} has {found[0][name]} inputs but {found[-1][name]} targets in its {name} "
+                    "samples; take both from the same data set"
+                )
+    own: dict[str, Any] = {name: _of_stage(data[name], wanted, found[0][name]) for name in data}
+    return replace(problem, **own)
+
+
+def _of_stage(data: Batch, wanted: Wanted, count: int) -> Batch:
+    inputs, targets = data
+    return (
+        inputs if wanted.inputs else placeholder(count, 0),
+        targets if wanted.targets else placeholder(count, 0).to(targets.dtype),
+    )
 
 
 class StagedTraining(Training):
@@ -43,18 +90,18 @@ class StagedTraining(Training):
 
     solver: StagedAPTS
 
-    def _make_solver(self, comm: MPI.Comm) -> StagedAPTS:
-        # A stage in the middle has no use for the data on its device.
-        solver = StagedAPTS(
+    def _make_solver(self, comm: MPI.Intracomm) -> StagedAPTS:
+        return StagedAPTS(
             self.problem.network,
             self.problem.loss,
             comm=comm,
             options=self.options.solver_options(),
             sample=self.problem.train[0],
         )
-        self.train = _of_stage(self.train, solver.replica)
-        self.test = None if self.test is None else _of_stage(self.test, solver.replica)
-        return solver
+
+    def fingerprint(self) -> tuple[int, int, int]:
+        """See `Training`: the replicas of a stage share its tensors."""
+        return fingerprint(*self.solver.shared(), part=self.solver.replica.rank)
 
     def _loss_and_accuracy(self, name: str, data: Batch) -> dict[str, float]:
         replicas = self.solver.options.replicas
@@ -70,12 +117,3 @@ class StagedTraining(Training):
 
         self.solver.infer(inputs, consume)
         return self._means(name, [loss, correct], len(data[0]))
-
-
-def _of_stage(data: Batch, stages: Communicator) -> Batch:
-    """Inputs on the first stage, targets on the last, and for the rest what takes no memory."""
-    inputs, targets = data
-    return (
-        inputs if stages.rank == 0 else placeholder(len(inputs), 0),
-        targets if stages.rank == stages.size - 1 else placeholder(len(targets), 0),
-    )

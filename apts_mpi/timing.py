@@ -41,7 +41,7 @@ def time_in_turn(
     return [Timing(middle, low, high) for low, middle, high in quartiles]
 
 
-def wait_for_all(comm: MPI.Comm, interval: float) -> None:
+def wait_for_all(comm: MPI.Intracomm, interval: float) -> None:
     """Wait until all ranks are here, looking every ``interval`` seconds. Collective.
 
     A blocking barrier spins, and would take a core from the ranks that are timed.

@@ -26,11 +26,13 @@ from apts_mpi.comm import Communicator
 from apts_mpi.direct import choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.events import Events
+from apts_mpi.log_view import event_table, print_events
 from apts_mpi.problems import build
-from apts_mpi.records import RunDirectory, make_directory, print_summary
+from apts_mpi.records import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
     CHECKPOINTS,
     LATEST_OF_RUN,
+    goes_on_in,
     history_of,
     open_earlier,
     replaces,
@@ -40,6 +42,8 @@ from apts_mpi.resume import (
 from apts_mpi.signals import StopSignals
 from apts_mpi.staged_training import StagedTraining, build_staged_problem
 from apts_mpi.survival import Survival
+from apts_mpi.tensorboard import ScalarWriter, check_tensorboard
+from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
 from apts_mpi.transport import choose_device, use_transport
@@ -59,7 +63,10 @@ SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.mod
 }
 
 # Options that need no value.
-SWITCHES = ("--overwrite", "--checkpoint_in_background", "--view", "--monitor")
+SWITCHES = (
+    *("--overwrite", "--checkpoint_in_background", "--view", "--monitor"),
+    *("--log_view", "--trace", "--tensorboard"),
+)
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -115,7 +122,7 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     return TrainingOptions(**values), parser.dump(parsed)
 
 
-def launcher_mismatch(world: MPI.Comm) -> str:
+def launcher_mismatch(world: MPI.Intracomm) -> str:
     """What is wrong if the launcher started more processes than MPI knows of, and the remedy; empty if it did not."""
     launched = environment.launcher()
     if launched is None or launched[0] == world.size:
@@ -127,7 +134,7 @@ def launcher_mismatch(world: MPI.Comm) -> str:
     )
 
 
-def check_launcher(world: MPI.Comm) -> None:
+def check_launcher(world: MPI.Intracomm) -> None:
     """End the process with a message if the launcher started more processes than MPI knows of.
 
     Every process then takes itself for rank 0 of 1, and would train by itself.
@@ -161,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(status)
 
 
-def train(arguments: Sequence[str], world: MPI.Comm) -> int:
+def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
     """Set up, train and report; return the exit status. Collective.
 
     Raises
@@ -187,6 +194,9 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
             with comm.shared_errors():
                 options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
                 options = same_subdomains(options, checkpoint)
+        with comm.shared_errors():
+            if options.tensorboard and comm.rank == 0:
+                check_tensorboard()
         training = make_training(options, comm, world)
         if isinstance(training, StagedTraining):
             tell("\n".join(training.solver.processes))
@@ -205,11 +215,14 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
         checkpoints = stack.enter_context(
             CheckpointDirectory(place, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
         )
-        directory = None
+        directory = scalars = None
         with comm.shared_errors():
             if comm.rank == 0:
-                directory = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint))
+                in_place = goes_on_in(path, checkpoint)
+                directory = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint), in_place)
                 directory.write_config(config)
+                if options.tensorboard:
+                    scalars = ScalarWriter(path / TENSORBOARD, training.progress.iteration)
         if checkpoint is None:
             checkpoints.clear()
         else:
@@ -217,21 +230,27 @@ def train(arguments: Sequence[str], world: MPI.Comm) -> int:
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         history = directory.history if directory is not None else bytes
         survival = Survival(training, checkpoints, options, signals, metadata, history, tell)
-        with Reporter(training, directory, console, options.monitor) as reporter:
+        trace = Trace(training.solver.events, training.comm) if options.trace else None
+        with Reporter(training, directory, console, options.monitor, scalars) as reporter:
             metrics = training.run(reporter.record, survival.boundary)
-    if metrics is None:
+    events = event_table(training.solver.events, training.batch_size, training.comm)
+    summary = None if metrics is None else training.summary(metrics) | {"events": events}
+    if directory is not None and summary is not None:
+        directory.close(summary)
+        print_summary(console, summary)
+    if options.log_view:
+        print_events(events, comm.size, console)
+    if trace is not None and (dropped := trace.write(path / TRACE)):
+        tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
+    if summary is None:
         iteration = training.progress.iteration
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
-    summary = training.summary(metrics)
-    if directory is not None:
-        directory.close(summary)
-        print_summary(console, summary)
-        tell(f"records: {path}")
+    tell(f"records: {path}")
     return 0
 
 
-def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Comm) -> Training:
+def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intracomm) -> Training:
     """The run that the options describe. Collective."""
     local_rank = comm.local_rank()
     make = functools.partial(
@@ -270,10 +289,20 @@ class Reporter:
         Where to print.
     monitor
         Whether to print a line an iteration.
+    scalars
+        Where records go as well, if any.
     """
 
-    def __init__(self, training: Training, directory: RunDirectory | None, console: Console, monitor: bool) -> None:
+    def __init__(
+        self,
+        training: Training,
+        directory: RunDirectory | None,
+        console: Console,
+        monitor: bool,
+        scalars: ScalarWriter | None,
+    ) -> None:
         self._directory = directory
+        self._scalars = scalars
         self._console = console
         self._monitor = monitor
         self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
@@ -287,12 +316,16 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        if self._scalars is not None:
+            self._scalars.close()
 
     def record(self, values: dict[str, Any]) -> None:
         """Take in one iteration or one epoch."""
         if self._directory is None:
             return
         self._directory.record(values)
+        if self._scalars is not None:
+            self._scalars.write(values)
         if "train_loss" in values:
             self._directory.flush()
             self._print(values)

@@ -16,6 +16,7 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.events import OTHER
 from apts_mpi.iteration import StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
@@ -83,7 +84,7 @@ class Training:
         How far training has come.
     """
 
-    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Comm) -> None:
+    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Intracomm) -> None:
         self.problem = problem
         self.options = options
         self.test: Batch | None
@@ -100,7 +101,7 @@ class Training:
         self._resumed = False
         self._shuffled = 0
 
-    def _make_solver(self, comm: MPI.Comm) -> APTS | DataParallel:
+    def _make_solver(self, comm: MPI.Intracomm) -> APTS | DataParallel:
         problem, options = self.problem, self.options
         if options.optimizer == "apts":
             return APTS(
@@ -148,6 +149,11 @@ class Training:
             Called on every rank after each iteration, and told whether it was the last one; true stops the run.
             Between the iterations `save` may be called.
         """
+        self.solver.events.clear()
+        with self.solver.events.timed(OTHER):
+            return self._run(record, boundary)
+
+    def _run(self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool]) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
         while not self.done:
@@ -184,7 +190,8 @@ class Training:
 
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
-        rows = self._rows()
+        with self.solver.events.timed("data"):
+            rows = self._rows()
         if isinstance(self.solver, DataParallel):
             return self.solver.step(self.train, rows)
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
@@ -228,8 +235,8 @@ class Training:
         arrays, solver = self.solver.save()
         return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
 
-    def fingerprint(self) -> int:
-        """A checksum of what all ranks share, see `apts_mpi.drift`."""
+    def fingerprint(self) -> tuple[int, int, int]:
+        """Checksums of what ranks share, see `apts_mpi.drift`."""
         return fingerprint(*self.solver.shared())
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
@@ -271,6 +278,10 @@ class Training:
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
+        with self.solver.events.timed("metrics"):
+            return self._metrics()
+
+    def _metrics(self) -> dict[str, Any]:
         network = self.problem.network
         network.eval()
         values = self._loss_and_accuracy("train", self.train)
@@ -319,6 +330,7 @@ class Training:
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
+            "subdomains": self.solver.layout.subdomains,
             "batch_size": self.batch_size,
             "parameters": self.solver.parameters,
             "epochs": self.progress.epoch - (not self.progress.within_epoch),

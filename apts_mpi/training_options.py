@@ -90,6 +90,12 @@ class TrainingOptions:
         Print the composed solver before training.
     monitor
         Print one line an iteration.
+    log_view
+        Print at the end what time, messages and work went into which part of the iterations.
+    trace
+        Write what each rank did when to ``run_dir``/trace.json, for ui.perfetto.dev.
+    tensorboard
+        Write event files for TensorBoard to ``run_dir``/tensorboard while training.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the solver's parts.
     """
@@ -122,6 +128,9 @@ class TrainingOptions:
     drift_check_every: int = 100
     view: bool = False
     monitor: bool = False
+    log_view: bool = False
+    trace: bool = False
+    tensorboard: bool = False
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     coarse: CoarseOptions = field(default_factory=CoarseOptions)

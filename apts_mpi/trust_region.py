@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from apts_mpi.options import TrustRegionOptions
-from apts_mpi.vector import clip_to_ball, norm
+from apts_mpi.vector import clip_to_ball, dots, norm
 
 # Of the length of a step that shall reach the boundary, and how often its shift is corrected at most.
 LENGTH_TOLERANCE, FACTORISATIONS = 0.1, 12
 
 NormKind = Literal["2", "inf"]
+
+Dots = Callable[..., tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def steihaug(
     iterations: int,
     preconditioner: Callable[[torch.Tensor], torch.Tensor] | None = None,
     agree: Callable[[bool], bool] = bool,
+    dots: Dots = dots,
 ) -> tuple[torch.Tensor, float]:
     """Conjugate gradients for ``gradient . x + 1/2 x . B x``, cut where they leave the ball (Steihaug 1983).
 
@@ -243,6 +246,8 @@ def steihaug(
     agree
         Where ``product`` is collective: gives every rank one rank's answer whether to stop. All ranks do the same
         otherwise, so that none waits for another that took rounding errors for the boundary.
+    dots
+        Inner products of pairs of vectors, of which every rank may hold a part.
 
     Returns
     -------
@@ -250,28 +255,29 @@ def steihaug(
     predicted_reduction : float
     """
     step, residual = torch.zeros_like(gradient), gradient.clone()
-    goal = tolerance * float(norm(gradient, "2"))
     solved = residual if preconditioner is None else preconditioner(residual)
-    direction, energy = -solved, float(torch.dot(residual, solved))
+    direction = -solved
+    square, energy = dots((gradient, gradient), (residual, solved))
+    goal = tolerance**2 * square
     for _ in range(iterations):
         curved = product(direction)
-        length, at_boundary = _length_in_ball(step, direction, energy, curved, radius)
+        length, at_boundary = _length_in_ball(step, direction, energy, curved, radius, dots)
         step = step + length * direction
         residual = residual + length * curved
-        if agree(at_boundary or float(norm(residual, "2")) <= goal):
+        if agree(at_boundary or dots((residual, residual))[0] <= goal):
             break
         solved = residual if preconditioner is None else preconditioner(residual)
-        previous, energy = energy, float(torch.dot(residual, solved))
+        previous, (energy,) = energy, dots((residual, solved))
         direction = direction * (energy / previous) - solved
-    return step, -0.5 * float(torch.dot(step, gradient + residual))  # B step = residual - gradient
+    return step, -0.5 * dots((step, gradient + residual))[0]  # B step = residual - gradient
 
 
 def _length_in_ball(
-    step: torch.Tensor, direction: torch.Tensor, energy: float, curved: torch.Tensor, radius: float
+    step: torch.Tensor, direction: torch.Tensor, energy: float, curved: torch.Tensor, radius: float, dots: Dots
 ) -> tuple[float, bool]:
     """How far to go from ``step`` along ``direction``, and whether that is to the boundary."""
-    products = [torch.dot(direction, curved), torch.dot(direction, direction), torch.dot(step, direction)]
-    curvature, square, along, inner = torch.stack([*products, torch.dot(step, step)]).tolist()
+    pairs = [(direction, curved), (direction, direction), (step, direction), (step, step)]
+    curvature, square, along, inner = dots(*pairs)
     if square == 0.0:
         return 0.0, True
     to_boundary = (math.sqrt(along**2 + square * max(radius**2 - inner, 0.0)) - along) / square

@@ -21,6 +21,11 @@ def clip_to_ball(vector: torch.Tensor, radius: float | torch.Tensor, kind: Liter
     vector.mul_((radius / norm(vector, kind)).clamp(max=1.0).nan_to_num(nan=1.0))
 
 
+def dots(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, ...]:
+    """Inner products of pairs of flat vectors; waits for the device once."""
+    return tuple(torch.stack([torch.dot(left, right) for left, right in pairs]).tolist())
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a parameter lies in the flat vector: elements ``start`` to ``stop``."""

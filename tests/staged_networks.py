@@ -58,6 +58,53 @@ def gpt():
     return character_gpt(11, 6, width=8, heads=2, blocks=6)
 
 
+class Begin(nn.Module):
+    """Makes a tuple: numbers, numbers of another precision, indices and truth values."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(10, 6)
+        self.dtype = dtype
+
+    def forward(self, inputs):
+        hidden = torch.tanh(self.linear(inputs))
+        coarse = inputs[:, :6].to(self.dtype) * hidden.to(self.dtype)
+        return hidden, coarse, hidden.argmax(dim=1), inputs[:, :1] > 0.0
+
+
+class Middle(nn.Module):
+    """Uses all of them, and leaves the first one's gradient to the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, bundle):
+        hidden, coarse, indices, positive = bundle
+        moved = torch.tanh(self.linear(hidden + coarse.to(hidden.dtype)))
+        return moved * (indices[:, None] + 1.0), coarse, (indices + 1) % 6, positive ^ (indices[:, None] > 2)
+
+
+class End(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, bundle):
+        hidden, coarse, indices, positive = bundle
+        return self.linear(torch.where(positive, hidden, -hidden)) + coarse[:, :3].to(hidden.dtype) * indices[:, None]
+
+
+def tuples(dtype=torch.bfloat16):
+    """Eight linear layers between which tuples flow."""
+    return nn.Sequential(Begin(dtype), *[Middle() for _ in range(6)], End())
+
+
+def double_tuples():
+    """The same with float64 alone, for sums whose order differs between layouts."""
+    return tuples(torch.float64)
+
+
 def images(samples, seed, pixels):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(samples, pixels, generator=generator, dtype=torch.float64)
@@ -74,6 +121,8 @@ NETWORKS = {
     "mlp": (mlp, (images(37, 1, 10), images(23, 2, 10)), cross_entropy),
     "cnn": (cnn, (images(21, 1, 36), images(17, 2, 36)), cross_entropy),
     "resnet": (resnet, (images(21, 1, 36), images(17, 2, 36)), cross_entropy),
+    "tuples": (tuples, (images(21, 1, 10), images(17, 2, 10)), cross_entropy),
+    "double tuples": (double_tuples, (images(21, 1, 10), images(17, 2, 10)), cross_entropy),
     "gpt": (gpt, (tokens(21, 1), tokens(17, 2)), token_cross_entropy),
 }
 

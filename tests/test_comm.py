@@ -173,6 +173,6 @@ def test_messages_are_counted(world):
     comm = Communicator(world, events)
     comm.sum(Mirror(torch.zeros(10, dtype=torch.float64)))
     comm.agree([1.0, 2.0], lambda table: [0.0])
-    assert (events.totals["sum"].messages, events.totals["sum"].bytes) == (1, 80)
-    assert (events.totals["agree"].messages, events.totals["agree"].bytes) == (1, 16)
+    assert (events.operations["sum"].messages, events.operations["sum"].bytes) == (1, 80)
+    assert (events.operations["agree"].messages, events.operations["agree"].bytes) == (1, 16)
     assert events.totals["wait"].calls == 3 and events.totals["wait"].seconds > 0.0

@@ -35,15 +35,16 @@ def test_step_after_a_rejection_costs_a_forward_pass_and_no_gradient(world):
     chosen = options(subdomains=world.size, partition="index", solver="tr", iterations=3, initial_radius=1e3)
     solver = make_solver(world, chosen)
     assert not solver.step(even_batch(world)).accepted
-    messages = {name: event.messages for name, event in solver.events.totals.items()}
+    messages = {name: event.messages for name, event in solver.events.operations.items()}
     backward = []
     solver.network[0].weight.register_hook(lambda _: backward.append(1))
     result = solver.step()
     assert result.gradient_evaluations == pytest.approx(FORWARD, rel=1e-12)
     assert not backward
     # No gradient, no correction: ranks agree on the trial and that is all.
-    after = {name: event.messages for name, event in solver.events.totals.items()}
-    assert after.pop("agree") == messages.pop("agree") + 1
+    after = {name: event.messages for name, event in solver.events.operations.items()}
+    for operation in ("agree", "decide"):
+        assert after.pop(operation) == messages.pop(operation) + 1
     assert after == messages
 
 
@@ -132,12 +133,15 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
         layers = [module for _ in range(depth) for module in (nn.Linear(10, 10), nn.Tanh())]
         network = nn.Sequential(*layers, nn.Linear(10, 3)).double()
         solver = make_solver(world, options(subdomains=2, partition="index"), network)
+        solver.events.clear()
         solver.step(classified())
-        return {name: event.messages for name, event in solver.events.totals.items() if event.messages}
+        # Ranks that share a subdomain agree on their shares of its samples.
+        assert solver.events.operations.pop("collect").messages == 2 + (solver._team.size > 1)
+        return {name: event.messages for name, event in solver.events.operations.items()}
 
     found = messages(1)
     assert found == messages(20)
-    assert found == {"sum": 1, "gather": 1, "agree": 1}
+    assert found == {"sum": 1, "gather": 1, "agree": 1, "decide": 1}
 
 
 @pytest.mark.mpi
@@ -150,8 +154,8 @@ def test_gradient_of_several_buckets(world):
     solver = make_solver(world, options(partition="index"), network)
     solver.step(classified())
     torch.testing.assert_close(solver.objective.reduction.total, expected, rtol=1e-10, atol=1e-15)
-    assert solver.events.totals["sum"].messages == 3
-    assert solver.events.totals["sum"].bytes == 8 * len(expected)
+    assert solver.events.operations["sum"].messages == 3
+    assert solver.events.operations["sum"].bytes == 8 * len(expected)
 
 
 @pytest.mark.mpi

@@ -15,16 +15,20 @@ LEVELS = (
     ("environment", "errors", "signals", "options", "events", "training_options", "schedules"),
     ("transport", "patience", "comm", "checkpoint"),
     ("partition", "vector", "buffers", "bundle", "pipeline", "network_state", "drift"),
-    ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region", "models"),
-    ("inner_products", "local_objective", "local_state", "local_second_order", "local", "batch", "micro_batches"),
-    ("construction", "stages", "staged_objective", "iteration", "composition", "schwarz", "coarse", "staged_coarse"),
-    ("global_step", "schwarz_state", "solver_state", "staged_state"),
+    ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
+    ("inner_products", "models", "local_objective", "local_state", "local_second_order", "local"),
+    ("batch", "micro_batches", "construction", "stages", "staged_objective", "iteration", "composition"),
+    ("schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
+    ("schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),
     ("problems", "baselines"),
-    ("watch", "direct", "records", "training", "staged_training", "survival", "resume", "train", "scaling", "timing"),
-    ("bench_checkpoint", "bench_pipeline", "bench"),
+    ("watch", "direct", "records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival"),
+    ("resume", "train", "timing"),
+    ("bench_checkpoint", "bench_events", "bench_pipeline", "bench"),
     ("comparison", "comparison_table", "comparison_plots", "compare"),
     ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
+    ("cost_model", "cost_fit", "scaling_records", "scaling_runs", "scaling_report"),
+    ("scaling_predict", "scaling_plots", "scaling"),
 )
 ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 
@@ -32,15 +36,15 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 PLACES = {
     "mpi4py": {
         *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("watch", "timing", "bench_checkpoint", "bench_pipeline", "bench", "device_probe", "doctor"),
+        *("watch", "timing", "bench_checkpoint", "bench_events", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},
     "jsonargparse": {"train", "compare"},
     "rich": {
-        *("records", "train", "scaling", "compare", "bench", "bench_checkpoint", "bench_pipeline"),
-        *("checkpoint", "doctor"),
+        *("records", "train", "scaling", "scaling_report", "scaling_predict", "compare"),
+        *("bench", "bench_checkpoint", "bench_events", "bench_pipeline", "checkpoint", "doctor", "log_view"),
     },
-    "h5py": {"checkpoint"},
+    "h5py": {"checkpoint", "scaling_records"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

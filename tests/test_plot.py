@@ -123,6 +123,16 @@ def test_a_run_under_way(runs, tmp_path):
     assert {"not finished", "ranks 1"} <= texts(tmp_path / "p.svg")
 
 
+def test_chosen_rows(runs, tmp_path, drawn):
+    assert tuple(run_plots.ROWS) == plot.ROWS
+    plot.main([str(runs / "plain-0"), "--rows", "radius", "loss", "--out", str(tmp_path / "p.svg")])
+    (figure,) = drawn
+    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["loss", "radius"]
+    one = group([read_run(runs / "adam")])
+    with pytest.raises(InvalidInput, match="the runs have no radius"):
+        run_plots.plot_runs(one, [], ["radius"])
+
+
 def test_more_configurations_than_styles(runs):
     (one,) = group([read_run(runs / "adam")])
     with pytest.raises(InvalidInput, match="29 configurations"):

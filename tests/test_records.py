@@ -121,6 +121,6 @@ def test_events_add_up():
     assert events.totals["sleep"].calls == 3 and 0.02 <= events.totals["sleep"].seconds < 1.0
     events.message("sum", 8)
     events.message("sum", 4)
-    assert (events.totals["sum"].messages, events.totals["sum"].bytes) == (2, 12)
+    assert (events.operations["sum"].messages, events.operations["sum"].bytes) == (2, 12)
     events.count_work(10, 0.5, 1.0 / 3.0)
     assert events.work == pytest.approx(5.0 / 3.0)

@@ -1,5 +1,7 @@
 """Layout staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import options
@@ -9,11 +11,14 @@ from apts_mpi import StagedAPTS
 
 SCHEDULES = ["gpipe", "1f1b"]
 
+# Gradients of tuples are compared with those of torch, in test_pipeline.
+PLAIN = [name for name in NETWORKS if "tuples" not in name]
+
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", PLAIN)
 def test_staged_equals_replicated(world, monkeypatch, name, micro_batches, schedule):
     chosen = staged(
         options(subdomains=None, initial_radius=0.1),
@@ -27,7 +32,7 @@ def test_staged_equals_replicated(world, monkeypatch, name, micro_batches, sched
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("solver", ["kfac", "adam"])
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", [*PLAIN, "tuples"])
 def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
     chosen = staged(
         options(subdomains=None, global_step="first-order", initial_radius=0.1),
@@ -36,6 +41,25 @@ def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
         iterations=2,
         micro_batches=2,
     )
+    compare(world, chosen, name, monkeypatch)
+
+
+# With kfac the blocks of the Schwarz level precondition steihaug.
+SECOND_ORDER = [
+    ("mlp", "lsr1", "hessian", "kfac"),
+    ("cnn", "lsr1", "hessian", "adam"),
+    ("gpt", "steihaug", "gauss-newton", "kfac"),
+    ("resnet", "steihaug", "hessian", "kfac"),
+    ("tuples", "steihaug", "gauss-newton", "adam"),
+    ("double tuples", "steihaug", "hessian", "adam"),
+]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("name", "model", "product", "solver"), SECOND_ORDER)
+def test_global_steps_of_second_order(world, monkeypatch, name, model, product, solver):
+    chosen = staged(options(subdomains=None, global_step=model, initial_radius=0.1), solver=solver, micro_batches=2)
+    chosen = replace(chosen, global_step=replace(chosen.global_step, product=product))
     compare(world, chosen, name, monkeypatch)
 
 

@@ -249,7 +249,6 @@ REFUSED = [
     ({"schwarz": {"local_data": "shard"}}, "schwarz.local_data: 'shard'"),
     ({"local": {"solver": "gauss-newton"}}, "local.solver: 'gauss-newton'"),
     ({"local": {"solver": "steihaug"}}, "local.product: 'gauss-newton'"),
-    ({"global_step": {"model": "lsr1"}}, "global_step.model: 'lsr1'"),
     ({"pipeline": {"balance": "cost"}}, "balance: 'cost' needs a sample"),
 ]
 

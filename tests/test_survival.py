@@ -252,6 +252,48 @@ def test_rank_that_drifts_is_named_and_its_state_not_saved(tmp_path):
     assert 0 < last == len([record for record in history(tmp_path / "run") if "rho" in record]) - 1
 
 
+DRIFTING_STAGE = """
+import networks
+import torch
+from mpi4py import MPI
+
+calls = 0
+
+
+class Drifting(torch.nn.Linear):
+    \"\"\"Of the first stage; on rank 1, which is its second replica, it changes itself.\"\"\"
+
+    def forward(self, inputs):
+        global calls
+        calls += 1
+        if calls == 20 and MPI.COMM_WORLD.rank == 1:
+            self.bias.data[0] += 1e-12
+        return super().forward(inputs)
+
+
+def problem():
+    network, loss, data = networks.problem()
+    network[0] = Drifting(10, 16, dtype=network[0].weight.dtype)
+    return network, loss, data
+"""
+
+
+@needs_mpirun
+def test_replica_of_a_stage_that_drifts_is_named(tmp_path):
+    """The stages differ; each is compared among its replicas."""
+    (tmp_path / "drifting_stage.py").write_text(DRIFTING_STAGE)
+    arguments = [
+        *SMALL, "--epochs=1000000", "--problem=drifting_stage:problem", "--layout=staged", "--replicas=2",
+        "--micro-batches=2",
+        "--drift-check-every=1", "--stall-timeout=60", "--subdomains=2",
+        "--schwarz.variant=inexact", "--schwarz.local_data=full",
+    ]  # fmt: skip
+    status, output = Job(tmp_path, 4, arguments).end()
+    assert status == FAILED, output
+    assert output.count("apts_mpi.train: error: after iteration") == 1
+    assert "rank 1 has other parameters or another solver state than rank 0" in output
+
+
 def test_saving_in_the_background(tmp_path):
     run(tmp_path, None, "--run-dir=run", "--epochs=4", "--checkpoint-every=1", "--checkpoint-in-background")
     run(tmp_path, None, "--run-dir=whole", "--epochs=4", "--checkpoint-keep-last=1", "--checkpoint-keep-every=3",

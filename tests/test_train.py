@@ -34,8 +34,7 @@ EPOCH = {
 SUMMARY = {
     "problem", "optimizer", "ranks", "batch_size", "parameters", "epochs", "iterations", "train_loss", "train_accuracy",
     "test_loss", "test_accuracy", "accepted_steps", "rejected_steps", "gradient_evaluations", "seconds",
-    "seconds_in_communication",
-        "seconds_in_checkpoints",
+    "seconds_in_communication", "seconds_in_checkpoints", "events",
 }  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def ended_after(seconds: float) -> Iterator[None]:
     A collective write to a disk that has become full may never return, and h5py keeps the interpreter to itself
     meanwhile: a thread in Python would not get its turn.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
     finally:

@@ -9,9 +9,9 @@ from apts_mpi import environment
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import require
 from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
-from apts_mpi.problems.problem import Problem
+from apts_mpi.problems.problem import ALL, Problem, Wanted
 
-__all__ = ["Problem", "build", "names"]
+__all__ = ["Problem", "Wanted", "build", "names"]
 
 # Functions of (dtype).
 _SELF_CONTAINED = {
@@ -26,17 +26,19 @@ _SELF_CONTAINED = {
 }
 
 # Functions of (data_dir, dtype).
-_READ_FROM_FILES = {
+_READ_FROM_FILES = {"text": text.text}
+
+# Functions of (data_dir, dtype, wanted).
+_READ_IN_PARTS = {
     "fashion-mnist": images.fashion_mnist,
     "fashion-mnist-cnn": images.fashion_mnist_cnn,
     "fashion-mnist-resnet": images.fashion_mnist_resnet,
-    "text": text.text,
 }
 
 
 def names() -> tuple[str, ...]:
     """Names that `build` knows, besides ``MODULE:FUNCTION``."""
-    return tuple(sorted(_SELF_CONTAINED | _READ_FROM_FILES))
+    return tuple(sorted(_SELF_CONTAINED | _READ_FROM_FILES | _READ_IN_PARTS))
 
 
 def build(
@@ -46,13 +48,14 @@ def build(
     train_samples: int | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    wanted: Wanted = ALL,
 ) -> Problem:
     """Build a problem. Equal arguments give equal networks and data; torch's random state is left as it was.
 
     Parameters
     ----------
     name : str
-        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user`).
+        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`).
     data_dir : str, optional
         Where the files of ``fashion-mnist*`` and ``text`` are.
     train_samples : int, optional
@@ -61,6 +64,8 @@ def build(
         Seed of the network's initial parameters.
     dtype : torch.dtype
         float32 or float64, of the network and its floating-point data.
+    wanted : Wanted
+        Where not all, the numbers of samples are only right of what is wanted.
 
     Returns
     -------
@@ -75,11 +80,13 @@ def build(
     cpu = torch.device("cpu")
     with environment.preserved_random_state(cpu):
         environment.seed_stream(cpu, seed)
-        problem = _find(name, data_dir)(dtype=dtype)
-    return problem if train_samples is None else _take_first(problem, train_samples)
+        problem = _find(name, data_dir, wanted)(dtype=dtype)
+    return problem if train_samples is None else _take_first(problem, train_samples, wanted)
 
 
-def _find(name, data_dir):
+def _find(name, data_dir, wanted):
+    if name in _READ_IN_PARTS:
+        return functools.partial(_READ_IN_PARTS[name], data_dir=data_dir, wanted=wanted)
     if name in _READ_FROM_FILES:
         return functools.partial(_READ_FROM_FILES[name], data_dir=data_dir)
     require(data_dir is None, "--data-dir", data_dir, f"leave it out: {name} reads no files")
@@ -90,7 +97,9 @@ def _find(name, data_dir):
     raise InvalidInput(f"--problem: {name!r} is not known; choose one of {', '.join(names())}, or MODULE:FUNCTION")
 
 
-def _take_first(problem, train_samples):
+def _take_first(problem, train_samples, wanted):
+    if not (wanted.inputs or wanted.targets):
+        return problem
     inputs, targets = problem.train
     require(
         1 <= train_samples <= len(inputs),
@@ -98,5 +107,7 @@ def _take_first(problem, train_samples):
         train_samples,
         f"{problem.name} has {len(inputs)} training samples; give 1 to {len(inputs)}",
     )
+    inputs, targets = inputs[:train_samples], targets[:train_samples]
     # Copies, so that the rest can be freed.
-    return dataclasses.replace(problem, train=(inputs[:train_samples].clone(), targets[:train_samples].clone()))
+    copies = inputs.clone() if wanted.inputs else inputs, targets.clone() if wanted.targets else targets
+    return dataclasses.replace(problem, train=copies)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.problems.problem import ALL, Wanted
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 CLASSES = 10
@@ -21,27 +22,36 @@ _MAGIC = {3: 0x00000803, 1: 0x00000801}
 _CONTENT = {0x00000803: "images", 0x00000801: "labels"}
 
 
-def read_dataset(directory: str) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+Pair = tuple[np.ndarray | None, np.ndarray | None]
+
+
+def read_dataset(directory: str, wanted: Wanted = ALL) -> tuple[Pair, Pair]:
     """Read the training and the test set of a directory with the four files in `FILES`, gzipped or not.
 
     Parameters
     ----------
     directory : str
         The option ``--data-dir``.
+    wanted : Wanted
+        Images are the inputs, labels the targets.
 
     Returns
     -------
     (train_images, train_labels), (test_images, test_labels)
-        Arrays of uint8, (n, rows, columns) and (n,), labels below `CLASSES`.
+        Arrays of uint8, (n, rows, columns) and (n,), labels below `CLASSES`; None in the place of what is not wanted,
+        whose files are not looked for.
 
     Raises
     ------
     InvalidInput
         When the directory or a file is missing, unreadable, truncated, corrupt or mislabelled.
     """
+    if not (wanted.inputs or wanted.targets):
+        return (None, None), (None, None)
     if not Path(directory).is_dir():
         raise InvalidInput(f"--data-dir {directory} is not a directory: give one that holds {_expected_files()}")
-    paths = [_find(directory, name) for name in FILES]
+    kinds = (wanted.inputs, wanted.targets) * 2
+    paths = [_find(directory, name) if kind else None for name, kind in zip(FILES, kinds, strict=True)]
     return _read_pair(paths[0], paths[1]), _read_pair(paths[2], paths[3])
 
 
@@ -57,14 +67,14 @@ def _find(directory, name):
 
 
 def _read_pair(images_path, labels_path):
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if len(images) != len(labels):
+    images = None if images_path is None else read_idx(images_path, 3)
+    labels = None if labels_path is None else read_idx(labels_path, 1)
+    if images is not None and labels is not None and len(images) != len(labels):
         raise InvalidInput(
             f"{images_path} has {len(images)} images and {labels_path} has {len(labels)} labels: "
             "take both from the same data set"
         )
-    wrong = np.flatnonzero(labels >= CLASSES)
-    if wrong.size:
+    if labels is not None and len(wrong := np.flatnonzero(labels >= CLASSES)):
         raise InvalidInput(
             f"{labels_path}: label {wrong[0]} is {labels[wrong[0]]}, outside 0..{CLASSES - 1}: fetch the file again"
         )

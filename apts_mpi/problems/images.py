@@ -15,7 +15,9 @@ from torch.nn.functional import cross_entropy
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import idx
 from apts_mpi.problems.layers import mlp
-from apts_mpi.problems.problem import Problem
+from apts_mpi.problems.problem import ALL, Problem, Wanted
+
+PIXELS = 28 * 28  # of the images that are read from files
 
 FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 
@@ -48,13 +50,13 @@ def digits_cnn(dtype: torch.dtype) -> Problem:
     return _digits("digits-cnn", network, dtype)
 
 
-def fashion_mnist(data_dir: str | None, dtype: torch.dtype) -> Problem:
+def fashion_mnist(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
     """Fashion-MNIST with a ReLU network, 784-(128x5)-10."""
     network = mlp([784] + [128] * 5 + [10], nn.ReLU)
-    return _fashion_mnist("fashion-mnist", network, data_dir, dtype, batch_size=2000, epochs=12)
+    return _fashion_mnist("fashion-mnist", network, data_dir, dtype, wanted, batch_size=2000, epochs=12)
 
 
-def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype) -> Problem:
+def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
     """Fashion-MNIST with four 3x3 convolutions and two linear layers."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
@@ -73,10 +75,10 @@ def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype) -> Problem:
         nn.ReLU(),
         nn.Linear(64, 10),
     )
-    return _fashion_mnist("fashion-mnist-cnn", network, data_dir, dtype, batch_size=1000, epochs=6)
+    return _fashion_mnist("fashion-mnist-cnn", network, data_dir, dtype, wanted, batch_size=1000, epochs=6)
 
 
-def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype) -> Problem:
+def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
     """Fashion-MNIST with a small residual network with batch normalisation."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
@@ -90,7 +92,7 @@ def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype) -> Problem:
         nn.Flatten(),
         nn.Linear(64, 10),
     )
-    return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, batch_size=500, epochs=6)
+    return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, wanted, batch_size=500, epochs=6)
 
 
 def _initialise_for_depth(network):
@@ -142,10 +144,11 @@ def _digits_data():
     return (images[kept], labels[kept]), (images[held_out], labels[held_out])
 
 
-def _fashion_mnist(name, network, data_dir, dtype, batch_size, epochs):
-    train, test = idx.read_dataset(_fashion_mnist_directory(data_dir))
+def _fashion_mnist(name, network, data_dir, dtype, wanted, batch_size, epochs):
+    directory = _fashion_mnist_directory(data_dir) if wanted.inputs or wanted.targets else ""
+    train, test = idx.read_dataset(directory, wanted)
     for images, _ in (train, test):
-        if images.shape[1:] != (28, 28):
+        if images is not None and images.shape[1:] != (28, 28):
             raise InvalidInput(f"--data-dir {data_dir} holds images of {images.shape[1:]} pixels: {name} takes 28x28")
     return _classification(name, network, train, test, dtype, batch_size, epochs)
 
@@ -162,11 +165,17 @@ def _fashion_mnist_directory(data_dir):
 
 
 def _classification(name, network, train, test, dtype, batch_size, epochs):
-    mean, std = float(train[0].mean()), float(train[0].std())
+    # In the place of images or labels that are None there are zeros without memory, of one sample if both are.
+    if train[0] is not None:
+        mean, std = float(train[0].mean()), float(train[0].std())
 
     def tensors(images, labels):
-        pixels = torch.tensor(images.reshape(len(images), -1), dtype=dtype)
-        return (pixels - mean) / std, torch.tensor(labels, dtype=torch.int64)
+        count = next((len(part) for part in (images, labels) if part is not None), 1)
+        pixels = torch.zeros(1, PIXELS, dtype=dtype).expand(count, -1)
+        if images is not None:
+            pixels = (torch.tensor(images.reshape(count, -1), dtype=dtype) - mean) / std
+        classes = torch.zeros(1, dtype=torch.int64).expand(count)
+        return pixels, classes if labels is None else torch.tensor(labels, dtype=torch.int64)
 
     return Problem(
         name=name,

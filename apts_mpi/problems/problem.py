@@ -12,6 +12,23 @@ from apts_mpi.options import require
 _DTYPES = (torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which data a problem has to read from files; the rest may be samples of the right shape that take no memory.
+
+    Parameters
+    ----------
+    inputs, targets : bool
+        Of the training samples and of the held-out ones.
+    """
+
+    inputs: bool = True
+    targets: bool = True
+
+
+ALL = Wanted()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """A network, its data and its loss: minimise ``f(theta) = 1/M sum_i loss(N(theta; x_i), y_i)``.
@@ -28,7 +45,7 @@ class Problem:
     train : (Tensor, Tensor)
         Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
     test : (Tensor, Tensor), optional
-        Held-out samples, shaped like `train`.
+        Held-out samples, shaped like ``train``.
     forward : callable, optional
         ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``. It also accepts any
         other callable in the place of the network.

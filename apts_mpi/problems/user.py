@@ -17,9 +17,9 @@ _EXPECTED = (
 
 
 def load(name: str, dtype: torch.dtype) -> Problem:
-    """Call the user's function and make a `Problem` of what it returns.
+    """Call the user's function and make a `apts_mpi.problems.Problem` of what it returns.
 
-    The module is looked for in the current directory first. It is imported, and the function called, with `dtype` as
+    The module is looked for in the current directory first. It is imported, and the function called, with ``dtype`` as
     torch's default dtype; what they give an explicit dtype keeps it. Of a tuple, int64 targets are taken for class
     indices, whose accuracy is reported.
 

@@ -1,0 +1,244 @@
+"""What scaling studies measured, read from run directories and kept in one HDF5 file.
+
+The file has the attributes ``format`` and ``version``, a dataset ``runs/NUMBER/seconds`` of each run with the seconds
+of its iterations and, as attributes of that group, ``kind`` (strong or weak), ``cores`` and as text ``summary`` (JSON)
+and ``configuration`` (YAML). ``reduced_model`` has one row a size: its columns, and seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import yaml
+
+from apts_mpi.coarse import ReducedModel, inner_products
+from apts_mpi.environment import seconds
+from apts_mpi.errors import InvalidInput
+from apts_mpi.linearisation import Column
+from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+
+FORMAT, VERSION = "apts_mpi scaling studies", 1
+
+# What runs must share to be in one file.
+SHARED = ("problem", "optimizer", "parameters")
+
+# Options that do not change what is measured.
+PLACES = ("run_dir", "overwrite", "resume")
+
+# Columns of the reduced models that are timed, and how often; the median counts.
+REDUCED_MODELS, REPEATS = (16, 32, 64, 128, 256), 5
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run that came to its end.
+
+    Attributes
+    ----------
+    kind
+        ``strong`` or ``weak``, its study.
+    seconds : tuple of float
+        Of each iteration but the first, which allocates and compiles.
+    summary
+        Its ``summary.json``.
+    configuration
+        Its ``config.yaml`` without `PLACES`.
+    cores
+        That all ranks shared; 0 where that is not known.
+    """
+
+    kind: str
+    seconds: tuple[float, ...]
+    summary: dict[str, Any]
+    configuration: str
+    cores: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return self.summary["ranks"]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch, over all ranks."""
+        return self.summary["batch_size"]
+
+    @property
+    def median(self) -> float:
+        """Median seconds of an iteration."""
+        return statistics.median(self.seconds)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The configuration, nested."""
+        return yaml.safe_load(self.configuration) or {}
+
+    @property
+    def study(self) -> tuple[str, str]:
+        """Kind and layout, which the runs of a study share."""
+        return self.kind, self.options.get("layout", "replicated")
+
+
+@dataclass(frozen=True)
+class Studies:
+    """What a file holds.
+
+    Attributes
+    ----------
+    runs
+        In their order.
+    reduced_model : dict of int to float
+        Seconds of forming and solving reduced models, by their numbers of columns.
+    """
+
+    runs: tuple[RunRecord, ...] = ()
+    reduced_model: dict[int, float] = field(default_factory=dict)
+
+
+def read_run(path: Path, cores: int = 0) -> RunRecord:
+    """The record of a finished run, of no study yet.
+
+    Raises
+    ------
+    InvalidInput
+        If it has fewer than two iterations, no events, or files that cannot be read.
+    """
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        records = [json.loads(line) for line in (path / HISTORY).read_text(encoding="utf-8").splitlines()]
+        # Records of epochs repeat the seconds of the iteration before.
+        ends = [record["seconds"] for record in records if "train_loss" not in record]
+        options = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        configuration = without_places(options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InvalidInput(f"run: {str(path)!r} cannot be read as a run ({error}); give another directory") from error
+    if len(ends) < 2:
+        raise InvalidInput(f"{path} has too few iterations to measure; give at least 2, better 20")
+    if not summary.get("events"):
+        raise InvalidInput(f"{path} has no events in its {SUMMARY}; run it again with this version of the package")
+    return RunRecord("", tuple(end - start for start, end in itertools.pairwise(ends)), summary, configuration, cores)
+
+
+def without_places(options: dict[str, Any]) -> str:
+    """A configuration as text, but for where its run is kept: the same for runs that measure the same."""
+    return yaml.safe_dump({name: value for name, value in options.items() if name not in PLACES}, allow_unicode=True)
+
+
+def check_shared(runs: Sequence[RunRecord]) -> None:
+    """Raise `InvalidInput` if the runs differ in what those of one file share."""
+    for name in SHARED:
+        values = {run.summary[name] for run in runs}
+        if len(values) > 1:
+            raise InvalidInput(f"the runs differ in {name}: {sorted(values)}; give those of one study")
+
+
+def read_studies(path: Path) -> Studies:
+    """What a file holds.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be read, or is no file of scaling studies.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise InvalidInput(f"{path} is an HDF5 file of something else; give one that apts_mpi.scaling has made")
+            if file.attrs["version"] != VERSION:
+                raise InvalidInput(f"{path} is of version {file.attrs['version']}, not {VERSION}; measure again")
+            runs = tuple(_read(file["runs"][name]) for name in sorted(file["runs"]))
+            return Studies(runs, {int(columns): float(time) for columns, time in file["reduced_model"][()]})
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"{path} cannot be read as an HDF5 file of scaling studies ({error}); give one") from error
+
+
+def _read(group: h5py.Group) -> RunRecord:
+    attributes = group.attrs
+    return RunRecord(
+        attributes["kind"],
+        tuple(group["seconds"][()].tolist()),
+        json.loads(attributes["summary"]),
+        attributes["configuration"],
+        int(attributes["cores"]),
+    )
+
+
+def write_studies(path: Path, studies: Studies) -> None:
+    """Write a file anew: complete, or as it was before.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update({"format": FORMAT, "version": VERSION})
+            file["reduced_model"] = np.array(list(studies.reduced_model.items()), dtype=float).reshape(-1, 2)
+            runs = file.create_group("runs")
+            for number, run in enumerate(studies.runs):
+                group = runs.create_group(f"{number:06}")
+                group["seconds"] = np.array(run.seconds)
+                group.attrs.update({"kind": run.kind, "cores": run.cores, "configuration": run.configuration})
+                group.attrs["summary"] = json.dumps(run.summary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written ({error}); give another file") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def add_runs(path: Path, runs: Iterable[RunRecord]) -> Studies:
+    """Put runs into a file, which is made if it does not exist; those that it has already count once.
+
+    Raises
+    ------
+    InvalidInput
+        If they do not belong together with those of the file, or it cannot be read or written.
+    """
+    earlier = read_studies(path) if path.exists() else Studies((), time_reduced_models())
+    studies = Studies(tuple({_key(run): run for run in (*earlier.runs, *runs)}.values()), earlier.reduced_model)
+    check_shared(studies.runs)
+    write_studies(path, studies)
+    return studies
+
+
+def _key(run: RunRecord) -> tuple[Any, ...]:
+    return run.kind, run.configuration, run.ranks, run.seconds
+
+
+def time_reduced_models() -> dict[int, float]:
+    """Median seconds on this machine of forming and solving reduced models, by their numbers of columns.
+
+    The columns lie side by side, as those of the corrections do. Runs have few columns, whose eigen-decomposition
+    nobody sees; with thousands it is all that one sees.
+    """
+    generator = np.random.default_rng(0)
+    found = {}
+    for count in REDUCED_MODELS:
+        columns = [Column(index, index + 1, torch.ones(1)) for index in range(count)]
+        factor = generator.standard_normal((count, count))
+        curvature, slope = factor @ factor.T, generator.standard_normal(count)
+        times = []
+        for _ in range(REPEATS):
+            start = seconds()
+            model = ReducedModel(slope, curvature, inner_products(columns).numpy())
+            model.minimise(1.0, 0.1, "2")
+            times.append(seconds() - start)
+        found[count] = statistics.median(times)
+    return found
