@@ -25,7 +25,7 @@ from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
-from apts_mpi.options import APTSOptions
+from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
@@ -88,7 +88,7 @@ class APTS:
         self.events = Events()
         self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, self.events)
         with self.comm.shared_errors():
-            segmented = SegmentedNetwork(network, forward)
+            segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             self.vector = FlatParameters(network)
             self.layers = segmented.layers(self.vector)
             dense = may_be_dense(options, network, called=forward is not None)
@@ -158,6 +158,8 @@ class APTS:
         """Have done no iteration yet."""
         self.state = State(radius=self.options.trust_region.initial_radius)
         self._team = team
+        # Of the evaluations.
+        self._epsilon = torch.finfo(lower_precision(self.options.autocast) or self.vector.values.dtype).eps
         self._accepted_values = self.vector.values.clone()
         self._versions = self.vector.versions()
         self._passes: list[Pass] = []
@@ -314,6 +316,10 @@ class APTS:
         Without a ``predicted_reduction`` the model is the first-order one.
         """
         options, radius = self.options.trust_region, self._radius
+        epsilon = self._epsilon
+        if self.options.autocast != "none":
+            # Samples are rounded independently of each other; what is summed of them is rounded much less.
+            epsilon /= self._batch_size**0.5
         with self.events.timed("judge"):
             self._accepted_values.copy_(self.vector.values)
             self.vector.values.add_(step)
@@ -331,7 +337,7 @@ class APTS:
                     predicted_reduction=predicted,
                     step_norm=step_norm,
                     earlier_losses=tuple(self.state.losses),
-                    noise=options.noise * torch.finfo(self.vector.values.dtype).eps * abs(loss),
+                    noise=options.noise * epsilon * abs(loss),
                 )
                 return (
                     loss,
@@ -347,9 +353,10 @@ class APTS:
                     table[:, 2].max(),
                 )
 
-            own = [float(self._evaluated.loss), float(trial.loss), self.events.work]
-            own += self.products.own(self._gradient, step)
-            *record, self._most_work = self.comm.agree(own, decide)
+            # The device is waited for here, once for all numbers.
+            products = self.products.own(self._gradient, step)
+            loss, trial_loss, *own = torch.stack([self._evaluated.loss, trial.loss, *products]).tolist()
+            *record, self._most_work = self.comm.agree([loss, trial_loss, self.events.work, *own], decide)
             judged = judged_of(record)
             self.state.radius = judged.next_radius
             if judged.accepted:
@@ -382,7 +389,7 @@ class APTS:
         gradient, values = self._gradient.clone(), self.vector.values
         direction = self.products.steepest_descent(gradient, 1.0)
         size, reach = self.products.euclidean_norms(values, direction)
-        length = torch.finfo(values.dtype).eps ** 0.5 * (1.0 + size) / reach if reach else 1.0
+        length = self._epsilon**0.5 * (1.0 + size) / reach if reach else 1.0
         self._accepted_values.copy_(values)
         values.add_(direction, alpha=length)
         self.objective.evaluate(self._passes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mpi4py import MPI
@@ -23,6 +23,7 @@ from apts_mpi.network_state import (
     take_tensors,
 )
 from apts_mpi.objective import Loss, Objective
+from apts_mpi.options import lower_precision
 from apts_mpi.partition import Layout, Subdomain
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.vector import FlatParameters
@@ -61,6 +62,8 @@ class DataParallel:
         Its step size.
     seed
         Of dropout.
+    autocast
+        See `apts_mpi.APTSOptions`.
     """
 
     def __init__(
@@ -72,13 +75,14 @@ class DataParallel:
         optimizer: str,
         learning_rate: float,
         seed: int = 0,
+        autocast: Literal["none", "bfloat16"] = "none",
         forward: Forward | None = None,
     ) -> None:
         self.network = network
         self.events = Events()
         self.comm = Communicator(comm, self.events)
         with self.comm.shared_errors():
-            segmented = SegmentedNetwork(network, forward)
+            segmented = SegmentedNetwork(network, forward, lower_precision(autocast))
             self.vector = FlatParameters(network)
         self.comm.share_tensors([self.vector.values, *network.buffers()])
         self.layout = Layout(self.comm.size, self.comm.size, 1)

@@ -12,13 +12,14 @@ from torch import nn
 
 from apts_mpi.apts import APTS
 from apts_mpi.baselines import DataParallel
-from apts_mpi.comm import Pending
+from apts_mpi.comm import Pending, Starts
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events, Spans
 from apts_mpi.options import APTSOptions
 from apts_mpi.problems import build
 from apts_mpi.staged import StagedAPTS
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.transport import HostStreams
 
 # Notes of each kind in a series, and series, of which the median counts.
 NOTES, SERIES = 10_000, 5
@@ -64,8 +65,8 @@ def operation() -> Callable[[], None]:
     events = Events()
 
     def note() -> None:
-        pending = Pending(events)
-        pending.add(MPI.REQUEST_NULL, lambda: None)
+        pending = Pending(events, Starts())
+        pending.add(HostStreams.Event(), lambda: MPI.REQUEST_NULL, lambda: None)
         pending.progress()
 
     return note

@@ -77,10 +77,10 @@ def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
     return scale[:, None] * vectors[:, kept] / np.sqrt(values[kept])
 
 
-def inner_products(columns: Sequence[Column]) -> np.ndarray:
-    """Inner products of columns, shape (m, m); zero for those that share no index."""
+def inner_products(columns: Sequence[Column]) -> torch.Tensor:
+    """Inner products of columns, shape (m, m), float64; zero for those that share no index."""
     count = len(columns)
-    gram = np.zeros((count, count))
+    gram = torch.zeros(count, count, dtype=torch.float64, device=columns[0].values.device)
     for first, left in enumerate(columns):
         for second in range(first, count):
             right = columns[second]
@@ -90,7 +90,7 @@ def inner_products(columns: Sequence[Column]) -> np.ndarray:
                     left.values[start - left.start : stop - left.start],
                     right.values[start - right.start : stop - right.start],
                 )
-                gram[first, second] = gram[second, first] = float(product)
+                gram[first, second] = gram[second, first] = product
     return gram
 
 
@@ -176,12 +176,17 @@ class CoarseLevel:
         with self._events.timed("coarse"):
             self._corrections = corrections
             self._columns = self._columns_of(corrections, gradient)
-            if rows:
-                total = self._curvature_from_rows(passes, rows, batch_size)
-            else:
-                total = self._curvature_of_passes(passes, batch_size)
+            count, leads = len(self._columns), self._comm.rank == 0
+            # The device is waited for once.
+            parts = [] if rows else [self._curvature_of_passes(passes, batch_size)]
+            parts += [inner_products(self._columns), self._slope(gradient)[None]] if leads else []
+            own = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, count))
+            curvature = self._products_of_rows(passes, rows, batch_size) if rows else own[:count]
+            total = self._comm.sum_on_root(curvature)
+            if total is not None and rows:
+                total = total @ total.T
             if total is not None:
-                self._model = ReducedModel(self._slope(gradient), total, inner_products(self._columns))
+                self._model = ReducedModel(own[-1], total, own[-1 - count : -1])
 
     def _columns_of(self, corrections: Sequence[Column], gradient: torch.Tensor) -> list[Column]:
         vectors = {"last_step": self.last_step, "gradient": gradient, "last_correction": self.last_correction}
@@ -192,24 +197,22 @@ class CoarseLevel:
             for start, stop in self._parts
         ]
 
-    def _slope(self, gradient: torch.Tensor) -> np.ndarray:
-        """Inner products of the gradient with the columns."""
-        slope = torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns])
-        return slope.double().cpu().numpy()
+    def _slope(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Inner products of the gradient with the columns, shape (m,), float64."""
+        return torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns]).double()
 
-    def _curvature_of_passes(self, passes: Sequence[Pass], batch_size: int) -> np.ndarray | None:
-        """The reduced curvature on rank 0: all columns on a share of each rank's samples, summed."""
-        curvature = torch.zeros(len(self._columns), len(self._columns), dtype=torch.float64)
+    def _curvature_of_passes(self, passes: Sequence[Pass], batch_size: int) -> torch.Tensor:
+        """The reduced curvature of all columns on a share of this rank's samples, shape (m, m), float64."""
+        count = len(self._columns)
+        curvature = torch.zeros(count, count, dtype=torch.float64, device=self.step.device)
         for part in passes:
             thinned = part.thinned(self._share(batch_size, part.targets))
             if thinned is not None:
-                curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns).cpu()
-        return self._comm.sum_on_root(curvature.numpy())
+                curvature += thinned.weight * self._linearisation.reduced(thinned, self._columns)
+        return curvature
 
-    def _curvature_from_rows(
-        self, passes: Sequence[Pass], rows: Sequence[GaussNewtonRows], batch_size: int
-    ) -> np.ndarray | None:
-        """The same from products of rows: each rank its own columns on its samples, put side by side."""
+    def _products_of_rows(self, passes: Sequence[Pass], rows: Sequence[GaussNewtonRows], batch_size: int) -> np.ndarray:
+        """This rank's own columns times the rows of its samples; summed over the ranks, the curvature's square root."""
         products = np.zeros((0, 0))
         for part, of_pass in zip(passes, rows, strict=True):
             for number, column in enumerate(self._columns):
@@ -222,8 +225,7 @@ class CoarseLevel:
                 place = slice(part.position * outputs, (part.position + part.samples) * outputs)
                 # The rows are those of the mean over this rank's samples.
                 products[number, place] = product.double().cpu().numpy() * math.sqrt(part.samples / batch_size)
-        total = self._comm.sum_on_root(products)
-        return None if total is None else total @ total.T
+        return products
 
     def _share(self, batch_size: int, targets: torch.Tensor) -> float:
         """Share of the batch on which the curvature is measured."""

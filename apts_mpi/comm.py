@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from apts_mpi.environment import seconds
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import Events
 from apts_mpi.patience import Patience
-from apts_mpi.transport import HostBytes, Mirror
+from apts_mpi.transport import Bytes, Event, Mirror
 
 # Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
 CLOCK, TURN = 900, 901
@@ -77,43 +78,82 @@ class Waiting:
 WAITING = Waiting()
 
 
+class Starts:
+    """Operations to be started in their order, each when its data are where MPI reads them.
+
+    MPI matches operations by their order, on all ranks the same: none may overtake another one.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Event, Callable[[], None]]] = deque()
+
+    def add(self, ready: Event, start: Callable[[], None]) -> None:
+        """Call ``start`` after ``ready``, at once or in a later call of `advance` or `finish`."""
+        self._waiting.append((ready, start))
+        self.advance()
+
+    def advance(self) -> None:
+        """Start what is ready."""
+        while self._waiting and self._waiting[0][0].query():
+            self._waiting.popleft()[1]()
+
+    def finish(self) -> None:
+        """Start everything, and wait until it is ready."""
+        while self._waiting:
+            ready, start = self._waiting.popleft()
+            ready.synchronize()
+            start()
+
+
 class Pending:
     """Operations under way; `wait` returns when their results are in the tensors."""
 
-    def __init__(self, events: Events, patience: Patience | None = None) -> None:
+    def __init__(self, events: Events, starts: Starts, patience: Patience | None = None) -> None:
         self._events = events
+        self._starts = starts
         self._patience = patience
+        self._operations = 0
         self._requests: list[MPI.Request] = []
         self._finish: list[Callable[[], None]] = []
         self._event = events.present
         self._since: float | None = None
 
-    def add(self, request: MPI.Request, finish: Callable[[], None]) -> None:
-        """Take in one more operation, and what remains to do once it has completed."""
+    def add(self, ready: Event, start: Callable[[], MPI.Request], finish: Callable[[], None]) -> None:
+        """Take in one more operation: after what, how it starts, and what remains to do once it has completed."""
         if self._since is None:
             self._since = seconds()
-        self._requests.append(request)
+        self._operations += 1
         self._finish.append(finish)
+        self._starts.add(ready, lambda: self._requests.append(start()))
 
     def progress(self) -> bool:
-        """Give the MPI library time to move data, as most move nothing outside of a call; whether all is done."""
-        done = MPI.Request.Testall(self._requests)
+        """Start what is ready, and give the MPI library time to move data; whether all is done.
+
+        Most libraries move nothing outside of a call.
+        """
+        done = self._all_done()
         if done:
             self._note_completion(seconds())
         return done
+
+    def _all_done(self) -> bool:
+        self._starts.advance()
+        return MPI.Request.Testall(self._requests) and len(self._requests) == self._operations
 
     def wait(self, what: str = "a reduction") -> None:
         """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
         began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
+                self._starts.finish()
                 with WAITING.noted(what):
                     MPI.Request.Waitall(self._requests)
             else:
-                self._patience.wait(lambda: MPI.Request.Testall(self._requests), what)
+                self._patience.wait(self._all_done, what)
         self._note_completion(began)
         for finish in self._finish:
             finish()
+        self._operations = 0
         self._requests.clear()
         self._finish.clear()
 
@@ -144,6 +184,7 @@ class Communicator:
         self._mpi = self._private.comm
         self._events = events
         self.patience = patience
+        self._starts = Starts()
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
 
@@ -171,7 +212,7 @@ class Communicator:
 
     def pending(self) -> Pending:
         """An empty set of operations."""
-        return Pending(self._events, self.patience)
+        return Pending(self._events, self._starts, self.patience)
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
@@ -183,6 +224,7 @@ class Communicator:
 
         Of objects that are pickled the bytes are not known, and not counted.
         """
+        self._starts.finish()
         self._events.message(operation, size)
         if self.patience is not None:
             self._events.message("barrier", 0)
@@ -193,15 +235,14 @@ class Communicator:
             with WAITING.noted(what):
                 yield
 
-    def start_send(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
+    def start_send(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
-        content.push()
-        self._events.message("pipeline", content.memory.nbytes)
-        pending.add(self._mpi.Isend(content.memory, rank, tag), lambda: None)
+        self._events.message("pipeline", content.size)
+        pending.add(content.push(), lambda: self._mpi.Isend(content.memory, rank, tag), lambda: None)
 
-    def start_receive(self, pending: Pending, content: HostBytes, rank: int, tag: int) -> None:
+    def start_receive(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:
         """Start to receive the next message of ``rank`` with ``tag``, which has the size of ``content``."""
-        pending.add(self._mpi.Irecv(content.memory, rank, tag), content.pull)
+        pending.add(content.clear(), lambda: self._mpi.Irecv(content.memory, rank, tag), content.pull)
 
     def send_object(self, value: Any, rank: int, tag: int) -> None:
         """Send a small object; returns when it can be forgotten."""
@@ -227,22 +268,27 @@ class Communicator:
 
         ``send`` and ``receive`` may be the same mirror.
         """
-        send.push(start, stop)
-        source = MPI.IN_PLACE if send is receive else send.memory(start, stop)
-        target = receive.memory(start, stop)
-        self._events.message("sum", target.nbytes)
-        pending.add(self._mpi.Iallreduce(source, target), lambda: receive.pull(start, stop))
+        self._events.message("sum", (stop - start) * receive.tensor.element_size())
+
+        def begin() -> MPI.Request:
+            # Holding ``send``: its tensor is read until then.
+            source = MPI.IN_PLACE if send is receive else send.memory(start, stop)
+            return self._mpi.Iallreduce(source, receive.memory(start, stop))
+
+        pending.add(send.push(start, stop), begin, lambda: receive.pull(start, stop))
 
     def start_gather(self, pending: Pending, buffer: Mirror, ranges: Sequence[tuple[int, int]]) -> None:
         """Start to give every rank the elements that rank r holds in ``ranges[r]``, in place. Collective."""
         start, stop = ranges[self.rank]
-        buffer.push(start, stop)
         whole = buffer.memory(0, buffer.tensor.numel())
         counts = [stop - start for start, stop in ranges]
         offsets = [start for start, _ in ranges]
-        self._events.message("gather", whole[start:stop].nbytes)
-        request = self._mpi.Iallgatherv(MPI.IN_PLACE, [whole, (counts, offsets)])
-        pending.add(request, lambda: buffer.pull(0, buffer.tensor.numel()))
+        self._events.message("gather", (stop - start) * buffer.tensor.element_size())
+        pending.add(
+            buffer.push(start, stop),
+            lambda: self._mpi.Iallgatherv(MPI.IN_PLACE, [whole, (counts, offsets)]),
+            lambda: buffer.pull(0, buffer.tensor.numel()),
+        )
 
     def sum(self, mirror: Mirror) -> None:
         """Sum ``mirror`` over the ranks in place. Collective."""

@@ -1,24 +1,49 @@
-"""``python -m apts_mpi.device_probe KIND``: whether MPI sums device memory, for `apts_mpi.doctor` to start.
+"""``python -m apts_mpi.device_probe KIND``: whether MPI works on device memory, for `apts_mpi.direct` to start.
 
-A process of its own, as MPI libraries crash on it. Exit status 0 if the sums are right.
+A process of its own, as MPI libraries crash on it, or never return. Exit status 0 if all is right.
 """
 
 from __future__ import annotations
 
 import sys
 
+import torch
 from mpi4py import MPI
 
 from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
-from apts_mpi.transport import choose_device, sums_directly
+from apts_mpi.transport import ADMITTED_DTYPES, Bytes, Mirror, choose_device, use_transport
+
+# Elements of each operation: more than what libraries send with the first packet.
+ELEMENTS = 2**20
+
+
+def works(comm: Communicator, device: torch.device) -> bool:
+    """Whether sums, gathers and messages are right, as the package makes them. Collective."""
+    rank, size = comm.rank, comm.size
+    right = True
+    for dtype in ADMITTED_DTYPES:
+        own = torch.full((ELEMENTS,), rank + 1, dtype=dtype, device=device)
+        summed, received, gathered = own.clone(), torch.zeros_like(own), own.repeat(size)
+        pending = comm.pending()
+        comm.start_sum(pending, Mirror(own), Mirror(summed), 0, ELEMENTS)
+        parts = [(ELEMENTS * other, ELEMENTS * (other + 1)) for other in range(size)]
+        comm.start_gather(pending, Mirror(gathered), parts)
+        comm.start_receive(pending, Bytes(received), (rank - 1) % size, 0)
+        comm.start_send(pending, Bytes(own), (rank + 1) % size, 0)
+        pending.wait()
+        right = right and bool((summed == size * (size + 1) // 2).all())
+        right = right and bool((torch.arange(1, size + 1, device=device) == gathered.view(size, -1).T).all())
+        right = right and bool((received == (rank - 1) % size + 1).all())
+    return right
 
 
 def main() -> None:
     """Try on all ranks."""
     comm = Communicator(MPI.COMM_WORLD, Events())
     device = choose_device(sys.argv[1], comm.local_rank())
-    sys.exit(0 if sums_directly(comm.mpi, device) else 1)
+    use_transport(device, "direct")
+    sys.exit(0 if works(comm, device) else 1)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ from apts_mpi.diagnosis import (
     judge_versions,
     worst,
 )
+from apts_mpi.direct import find_launcher, try_direct
 from apts_mpi.events import Events
 from apts_mpi.train import launcher_mismatch, mpi_version
-from apts_mpi.transport import choose_device, describe_transport
+from apts_mpi.transport import TRANSPORTS, choose_device
 from apts_mpi.watch import FAILED
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -74,9 +75,10 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Row]
     library = mpi_version()
     device = choose_device("auto", comm.local_rank())
     ranks = probes.gather_facts(comm, device)
-    launcher = probes.find_launcher() if comm.rank == 0 else ("", "")
+    launcher = find_launcher() if comm.rank == 0 else ("", "")
     has_device = any(rank.device_identity for rank in ranks)
-    direct = probes.try_direct(comm, "cuda") if has_device else None
+    direct = try_direct(comm, "cuda") if has_device else None
+    transport = TRANSPORTS["staged" if direct else "direct"].words
     with probes.scratch(comm, run_directory) as (scratch, failure):
         unseen, stale = ([], []) if failure else probes.see_renames(comm, scratch)
         usable = not failure and not unseen
@@ -90,7 +92,7 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Row]
         judge_cores(ranks),
         judge_devices(ranks),
         *judge_sums(probes.sum_everywhere(comm, device)),
-        judge_direct(direct, describe_transport(device)),
+        judge_direct(direct, transport),
         judge_overlap(plain, tested, library, switched_on),
         judge_storage(str(scratch.parent if not failure else scratch), failure, unseen, stale),
         *([judge_locks(*locks, comm.size)] if locks is not None else []),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from apts_mpi.bundle import Bundle
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import preserved_random_state, seed_stream
 from apts_mpi.events import BACKWARD, FORWARD, Events
@@ -172,9 +173,10 @@ class GlobalStep:
         device = part.inputs.device
         with preserved_random_state(device), objective.buffers.copied():
             seed_stream(device, *part.stream)
-            outputs = part.inputs
+            outputs: Bundle = part.inputs
             for segment in objective.segmented.segments:
-                outputs = segment(outputs)
+                outputs = objective.segmented.run(segment, outputs)
+        assert isinstance(outputs, torch.Tensor)
         return outputs
 
     def _preconditioner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:

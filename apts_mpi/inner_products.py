@@ -33,9 +33,10 @@ class InnerProducts:
         self._comm = comm
         self._rows = list(rows)
 
-    def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[float]:
-        """This rank's part of what `of_table` finds, for a message that goes anyway."""
-        return torch.stack([torch.dot(gradient, step), norm(step, self._kind), norm(gradient, "2")]).tolist()
+    def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[torch.Tensor]:
+        """This rank's part of what `of_table` finds, float64 of shape (), for a message that goes anyway."""
+        products = torch.dot(gradient, step), norm(step, self._kind), norm(gradient, "2")
+        return [product.double() for product in products]
 
     def of_table(self, table: np.ndarray) -> tuple[float, float, float]:
         """Inner product, norm of the step, and 2-norm of the gradient, from what `own` returned on all ranks."""

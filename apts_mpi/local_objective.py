@@ -237,7 +237,7 @@ class LocalObjective:
             set_random_state(cache.random_state, device)
             outputs = objective.load(cache.inputs)
             for segment in objective.segmented.segments[cache.subdomain.first_segment : self._last_segment + 1]:
-                outputs = segment(outputs)
+                outputs = objective.segmented.run(segment, outputs)
         return outputs
 
     def _value_of(self, cache: Cache, outputs: Bundle) -> torch.Tensor:

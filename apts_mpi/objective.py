@@ -18,6 +18,7 @@ from apts_mpi.partition import Subdomain
 from apts_mpi.recorder import LayerRecord, LayerRecorder
 from apts_mpi.reduction import GradientReduction
 from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.transport import on_device
 from apts_mpi.vector import FlatParameters
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -101,7 +102,7 @@ class Pass:
         """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
         places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
         counts = (places * share).ceil()
-        chosen = (counts[1:] > counts[:-1]).nonzero().squeeze(1).to(self.inputs.device)
+        chosen = on_device((counts[1:] > counts[:-1]).nonzero().squeeze(1), self.inputs.device)
         if len(chosen) == 0:
             return None
         shard_weight = self.weight * self.shard_size / self.samples
@@ -220,7 +221,7 @@ class Objective:
                     for subdomain in part.subdomains
                     if subdomain.first_segment == index
                 ]
-            activations = segment(activations)
+            activations = self.segmented.run(segment, activations)
             for cache in caches:
                 if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
                     for tensor in differentiable(activations):

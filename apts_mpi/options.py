@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
+
 from apts_mpi.errors import InvalidInput
 
 LocalData = Literal["auto", "shard", "full"]
@@ -20,6 +22,11 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
     require(value in choices, option, value, "choose one of " + ", ".join(choices))
+
+
+def lower_precision(autocast: str) -> torch.dtype | None:
+    """What option ``autocast`` stands for."""
+    return None if autocast == "none" else getattr(torch, autocast)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +324,9 @@ class APTSOptions:
         What each rank passes to `apts_mpi.APTS.step`: the ``whole`` batch, or its own ``shard`` of it.
     seed
         Seed of the random numbers that the network draws while it trains (dropout).
+    autocast
+        ``bfloat16``: the network computes in it where torch's autocast holds it to be safe, in loss, gradient, trial
+        and local evaluations alike. Parameters, gradients, reductions and curvature stay float32. ``none``: all does.
     layout
         What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it (see `apts_mpi.StagedAPTS`).
     stall_timeout
@@ -330,6 +340,7 @@ class APTSOptions:
     replicas: int = 1
     batch: Literal["whole", "shard"] = "whole"
     seed: int = 0
+    autocast: Literal["none", "bfloat16"] = "none"
     stall_timeout: float | None = None
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
@@ -344,5 +355,6 @@ class APTSOptions:
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
         require_choice("batch", self.batch, ("whole", "shard"))
         require(self.seed >= 0, "seed", self.seed, "give 0 or more")
+        require_choice("autocast", self.autocast, ("none", "bfloat16"))
         limit = self.stall_timeout
         require(limit is None or 0.0 < limit < math.inf, "stall_timeout", limit, "give seconds above 0, or null")

@@ -12,7 +12,7 @@ from apts_mpi.comm import Communicator, Pending
 from apts_mpi.errors import StageError, StallError
 from apts_mpi.events import Events
 from apts_mpi.schedules import Action, Direction
-from apts_mpi.transport import HostBytes
+from apts_mpi.transport import Bytes
 
 TAGS: dict[Direction, int] = {"forward": 1, "backward": 2}
 DESCRIPTION = 3
@@ -49,7 +49,7 @@ class _Receive:
         self._tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in description.tensors)
         self.pending = comm.pending()
         for tensor in self._tensors:
-            comm.start_receive(self.pending, HostBytes(tensor), rank, tag)
+            comm.start_receive(self.pending, Bytes(tensor), rank, tag)
 
     def wait(self, what: str) -> Bundle:
         self.pending.wait(what)
@@ -222,5 +222,5 @@ class Pipeline:
         tensors = tuple(tensor.contiguous() for tensor in tensors_of(bundle))
         pending = self._comm.pending()
         for tensor in tensors:
-            self._comm.start_send(pending, HostBytes(tensor), rank, tag)
+            self._comm.start_send(pending, Bytes(tensor), rank, tag)
         self._sends.append((pending, tensors))

@@ -6,11 +6,8 @@ import fcntl
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,9 +29,6 @@ SIZES = (8, 2**18)
 # timed calls, and the most products in one of them.
 ELEMENTS, MATRIX, REPETITIONS, MOST_PIECES = 2**20, 128, 7, 2000
 
-# Seconds for a process that tries what may hang, and for a launcher to say its version.
-PROBE_LIMIT, VERSION_LIMIT = 60.0, 10.0
-
 
 def gather_facts(comm: Communicator, device: torch.device) -> list[RankFacts]:
     """What each rank knows of its place."""
@@ -47,66 +41,6 @@ def gather_facts(comm: Communicator, device: torch.device) -> list[RankFacts]:
         environment.versions(),
     )
     return comm.collect(facts)
-
-
-def find_launcher() -> tuple[str, str]:
-    """Path of the ``mpirun`` in PATH and what it says of itself; both empty without one. Not collective."""
-    path = shutil.which("mpirun") or shutil.which("mpiexec")
-    if path is None:
-        return "", ""
-    return path, run_apart([path, "--version"], VERSION_LIMIT)[1]
-
-
-def run_apart(command: Sequence[str], limit: float) -> tuple[str, str]:
-    """Run a command that may crash or hang, as if no launcher had started this process. Not collective.
-
-    Returns
-    -------
-    failure, output
-        What went wrong, empty if nothing; and what was printed.
-    """
-    process = subprocess.Popen(
-        command,
-        env=environment.outside_job(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        # The whole group: a launcher that is killed alone leaves its ranks.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return f"no end after {limit:g} s", ""
-    status = process.returncode
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}", output
-    return f"exit status {status}" if status else "", output
-
-
-def try_direct(comm: Communicator, kind: str) -> str | None:
-    """Iallreduce on the memory of devices, by two ranks on rank 0's host in processes of their own.
-
-    Parameters
-    ----------
-    kind
-        Of devices, as for `apts_mpi.transport.choose_device`.
-
-    Returns
-    -------
-    str
-        What went wrong, empty if it works.
-    """
-    failure = ""
-    if comm.rank == 0:
-        launcher = find_launcher()[0]
-        command = [launcher, "-n", "2"] if launcher else []
-        failure, _ = run_apart([*command, sys.executable, "-m", "apts_mpi.device_probe", kind], PROBE_LIMIT)
-    return comm.agree_on_text(failure)
 
 
 def sum_everywhere(comm: Communicator, device: torch.device) -> list[dict[str, int]]:

@@ -35,7 +35,7 @@ class LayerRecord:
     def complete(self, weight: float) -> None:
         """Take the gradient from the graph, in which the loss was multiplied by ``weight``."""
         if self.outputs is not None and self.outputs.grad is not None:
-            self.gradient = self.outputs.grad / weight
+            self.gradient = self.outputs.grad.to(_dtype_of(self.module)) / weight
         self.outputs = None
 
 
@@ -68,7 +68,15 @@ class LayerRecorder:
         """A layer was called."""
         if self._records is not None and outputs.requires_grad:
             outputs.retain_grad()
-            self._records.append(LayerRecord(module, inputs.detach(), outputs))
+            inputs = inputs.detach()
+            if inputs.is_floating_point():
+                inputs = inputs.to(_dtype_of(module))
+            self._records.append(LayerRecord(module, inputs, outputs))
+
+
+def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+    """Of its parameters; under autocast it computes in another one, in which statistics would be summed up badly."""
+    return next(module.parameters()).dtype
 
 
 def _tell(

@@ -237,7 +237,7 @@ def time_reduced_models() -> dict[int, float]:
         times = []
         for _ in range(REPEATS):
             start = seconds()
-            model = ReducedModel(slope, curvature, inner_products(columns))
+            model = ReducedModel(slope, curvature, inner_products(columns).numpy())
             model.minimise(1.0, 0.1, "2")
             times.append(seconds() - start)
         found[count] = min(times)

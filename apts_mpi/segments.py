@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from apts_mpi.bundle import Bundle
+from apts_mpi.bundle import Bundle, map_tensors, tensors_of
+from apts_mpi.errors import InvalidInput
 from apts_mpi.partition import Layer
 from apts_mpi.vector import FlatParameters
 
@@ -27,6 +28,8 @@ class SegmentedNetwork:
         The network.
     forward
         Function of (network, inputs) that returns the outputs; None stands for ``network(inputs)``.
+    autocast
+        Lower precision that `run` uses where torch holds it to be safe; None: that of the parameters.
 
     Attributes
     ----------
@@ -36,10 +39,25 @@ class SegmentedNetwork:
         What `share` is a share of; those of `measure`, unless these are segments of a larger network.
     """
 
-    def __init__(self, network: torch.nn.Module, forward: Forward | None) -> None:
+    def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
         self.segments = tuple(_flatten(network)) if forward is None else (_Called(network, forward),)
         self._counts: list[float] | None = None
         self.multiplications = 0.0
+        self._autocast = autocast
+        others = {parameter.dtype for parameter in network.parameters()} - {torch.float32}
+        if autocast is not None and others:
+            raise InvalidInput(
+                f"autocast: '{str(autocast).removeprefix('torch.')}' is for a network of float32, and this one has "
+                f"parameters of {others.pop()}; choose none, or convert it by network.float()"
+            )
+
+    def run(self, segment: torch.nn.Module, activations: Bundle) -> Bundle:
+        """What a segment returns, which is in float32 also where it is computed in a lower precision."""
+        if self._autocast is None:
+            return segment(activations)
+        with torch.autocast(tensors_of(activations)[0].device.type, self._autocast):
+            outputs = segment(activations)
+        return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
 
     def __len__(self) -> int:
         return len(self.segments)

@@ -22,7 +22,7 @@ from apts_mpi.local import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss
-from apts_mpi.options import APTSOptions
+from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.partition import Layout, make_subdomains
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz import AdditiveSchwarz
@@ -104,7 +104,7 @@ class StagedAPTS(APTS):
                     f"subdomains: {count} is too few for {len(self.stages)} stages, which have one each at least; give "
                     "more, or start fewer ranks"
                 )
-            segmented = keep_stage(places, self.stages, self.stages[stage])
+            segmented = keep_stage(places, self.stages, self.stages[stage], lower_precision(options.autocast))
             self.vector = FlatParameters(network)
             self.layers = segmented.layers(self.vector)
             own = self.layout.subdomains_of(stage)

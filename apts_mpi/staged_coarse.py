@@ -74,8 +74,9 @@ class StagedCoarseLevel(CoarseLevel):
             packed = np.zeros((2 * count + 1, count))
             packed[:count] = self._curvature(passes, batch_size)
             if self._leads:
-                packed[count : 2 * count][own, own] = inner_products(self._columns)
-                packed[2 * count, own] = self._slope(gradient)
+                products = torch.cat([inner_products(self._columns), self._slope(gradient)[None]]).cpu().numpy()
+                packed[count : 2 * count][own, own] = products[:-1]
+                packed[2 * count, own] = products[-1]
             total = self._comm.sum_on_root(packed)
             if total is not None:
                 self._model = ReducedModel(total[2 * count], total[:count], total[count : 2 * count])
@@ -84,7 +85,7 @@ class StagedCoarseLevel(CoarseLevel):
         """``S^T J^T H J S`` of this replica's samples on the last stage, zero on the others. Collective."""
         thinned = [part.thinned(self._share(batch_size, part.targets)) for part in passes]
         parts = [part for part in thinned if part is not None]
-        curvature = np.zeros((self._count, self._count))
+        curvature = torch.zeros(self._count, self._count, dtype=torch.float64, device=self.step.device)
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
             part = parts[index]
@@ -96,13 +97,13 @@ class StagedCoarseLevel(CoarseLevel):
                 outputs, tangents = self._linearisation.tangents(activations, self._joined(carried), carried)
             if self._pipeline.is_last:
                 reduced = self._linearisation.between(outputs, part.targets, tangents[0])
-                curvature[:] += part.weight * reduced.cpu().numpy()
+                curvature.add_(reduced, alpha=part.weight)
             return with_tangents(outputs, tangents)
 
         # A key of its own: tuples of activations and tangents have other shapes than activations.
         keys = [("tangents", part.samples) for part in parts]
         self._pipeline.run(forwards(len(parts)), keys, forward)
-        return curvature
+        return curvature.cpu().numpy()
 
     def _joined(self, tangents: tuple[torch.Tensor, ...]) -> list[Column]:
         """A column without parameters here for each tangent that comes from the stages before, then the own ones."""

@@ -163,8 +163,10 @@ def _check_untied(places: Sequence[Place], stages: Sequence[Stage]) -> None:
                     )
 
 
-def keep_stage(places: Sequence[Place], stages: Sequence[Stage], own: Stage) -> SegmentedNetwork:
-    """Put placeholders where other ranks hold the modules, and return what is left as segments.
+def keep_stage(
+    places: Sequence[Place], stages: Sequence[Stage], own: Stage, autocast: torch.dtype | None = None
+) -> SegmentedNetwork:
+    """Put placeholders where other ranks hold the modules, and return what is left as segments with ``autocast``.
 
     The network keeps its names: ``named_parameters`` and ``state_dict`` have this stage's part of it.
     """
@@ -173,7 +175,7 @@ def keep_stage(places: Sequence[Place], stages: Sequence[Stage], own: Stage) -> 
         if stage is not own:
             for place in places[stage.start : stage.stop]:
                 place.parent.register_module(place.key, Elsewhere(stage, stages))
-    return SegmentedNetwork(nn.Sequential(*kept), None)
+    return SegmentedNetwork(nn.Sequential(*kept), None, autocast)
 
 
 def stages_of(places: Sequence[Place]) -> list[Stage] | None:

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from apts_mpi import environment
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
+from apts_mpi.direct import choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.events import Events
 from apts_mpi.log_view import event_table, print_events
@@ -45,7 +46,7 @@ from apts_mpi.tensorboard import ScalarWriter, check_tensorboard
 from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
-from apts_mpi.transport import choose_device
+from apts_mpi.transport import choose_device, use_transport
 from apts_mpi.watch import FAILED, Watch, end_job, turn
 
 # Exit status after input that cannot be used, as shells and argparse have it, and where the run is to go on later
@@ -264,6 +265,8 @@ def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intra
     )
     with comm.shared_errors():
         device = choose_device(options.device, local_rank)
+    use_transport(device, choose_transport(comm, device, options.transport))
+    with comm.shared_errors():
         problem = make() if options.layout == "replicated" else None
     if problem is None:
         return StagedTraining(build_staged_problem(make, options, world), options, device, world)

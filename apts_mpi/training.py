@@ -118,6 +118,7 @@ class Training:
             optimizer=options.optimizer,
             learning_rate=options.learning_rate,
             seed=options.seed,
+            autocast=options.autocast,
             forward=problem.forward,
         )
 

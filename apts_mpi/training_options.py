@@ -41,8 +41,14 @@ class TrainingOptions:
         Seed of the initial network, of the order of the samples and of dropout.
     dtype
         Of the network and its inputs.
+    autocast
+        ``bfloat16``: the network computes in it where torch's autocast holds it to be safe; parameters, gradients,
+        reductions and curvature stay float32. Metrics are computed in float32.
     device
         ``auto`` takes one GPU a rank where there is one.
+    transport
+        How tensors of a GPU come to MPI: ``staged``, through pinned host memory; ``direct``, in their own memory, for a
+        GPU-aware MPI. ``auto``: direct where a trial in processes of its own is right, as `apts_mpi.doctor` makes it.
     optimizer
         ``apts``, or one of torch's own, data-parallel, on the same initial network and the same batches.
     learning_rate
@@ -102,7 +108,9 @@ class TrainingOptions:
     batch_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    autocast: Literal["none", "bfloat16"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    transport: Literal["auto", "staged", "direct"] = "auto"
     optimizer: Literal["apts", "adam", "sgd", "lbfgs"] = "apts"
     learning_rate: float = 1e-3
     layout: Literal["replicated", "staged"] = "replicated"
@@ -135,7 +143,11 @@ class TrainingOptions:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         require_choice("dtype", self.dtype, ("float32", "float64"))
+        require_choice("autocast", self.autocast, ("none", "bfloat16"))
+        both = self.autocast == "none" or self.dtype == "float32"
+        require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("transport", self.transport, ("auto", "staged", "direct"))
         require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
         self._check_survival()
         remedy = "it is for optimizer apts; choose that, or --layout replicated"

@@ -39,7 +39,7 @@ class Watch:
         In seconds.
     """
 
-    def __init__(self, world: MPI.Intracomm, limit: float) -> None:
+    def __init__(self, world: MPI.Comm, limit: float) -> None:
         self._world = world
         self._limit = limit
         self._left = threading.Event()
@@ -67,12 +67,12 @@ class Watch:
                 )
 
 
-def turn(world: MPI.Intracomm) -> float:
+def turn(world: MPI.Comm) -> float:
     """Seconds that this rank lets others go first when it is to say what all know."""
     return TURN * min(world.rank, 2)
 
 
-def end_job(world: MPI.Intracomm, message: str) -> None:
+def end_job(world: MPI.Comm, message: str) -> None:
     """Print ``message`` and end all ranks, this one also where MPI reaches no other. Does not return."""
     print(message, file=sys.stderr, flush=True)
     # mpirun drops what it has not read when it ends the job: tracebacks came out without their end.

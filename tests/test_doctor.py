@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import doctor, probes
+from apts_mpi import direct, doctor, probes
 from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
 
@@ -234,7 +234,7 @@ def test_a_lock_is_seen_by_the_others(world, mpi_tmp_path):
     ],
 )
 def test_process_that_may_crash(code, failure):
-    assert probes.run_apart([sys.executable, "-c", code], 1.0 if "sleep" in code else LIMIT)[0] == failure
+    assert direct.run_apart([sys.executable, "-c", code], 1.0 if "sleep" in code else LIMIT)[0] == failure
 
 
 def test_process_that_hangs_leaves_none_behind(tmp_path):
@@ -243,7 +243,7 @@ def test_process_that_hangs_leaves_none_behind(tmp_path):
     code = (
         f"import subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(child)!r}, 'w'), flush=True)"
     )
-    probes.run_apart([sys.executable, "-c", code + "; import time; time.sleep(60)"], 5.0)
+    direct.run_apart([sys.executable, "-c", code + "; import time; time.sleep(60)"], 5.0)
     state = Path(f"/proc/{child.read_text().strip()}/stat")
     assert not state.exists() or state.read_text().split(")")[-1].split()[0] == "Z"
 
@@ -255,13 +255,4 @@ def test_direct_sums_in_processes_of_their_own(tmp_path):
     assert run.returncode == 0, run.stderr
     comm = Communicator(MPI.COMM_SELF, Events())
     if not torch.cuda.is_available():
-        assert probes.try_direct(comm, "cuda").startswith("exit status")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_with_a_gpu(alone):
-    rows = rows_of(alone("--json"))
-    assert "cuda:0" in rows["GPUs"]["found"]
-    assert rows["Iallreduce on GPUs"]["values"]["works"] in (True, False)
-    assert "transport: staging" in rows["Iallreduce on GPUs"]["found"]
+        assert direct.try_direct(comm, "cuda").startswith("exit status")

@@ -15,6 +15,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.log_view import event_table
 from apts_mpi.staged import StagedAPTS
+from apts_mpi.transport import HostStreams
 
 KEYS = {
     "calls", "seconds_max", "seconds_min", "ratio", "messages", "bytes", "gradient_evaluations", "share", "overlap",
@@ -88,14 +89,14 @@ def test_time_under_way(clock):
     with events.timed("assembly"):
         pending = comm.pending()
     buffer = np.empty(1)
-    pending.add(comm.mpi.Irecv(buffer, 0, 5), lambda: None)
+    pending.add(HostStreams.Event(), lambda: comm.mpi.Irecv(buffer, 0, 5), lambda: None)
     clock.time += 3.0
     assert not pending.progress()
     comm.mpi.Send(np.ones(1), 0, 5)
     pending.wait()
     event = events.totals["assembly"]
     assert (event.under_way, event.waited) == (4.0, 1.0)
-    pending.add(MPI.REQUEST_NULL, lambda: None)
+    pending.add(HostStreams.Event(), lambda: MPI.REQUEST_NULL, lambda: None)
     clock.time += 5.0
     assert pending.progress() and pending.progress()
     clock.time += 7.0

@@ -74,6 +74,7 @@ BAD_VALUES = [
     (PipelineOptions, {"cache_dtype": "int8"}, "pipeline.cache_dtype: 'int8' .* choose one of auto, float64"),
     (APTSOptions, {"stall_timeout": 0.0}, "stall_timeout: 0.0 .* give seconds above 0"),
     (APTSOptions, {"stall_timeout": math.nan}, "stall_timeout: nan"),
+    (APTSOptions, {"autocast": "float16"}, "autocast: 'float16' .* choose one of none, bfloat16"),
     (APTSOptions, {"layout": "sharded"}, "layout: 'sharded' .* choose one of replicated, staged"),
     (APTSOptions, {"subdomains": 0}, "subdomains: 0 .* give 1 or more"),
     (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
@@ -87,6 +88,13 @@ BAD_VALUES = [
     (TrainingOptions, {"device": "tpu"}, "device: 'tpu' .* choose one of auto, cpu, cuda"),
     (TrainingOptions, {"optimizer": "newton"}, "optimizer: 'newton' .* choose one of apts, adam, sgd, lbfgs"),
     (TrainingOptions, {"learning_rate": 0.0}, "learning_rate: 0.0 .* give a number above 0"),
+    (TrainingOptions, {"autocast": "float16"}, "autocast: 'float16' .* choose one of none, bfloat16"),
+    (
+        TrainingOptions,
+        {"autocast": "bfloat16", "dtype": "float64"},
+        "autocast: 'bfloat16' .* with dtype float64 choose none, or --dtype float32",
+    ),
+    (TrainingOptions, {"transport": "pigeon"}, "transport: 'pigeon' .* choose one of auto, staged, direct"),
     (TrainingOptions, {"layout": "sharded"}, "layout: 'sharded'"),
     (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
     (TrainingOptions, {"checkpoint_every": 0}, "checkpoint_every: 0 .* give a number of iterations above 0, a time"),
@@ -114,7 +122,7 @@ def test_bad_values_are_refused(kind, change, message):
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
     free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
-    free |= {"cuts", "recompute"}
+    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}

@@ -19,8 +19,14 @@ STAGES = 6  # of the network at most
 
 def staged_options(world, **changes):
     replicas = 1 if world.size <= STAGES else 2
-    pipeline = PipelineOptions(micro_batches=2, stall_timeout=60.0)
-    plain = {"problem": "fashion-mnist", "layout": "staged", "dtype": "float64", "batch_size": 20}
+    pipeline = PipelineOptions(micro_batches=2)
+    plain = {
+        "problem": "fashion-mnist",
+        "layout": "staged",
+        "dtype": "float64",
+        "batch_size": 20,
+        "stall_timeout": 60.0,
+    }
     return TrainingOptions(**plain | {"replicas": replicas, "pipeline": pipeline} | changes)
 
 
