@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -102,7 +102,7 @@ def pull_rows(
             leaving = functional_call(chain, values, (batch,))
             return tuple(tensor[0] for tensor in differentiable(leaving))
 
-        _, pull = vjp(outputs, values, *differentiable(sample))
+        pull: Callable[..., tuple] = vjp(outputs, values, *differentiable(sample))[1]
         return vmap(lambda *of_row: pull(of_row))(*rows)
 
     in_dims = (0, *[1] * len(rows))

@@ -36,6 +36,7 @@ class StagedGaussNewtonRows(GaussNewtonRows):
             for segment in segments:
                 activations = segment(activations)
             if pipeline.is_last:
+                assert isinstance(activations, torch.Tensor)
                 by_outputs = roots(objective.loss, activations, parts[index].targets).transpose(0, 1)
                 at_outputs[index] = by_outputs.reshape(len(by_outputs), *activations.shape)
             return activations
