@@ -48,7 +48,7 @@ class TrainingOptions:
         ``auto`` takes one GPU a rank where there is one.
     transport
         How tensors of a GPU come to MPI: ``staged``, through pinned host memory; ``direct``, in their own memory, for a
-        GPU-aware MPI. ``auto``: direct where a trial in processes of its own is right, as `apts_mpi.doctor` makes it.
+        GPU-aware MPI. ``auto``: direct where a trial in processes of its own is right, as ``apts_mpi.doctor`` makes it.
     optimizer
         ``apts``, or one of torch's own, data-parallel, on the same initial network and the same batches.
     learning_rate
