@@ -19,6 +19,7 @@ from apts_mpi.composition import compose, describe, may_be_dense, split_paramete
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
+from apts_mpi.initial_radius import cauchy_length
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.iteration import Judged, State, StepResult, judged_of
 from apts_mpi.local import needs_evaluations
@@ -200,7 +201,15 @@ class APTS:
         self._evaluate()
         if self.state.radius is None:
             with self.events.timed("global evaluation"):
-                self.state.radius = self._cauchy_length()
+                self.state.radius = cauchy_length(
+                    self.objective,
+                    self._passes,
+                    self.products,
+                    self.comm,
+                    self.options.trust_region,
+                    epsilon=self._epsilon,
+                    scratch=self._accepted_values,
+                )
         schwarz = self._judge(*self._correct(), keep_graph=repeated)
         if self.coarse is not None:
             self.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
@@ -379,35 +388,6 @@ class APTS:
         with self.events.timed("global step"):
             step, predicted = self.global_step.find(self._passes, self._gradient, self._radius)
         return self._judge(step, predicted, keep_graph=repeated)
-
-    def _cauchy_length(self) -> float:
-        """Length of the Cauchy step of the first batch: first derivative over curvature, down the gradient.
-
-        The curvature is a finite difference of gradients, which any network can give, at the price of one evaluation.
-        """
-        options = self.options.trust_region
-        gradient, values = self._gradient.clone(), self.vector.values
-        direction = self.products.steepest_descent(gradient, 1.0)
-        size, reach = self.products.euclidean_norms(values, direction)
-        length = self._epsilon**0.5 * (1.0 + size) / reach if reach else 1.0
-        self._accepted_values.copy_(values)
-        values.add_(direction, alpha=length)
-        self.objective.evaluate(self._passes)
-        values.copy_(self._accepted_values)
-        slope, moved = self.products.dots((gradient, direction), (self._gradient, direction))
-
-        def decide(table: np.ndarray) -> Sequence[float]:
-            curvature = (moved - slope) / length
-            cauchy = -slope / abs(curvature) if curvature else math.nan
-            if not math.isfinite(cauchy):
-                cauchy = 1.0
-            # The difference of gradients magnifies their rounding errors, which depend on the number of ranks.
-            cauchy = float(f"{cauchy:.6e}")
-            return [min(max(cauchy, options.min_radius), options.max_radius)]
-
-        (radius,) = self.comm.agree([0.0], decide)
-        self._gradient.copy_(gradient)
-        return radius
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """Network and state of the solver, for `apts_mpi.checkpoint.CheckpointDirectory.save`. Collective.

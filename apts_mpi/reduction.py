@@ -6,7 +6,8 @@ import weakref
 
 import torch
 
-from apts_mpi.comm import Communicator, Pending
+from apts_mpi.comm import Communicator
+from apts_mpi.pending import Pending
 from apts_mpi.transport import Mirror
 from apts_mpi.vector import FlatParameters
 

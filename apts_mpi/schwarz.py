@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from apts_mpi.comm import Communicator, Pending
+from apts_mpi.comm import Communicator
 from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column
@@ -15,6 +15,7 @@ from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.partition import Layer, Layout, Subdomain, layers_between, multiplicity
+from apts_mpi.pending import Pending
 from apts_mpi.reduction import BUCKET_BYTES
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import subdomain_radius

@@ -11,8 +11,8 @@ import threading
 
 from mpi4py import MPI
 
-from apts_mpi.comm import WAITING
 from apts_mpi.environment import end_after, host, pause
+from apts_mpi.pending import WAITING
 
 # Exit status after a failure of the run.
 FAILED = 1

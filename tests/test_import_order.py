@@ -13,10 +13,10 @@ ROOT = Path(apts_mpi.__file__).parent
 # From the bottom up; a file imports only files before its own, in its row or in the rows above.
 LEVELS = (
     ("environment", "errors", "signals", "options", "events", "training_options", "schedules"),
-    ("transport", "patience", "comm", "checkpoint"),
+    ("transport", "patience", "pending", "comm", "checkpoint"),
     ("partition", "vector", "buffers", "bundle", "pipeline", "network_state", "drift"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
-    ("inner_products", "models", "local_objective", "local_state", "local_second_order", "local"),
+    ("inner_products", "initial_radius", "models", "local_objective", "local_state", "local_second_order", "local"),
     ("batch", "micro_batches", "construction", "stages", "staged_objective", "iteration", "composition"),
     ("staged_rows", "schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
     ("schwarz_state", "solver_state", "staged_state"),
@@ -35,7 +35,7 @@ ORDER = tuple(itertools.chain.from_iterable(LEVELS))
 # What the package imports from outside, where few files may.
 PLACES = {
     "mpi4py": {
-        *("patience", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
+        *("patience", "pending", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
         *("watch", "timing", "bench_checkpoint", "bench_events", "bench_pipeline", "bench", "device_probe", "doctor"),
     },
     "time": {"environment"},

@@ -1,0 +1,130 @@
+"""Operations under way between ranks: how they start in their order, and the wait for them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mpi4py import MPI
+
+from apts_mpi.environment import seconds
+from apts_mpi.events import Events
+from apts_mpi.patience import Patience
+from apts_mpi.transport import Event
+
+
+class Waiting:
+    """The wait for other ranks without a limit in which this process is at the moment, for `apts_mpi.watch`."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._what = ""
+
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """The block waits for ``what``; of nested blocks the outermost counts."""
+        if self._since is not None:
+            yield
+            return
+        self._what, self._since = what, seconds()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def longest(self) -> tuple[float, str]:
+        """Seconds of the present wait, 0 if there is none, and what for."""
+        since = self._since
+        return (0.0 if since is None else seconds() - since), self._what
+
+
+WAITING = Waiting()
+
+
+class Starts:
+    """Operations to be started in their order, each when its data are where MPI reads them.
+
+    MPI matches operations by their order, on all ranks the same: none may overtake another one.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Event, Callable[[], None]]] = deque()
+
+    def add(self, ready: Event, start: Callable[[], None]) -> None:
+        """Call ``start`` after ``ready``, at once or in a later call of `advance` or `finish`."""
+        self._waiting.append((ready, start))
+        self.advance()
+
+    def advance(self) -> None:
+        """Start what is ready."""
+        while self._waiting and self._waiting[0][0].query():
+            self._waiting.popleft()[1]()
+
+    def finish(self) -> None:
+        """Start everything, and wait until it is ready."""
+        while self._waiting:
+            ready, start = self._waiting.popleft()
+            ready.synchronize()
+            start()
+
+
+class Pending:
+    """Operations under way; `wait` returns when their results are in the tensors."""
+
+    def __init__(self, events: Events, starts: Starts, patience: Patience | None = None) -> None:
+        self._events = events
+        self._starts = starts
+        self._patience = patience
+        self._operations = 0
+        self._requests: list[MPI.Request] = []
+        self._finish: list[Callable[[], None]] = []
+        self._event = events.present
+        self._since: float | None = None
+
+    def add(self, ready: Event, start: Callable[[], MPI.Request], finish: Callable[[], None]) -> None:
+        """Take in one more operation: after what, how it starts, and what remains to do once it has completed."""
+        if self._since is None:
+            self._since = seconds()
+        self._operations += 1
+        self._finish.append(finish)
+        self._starts.add(ready, lambda: self._requests.append(start()))
+
+    def progress(self) -> bool:
+        """Start what is ready, and give the MPI library time to move data; whether all is done.
+
+        Most libraries move nothing outside of a call.
+        """
+        done = self._all_done()
+        if done:
+            self._note_completion(seconds())
+        return done
+
+    def _all_done(self) -> bool:
+        self._starts.advance()
+        return MPI.Request.Testall(self._requests) and len(self._requests) == self._operations
+
+    def wait(self, what: str = "a reduction") -> None:
+        """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
+        began = seconds()
+        with self._events.timed("wait"):
+            if self._patience is None:
+                self._starts.finish()
+                with WAITING.noted(what):
+                    MPI.Request.Waitall(self._requests)
+            else:
+                self._patience.wait(self._all_done, what)
+        self._note_completion(began)
+        for finish in self._finish:
+            finish()
+        self._operations = 0
+        self._requests.clear()
+        self._finish.clear()
+
+    def _note_completion(self, waiting_since: float) -> None:
+        """Add the time that the operations were under way to the event that began them."""
+        if self._since is not None:
+            now = seconds()
+            self._event.under_way += now - self._since
+            self._event.waited += now - waiting_since
+            self._since = None
