@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from apts_mpi.bench_events import events
 from apts_mpi.bench_pipeline import memory, pipeline
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+
+# Exit status after a failure.
+FAILED = 1
 
 BATCH = 2000
 WIDTHS = (784, 128, 128, 128, 128, 128, 10)
@@ -124,15 +128,23 @@ def print_table(alone: list[Timing], together: list[Timing], ranks: int) -> None
     Console().print(table)
 
 
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     one = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
-    one.add_argument("--repetitions", type=int, default=30, help="timed calls of each kind (default: 30)")
+    one.add_argument("--repetitions", type=positive, default=30, help="timed calls of each kind (default: 30)")
     one.set_defaults(command=iteration)
     two = subparsers.add_parser("checkpoint", help="saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4")
-    two.add_argument("--repetitions", type=int, default=10, help="timed calls of each kind (default: 10)")
+    two.add_argument("--repetitions", type=positive, default=10, help="timed calls of each kind (default: 10)")
     two.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
     two.add_argument(
         "--directory", type=Path, default=Path.cwd(), help="on the disk to measure (default: the current directory)"
@@ -147,13 +159,18 @@ def main() -> None:
     four.add_argument("--width", type=int, default=1024, help="their width (default: 1024)")
     four.add_argument("--samples", type=int, default=1024, help="samples of the batch (default: 1024)")
     four.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
-    four.add_argument("--repetitions", type=int, default=10, help="timed calls of each kind (default: 10)")
+    four.add_argument("--repetitions", type=positive, default=10, help="timed calls of each kind (default: 10)")
     four.set_defaults(command=pipeline)
     five = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
-    five.add_argument("--repetitions", type=int, default=100, help="timed iterations of each kind (default: 100)")
+    five.add_argument("--repetitions", type=positive, default=100, help="timed iterations of each kind (default: 100)")
     five.set_defaults(command=events)
     arguments = vars(parser.parse_args())
-    arguments.pop("command")(**arguments)
+    try:
+        arguments.pop("command")(**arguments)
+    except Exception:
+        # The other ranks wait for this one.
+        traceback.print_exc()
+        MPI.COMM_WORLD.Abort(FAILED)
 
 
 if __name__ == "__main__":

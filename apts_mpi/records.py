@@ -78,7 +78,8 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Keep the configuration, in a form that ``--config`` reads."""
-        (self.path / CONFIG).write_text(text, encoding="utf-8")
+        with self._explained():
+            (self.path / CONFIG).write_text(text, encoding="utf-8")
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one object to the history."""
@@ -97,8 +98,9 @@ class RunDirectory:
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write the summary and end the history."""
-        self._history.close()
-        (self.path / SUMMARY).write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
+        with self._explained():
+            self._history.close()
+            (self.path / SUMMARY).write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:

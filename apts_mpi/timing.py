@@ -37,7 +37,9 @@ def time_in_turn(
             start = seconds()
             call()
             times.append(seconds() - start)
-    quartiles = [statistics.quantiles(times[warm_up:], n=4) for times in taken]
+    kept = [times[warm_up:] for times in taken]
+    # One time is its own quartiles; before Python 3.13 there have to be two.
+    quartiles = [statistics.quantiles(times if len(times) > 1 else 2 * times, n=4) for times in kept]
     return [Timing(middle, low, high) for low, middle, high in quartiles]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,6 +77,10 @@ class Trace:
                 self._write(file, parts)
             os.replace(temporary, path)
         except OSError as error:
+            for _ in parts:
+                pass  # the other ranks wait until theirs is taken
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise InvalidInput(
                 f"trace: {str(path)!r} cannot be written ({error.strerror}); give another run_dir"
             ) from error

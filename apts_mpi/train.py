@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,14 +242,25 @@ def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
         print_summary(console, summary)
     if options.log_view:
         print_events(events, comm.size, console)
-    if trace is not None and (dropped := trace.write(path / TRACE)):
-        tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
+    if trace is not None:
+        write_trace(trace, path / TRACE, tell)
     if summary is None:
         iteration = training.progress.iteration
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
     tell(f"records: {path}")
     return 0
+
+
+def write_trace(trace: Trace, path: Path, tell: Callable[[str], None]) -> None:
+    """Write what was traced. The run is at its end: it does not fail for a file that nothing needs. Collective."""
+    try:
+        dropped = trace.write(path)
+    except InvalidInput as error:
+        tell(f"warning: {error}")
+        return
+    if dropped:
+        tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
 
 
 def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intracomm) -> Training:

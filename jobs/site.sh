@@ -28,7 +28,8 @@ choose_launcher() {
     # Slurm. `srun --mpi=list` shows what it speaks: pmix for Open MPI; pmi2 for MPICH; for Cray MPICH cray_shasta, most
     # often the default, so leave --mpi out; pmi2 for Intel MPI, with `export I_MPI_PMI_LIBRARY=/…/libpmi2.so`, Slurm's.
     # --cpus-per-task stands here, as srun does not take it from sbatch any more (Slurm 22.05 and newer).
-    launcher=(srun --mpi=pmix --ntasks="$RANKS" --cpus-per-task="$cores_per_rank" --cpu-bind=cores)
+    # --wait: seconds until the others end, too, after a rank has ended; without it they would keep the nodes to the last.
+    launcher=(srun --wait=60 --mpi=pmix --ntasks="$RANKS" --cpus-per-task="$cores_per_rank" --cpu-bind=cores)
 
     # Open MPI's own launcher, under any scheduler:
     # launcher=(mpirun -n "$RANKS" --map-by "ppr:$ranks_on_node:node:PE=$cores_per_rank" --bind-to core)

@@ -125,9 +125,9 @@ def test_float64_is_refused():
 
 
 @needs_mpirun
-@pytest.mark.parametrize("optimizer", ["apts", "adam"])
+@pytest.mark.parametrize("optimizer", [[], ["--optimizer=adam", "--learning-rate=1e-2"]], ids=["apts", "adam"])
 def test_digits_are_learnt(tmp_path, optimizer):
-    arguments = ["--autocast=bfloat16", "--epochs=6", f"--optimizer={optimizer}", "--device=cpu", "--run-dir=run"]
+    arguments = ["--autocast=bfloat16", "--epochs=6", *optimizer, "--device=cpu", "--run-dir=run"]
     run = start(tmp_path, 2, arguments)
     assert run.returncode == 0, run.stderr
     assert history(tmp_path / "run")[-1]["test_accuracy"] > 0.9

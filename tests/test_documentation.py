@@ -37,6 +37,7 @@ COMMANDS = {
     "bash jobs/local_train.sh": "--max-iterations 2",
     "bash jobs/local_test.sh": "tests/test_trust_region.py",
     "python -m apts_mpi.bench iteration": "--repetitions 1",
+    "python -m apts_mpi.bench events": "--repetitions 1",
     "python -m apts_mpi.bench memory": "--width 16",
     "python -m apts_mpi.bench pipeline": "--width 16 --samples 64 --repetitions 1",
     "python -m apts_mpi.bench checkpoint": "--megabytes 1 --repetitions 1",
@@ -59,6 +60,8 @@ NOT_RUN = {
     "bash .ci/run": "whoever changes something",
     "sphinx-build": ".ci/run",
     "pytest tests/slurm": ".ci/run",
+    "python -m pytest -m gpu": "whoever has a GPU",
+    "tensorboard": "whoever looks at curves",
 }
 
 # Words in capitals that a reader replaces.

@@ -36,7 +36,7 @@ gpus_per_node=0 ranks_per_node=2 cores_per_node=2 warning={warning}
 load_environment() {{ python={python}; }}
 choose_launcher() {{ launcher=({launcher}); }}
 """
-SRUN = 'srun --mpi=pmi2 --ntasks="$RANKS" --cpus-per-task="$cores_per_rank" --cpu-bind=cores'
+SRUN = 'srun --wait=10 --mpi=pmi2 --ntasks="$RANKS" --cpus-per-task="$cores_per_rank" --cpu-bind=cores'
 
 # Slow until Slurm begins the job again, so that it is told to stop within its first wall time and ends in its second.
 SLOW = """
@@ -163,9 +163,17 @@ def test_two_ranks_to_the_end(site, launcher):
         if MPI.get_vendor()[0] != "MPICH":
             pytest.skip("Debian's Slurm starts MPICH without its launcher, other libraries not")
         site.configure(launcher=SRUN)
-    site.submit("submit_train.sh", *SHORT, NAME="short", RANKS="2")
-    output = site.wait("short")
     path = site.path / "runs" / "short"
+    # One start in twenty fails in MPI_Init, whatever the program: Debian's Slurm spoils an address that MPICH exchanges.
+    for _ in range(4):
+        site.submit("submit_train.sh", *SHORT, NAME="short", RANKS="2")
+        output = site.wait("short")
+        if (
+            launcher == "mpirun"
+            or "Fatal error in internal_Init_thread" not in output
+            or (path / "summary.json").exists()
+        ):
+            break
     assert (path / "summary.json").exists(), output
     assert summary(path)["ranks"] == 2 and summary(path)["iterations"] == 5
     assert output.count("train loss") == 1
