@@ -164,7 +164,8 @@ def test_two_ranks_to_the_end(site, launcher):
             pytest.skip("Debian's Slurm starts MPICH without its launcher, other libraries not")
         site.configure(launcher=SRUN)
     path = site.path / "runs" / "short"
-    # One start in twenty fails in MPI_Init, whatever the program: Debian's Slurm spoils an address that MPICH exchanges.
+    # One start by srun in twenty fails in MPI_Init, whatever the program: an address that MPICH exchanges by Debian's
+    # Slurm comes out wrong.
     for _ in range(4):
         site.submit("submit_train.sh", *SHORT, NAME="short", RANKS="2")
         output = site.wait("short")
