@@ -13,11 +13,21 @@ try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 except ModuleNotFoundError as error:
     raise InvalidInput("the plots need matplotlib, which is not installed; pip install apts_mpi[plot]") from error
 
 # For the other plots too, so that one place tells that matplotlib is missing.
-__all__ = ["STYLES", "Axes", "Figure", "plot_losses", "plot_robustness", "rc_context"]
+__all__ = [
+    "STYLES",
+    "Axes",
+    "Figure",
+    "NullFormatter",
+    "ScalarFormatter",
+    "plot_losses",
+    "plot_robustness",
+    "rc_context",
+]
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart; line styles and markers for prints without colour.
 STYLES: dict[str, dict[str, Any]] = {

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Sizes in bytes at which other algorithms are taken, and the ranks below which a long broadcast is a tree too.
+from apts_mpi.coarse import ENOUGH_TARGETS
+
+# Sizes in bytes at which other algorithms are taken, that of a gather within a broadcast too, and the ranks below which
+# a long broadcast is a tree.
 LONG_REDUCTION, LONG_GATHER, LONG_BROADCAST, FEW_RANKS = 2048, 524288, 12288, 8
 
 # What the product sends: bytes of a bucket of gradients, of a scalar, and of a small pickled object.
 BUCKET, SCALAR, OBJECT = 1 << 20, 8, 64
-
-# Targets on which the curvature of the coarse level is measured.
-COARSE_TARGETS = 512
 
 # Passes of an iteration through the network: forwards, backwards, forwards at the trial point. The first two together
 # are one gradient evaluation, the third is a third of one.
@@ -58,8 +58,10 @@ class Shape:
         Their number, and the bytes of one.
     columns
         Columns of the coarse level that a subdomain gives; 0 without one.
-    coarse_samples
-        Samples on which its curvature is measured.
+    coarse_share
+        Share of the batch on which its curvature is measured; None: `ENOUGH_TARGETS` of its targets.
+    targets
+        Of a sample.
     micro_batches
         Of a replica, for layout staged.
     activation_bytes
@@ -75,7 +77,8 @@ class Shape:
     parameters: int
     element_size: int = 4
     columns: int = 2
-    coarse_samples: float = float(COARSE_TARGETS)
+    coarse_share: float | None = None
+    targets: int = 1
     micro_batches: int = 4
     activation_bytes: float = 0.0
     cores: int = 0
@@ -84,6 +87,13 @@ class Shape:
     def sharing(self) -> float:
         """Ranks a core, at least 1: how much longer everything takes."""
         return max(1.0, self.ranks / self.cores) if self.cores else 1.0
+
+    @property
+    def thinning(self) -> float:
+        """Share of the batch on which the curvature of the coarse level is measured."""
+        if self.coarse_share is not None:
+            return self.coarse_share
+        return min(1.0, ENOUGH_TARGETS / (self.batch_size * self.targets))
 
     @property
     def all_columns(self) -> int:
@@ -107,10 +117,15 @@ def barrier(ranks: int) -> Amounts:
 
 
 def broadcast(ranks: int, size: float) -> Amounts:
-    """``size`` bytes to all: a binomial tree; long ones by a scatter and an allgather in a ring."""
+    """``size`` bytes to all: a binomial tree; long ones by a scatter and an allgather.
+
+    That is recursive doubling for powers of two; for other numbers of ranks and the longest ones it is a ring.
+    """
     if size < LONG_BROADCAST or ranks < FEW_RANKS:
         return messages(rounds(ranks), rounds(ranks) * size)
-    return messages(rounds(ranks) + ranks - 1, 2.0 * size * (ranks - 1) / ranks)
+    doubling = size < LONG_GATHER and ranks == 2 ** rounds(ranks)
+    steps = rounds(ranks) if doubling else ranks - 1
+    return messages(rounds(ranks) + steps, 2.0 * size * (ranks - 1) / ranks)
 
 
 def gather(ranks: int, size: float) -> Amounts:
@@ -154,9 +169,14 @@ def _sum(*parts: Mapping[str, float]) -> Amounts:
     return total
 
 
+def _decision(ranks: int, size: float) -> Amounts:
+    """A pickled record of rank 0 to all: its length, then it."""
+    return _sum(broadcast(ranks, SCALAR), broadcast(ranks, size))
+
+
 def _agreement(ranks: int, numbers: int) -> Amounts:
     """Rank 0 gathers some scalars of each rank, and broadcasts a record."""
-    return _sum(gather(ranks, SCALAR * numbers * ranks), broadcast(ranks, OBJECT))
+    return _sum(gather(ranks, SCALAR * numbers * ranks), _decision(ranks, OBJECT))
 
 
 def _exchange(ranks: int) -> Amounts:
@@ -182,7 +202,7 @@ def _replicated(shape: Shape) -> dict[str, Amounts]:
     # Of the busiest rank: its subdomains, each with a pass, and the ranks with which it shares them.
     carried, members = math.ceil(count / ranks), max(1, ranks // count)
     samples = carried * max(1.0, shape.batch_size / (count * members))
-    thinned = samples * min(1.0, shape.coarse_samples / shape.batch_size)
+    thinned = samples * shape.thinning
     size = shape.element_size * shape.parameters
     return {
         "gradient evaluations": {"gradient": EVALUATIONS * samples, "pass": PASSES * carried},
@@ -207,7 +227,7 @@ def _coarse_reduction(shape: Shape, numbers: int) -> Amounts:
     """The sum of the reduced matrices on rank 0, and its coefficients to all."""
     if not shape.columns:
         return {}
-    return _sum(reduction(shape.ranks, SCALAR * numbers), broadcast(shape.ranks, SCALAR * shape.all_columns))
+    return _sum(reduction(shape.ranks, SCALAR * numbers), _decision(shape.ranks, SCALAR * shape.all_columns))
 
 
 def _staged(shape: Shape) -> dict[str, Amounts]:
@@ -216,7 +236,7 @@ def _staged(shape: Shape) -> dict[str, Amounts]:
     replicas = max(1, ranks // stages)
     samples = max(float(micro_batches), shape.batch_size / replicas)
     work = {"gradient": EVALUATIONS * samples / stages, "pass": PASSES * micro_batches}
-    thinned = samples * min(1.0, shape.coarse_samples / shape.batch_size) / micro_batches
+    thinned = samples * shape.thinning / micro_batches
     return {
         "gradient evaluations": work,
         "local solves": {"statistics": samples / stages, "factorisation": 1.0 / stages},

@@ -44,6 +44,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     made["report"].add_argument(
         "sources", nargs="+", type=Path, metavar="FILE|RUN", help="one HDF5 file, or directories of runs"
     )
+    made["report"].add_argument(
+        "--kind", choices=("strong", "weak"), help="study of the directories (default: strong if all have one batch)"
+    )
     made["report"].add_argument("--hdf5", type=Path, metavar="FILE", help="also put the runs into an HDF5 file")
     made["predict"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
     for name in ("report", "predict"):
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def report(options: argparse.Namespace, console: Console) -> int:
     """Print the tables of all studies; the status is 1 if a run did not come to its end."""
-    runs, unfinished = read_sources(options.sources)
+    runs, unfinished = read_sources(options.sources, options.kind)
     tables = {name: rows(list(map(measurement, own))) for name, own in studies_of(runs).items()}
     if options.hdf5 is not None:
         add_runs(options.hdf5, runs)

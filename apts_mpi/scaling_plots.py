@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-from apts_mpi.comparison_plots import Axes, Figure, rc_context
+from apts_mpi.comparison_plots import Axes, Figure, NullFormatter, ScalarFormatter, rc_context
 from apts_mpi.cost_fit import Point, predicted
 from apts_mpi.cost_model import Shape
 from apts_mpi.errors import InvalidInput

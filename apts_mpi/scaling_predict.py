@@ -19,7 +19,7 @@ from apts_mpi.cost_fit import (
     held_out,
     predicted,
 )
-from apts_mpi.cost_model import COARSE_TARGETS, UNITS, Shape
+from apts_mpi.cost_model import UNITS, Shape
 from apts_mpi.errors import InvalidInput
 from apts_mpi.scaling_records import RunRecord, Studies, check_shared
 from apts_mpi.scaling_report import studies_of
@@ -68,7 +68,6 @@ def point_of(run: RunRecord) -> Point:
     if summary["optimizer"] != "apts":
         raise InvalidInput(f"optimizer: {summary['optimizer']!r} has no cost model; give studies of apts")
     coarse, replicas = options["coarse"], options["replicas"]
-    share = coarse.get("samples") or min(1.0, COARSE_TARGETS / run.batch_size)
     judge = summary["events"]["judge"]
     staged = options["layout"] == "staged" and run.ranks > replicas
     shape = Shape(
@@ -79,7 +78,8 @@ def point_of(run: RunRecord) -> Point:
         parameters=summary["parameters"],
         element_size=ELEMENT_SIZES[options["dtype"]],
         columns=len(coarse["columns"]) if coarse["model"] != "none" else 0,
-        coarse_samples=share * run.batch_size,
+        coarse_share=coarse.get("samples"),
+        targets=summary.get("targets_per_sample", 1),
         micro_batches=options["pipeline"]["micro_batches"],
         # To be judged a step sends its activations once; the few scalars beside them do not count.
         activation_bytes=judge["bytes"] / judge["calls"] / run.batch_size * replicas if staged else 0.0,

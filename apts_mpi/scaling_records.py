@@ -7,6 +7,7 @@ and ``configuration`` (YAML). ``reduced_model`` has one row a size: its columns,
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -32,6 +33,12 @@ FORMAT, VERSION = "apts_mpi scaling studies", 1
 
 # What runs must share to be in one file.
 SHARED = ("problem", "optimizer", "parameters")
+
+# What a summary must have.
+NEEDED = (
+    *(*SHARED, "ranks", "subdomains", "batch_size", "iterations"),
+    *("train_loss", "seconds", "seconds_in_communication"),
+)
 
 # Options that do not change what is measured.
 PLACES = ("run_dir", "overwrite", "resume", "view", "monitor", "log_view", "trace", "tensorboard")
@@ -112,10 +119,10 @@ def read_run(path: Path, cores: int = 0) -> RunRecord:
     Raises
     ------
     InvalidInput
-        If it has fewer than two iterations, no events, or files that cannot be read.
+        If it has fewer than two iterations, no events or those of a part of it, or files that cannot be read.
     """
     try:
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        summary = dict(json.loads((path / SUMMARY).read_text(encoding="utf-8")))
         records = [json.loads(line) for line in (path / HISTORY).read_text(encoding="utf-8").splitlines()]
         # Records of epochs repeat the seconds of the iteration before.
         ends = [record["seconds"] for record in records if "train_loss" not in record]
@@ -125,9 +132,28 @@ def read_run(path: Path, cores: int = 0) -> RunRecord:
         raise InvalidInput(f"run: {str(path)!r} cannot be read as a run ({error}); give another directory") from error
     if len(ends) < 2:
         raise InvalidInput(f"{path} has too few iterations to measure; give at least 2, better 20")
-    if not summary.get("events"):
-        raise InvalidInput(f"{path} has no events in its {SUMMARY}; run it again with this version of the package")
+    missing = [name for name in NEEDED if name not in summary] + (["events"] if not summary.get("events") else [])
+    if missing:
+        names = ", ".join(missing)
+        raise InvalidInput(f"{path} has no {names} in its {SUMMARY}; run it again with this version of the package")
+    _check_whole(path, summary, options)
     return RunRecord("", tuple(end - start for start, end in itertools.pairwise(ends)), summary, configuration, cores)
+
+
+def _check_whole(path: Path, summary: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise `InvalidInput` if a run was resumed: its events are those of the last part, its seconds of the whole."""
+    if summary["optimizer"] != "apts":
+        return
+    try:
+        calls, iterations = int(summary["events"]["judge"]["calls"]), int(summary["iterations"])
+        stepped_globally = (options.get("global_step") or {}).get("model", "none") != "none"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"run: {str(path)!r} cannot be read as a run ({error!r}); give another directory") from error
+    # A global step is judged as well, so that the calls do not tell.
+    if calls < iterations and not stepped_globally:
+        raise InvalidInput(
+            f"{path} was resumed: its events are of {calls} of its {iterations} iterations; run it again as a whole"
+        )
 
 
 def without_places(options: dict[str, Any]) -> str:
@@ -184,17 +210,20 @@ def write_studies(path: Path, studies: Studies) -> None:
     InvalidInput
         If it cannot be written.
     """
+    # In memory: on a full disk HDF5 ends the process by a segmentation fault.
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.attrs.update({"format": FORMAT, "version": VERSION})
+        file["reduced_model"] = np.array(list(studies.reduced_model.items()), dtype=float).reshape(-1, 2)
+        runs = file.create_group("runs")
+        for number, run in enumerate(studies.runs):
+            group = runs.create_group(f"{number:06}")
+            group["seconds"] = np.array(run.seconds)
+            group.attrs.update({"kind": run.kind, "cores": run.cores, "configuration": run.configuration})
+            group.attrs["summary"] = json.dumps(run.summary)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION})
-            file["reduced_model"] = np.array(list(studies.reduced_model.items()), dtype=float).reshape(-1, 2)
-            runs = file.create_group("runs")
-            for number, run in enumerate(studies.runs):
-                group = runs.create_group(f"{number:06}")
-                group["seconds"] = np.array(run.seconds)
-                group.attrs.update({"kind": run.kind, "cores": run.cores, "configuration": run.configuration})
-                group.attrs["summary"] = json.dumps(run.summary)
+        temporary.write_bytes(content.getvalue())
         os.replace(temporary, path)
     except OSError as error:
         raise InvalidInput(f"{path} cannot be written ({error}); give another file") from error

@@ -52,18 +52,27 @@ def measurement(run: RunRecord) -> Measurement:
     return Measurement(run.ranks, run.batch_size, run.median, communication, summary["train_loss"], shares)
 
 
-def read_sources(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
+def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[RunRecord], list[Path]]:
     """The runs of one HDF5 file or of run directories, and the directories whose run did not come to its end.
+
+    Parameters
+    ----------
+    paths
+        Of the file or the directories.
+    kind
+        ``strong`` or ``weak``, the study of the directories; None: strong if all have the same batch.
 
     Raises
     ------
     InvalidInput
-        If there is none, files and directories are mixed, or the runs do not belong together.
+        If there is none, files and directories are mixed, or the runs do not belong together or to such a study.
     """
     files = [path for path in paths if path.is_file()]
     if files:
         if len(paths) > 1:
             raise InvalidInput(f"{files[0]} is a file; give one file alone, or directories of runs")
+        if kind is not None:
+            raise InvalidInput(f"kind: {kind!r} is for directories, and the file {files[0]} has it; leave it out")
         runs = list(read_studies(files[0]).runs)
         if not runs:
             raise InvalidInput(f"{files[0]} has no runs; measure some with apts_mpi.scaling run")
@@ -74,8 +83,10 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
         names = ", ".join(map(str, unfinished))
         raise InvalidInput(f"none of the runs has a {SUMMARY}: {names}; none came to its end")
     check_shared(runs)
-    # In a strong study all have one batch.
-    kind = "strong" if len({run.batch_size for run in runs}) == 1 else "weak"
+    batch_sizes = sorted({run.batch_size for run in runs})
+    if kind == "strong" and len(batch_sizes) > 1:
+        raise InvalidInput(f"kind: 'strong', but the runs differ in batch_size: {batch_sizes}; give weak")
+    kind = kind or ("strong" if len(batch_sizes) == 1 else "weak")
     return [replace(run, kind=kind) for run in runs], unfinished
 
 

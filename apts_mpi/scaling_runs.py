@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,7 +17,7 @@ from apts_mpi import environment
 from apts_mpi.comparison import OUTPUT, check_launcher, failure_in
 from apts_mpi.errors import InvalidInput
 from apts_mpi.options import require
-from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, read_studies, without_places
+from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
 from apts_mpi.train import parse, spell
 
 # Options that a study sets itself, and one with which a run would not be one from start to end.
@@ -94,7 +96,10 @@ def run_study(study: Study, path: Path, report: Callable[[str], None]) -> Studie
         Before the first run if the options or the file cannot be used, and if a run fails.
     """
     configurations = {ranks: study.configuration(ranks) for ranks in study.ranks}
-    studies = read_studies(path) if path.exists() else Studies()
+    # Written before anything is measured, so that a file that cannot be costs no run.
+    studies = add_runs(path, [])
+    for configuration in configurations.values():
+        _check_belongs(studies, path, yaml.safe_load(configuration))
     for ranks, configuration in configurations.items():
         measured = [
             run
@@ -109,6 +114,16 @@ def run_study(study: Study, path: Path, report: Callable[[str], None]) -> Studie
             studies = add_runs(path, [run])
             report(f"{study.kind}, {ranks} rank(s): {run.median:.4g} s an iteration")
     return studies
+
+
+def _check_belongs(studies: Studies, path: Path, options: dict[str, Any]) -> None:
+    """Raise `InvalidInput` if a file has runs of another problem or optimizer; parameters are known after a run."""
+    for run, name in itertools.product(studies.runs, ("problem", "optimizer")):
+        if run.options.get(name) != options[name]:
+            raise InvalidInput(
+                f"{name}: {options[name]!r} is not that of the runs in {path}, {run.options.get(name)!r}; "
+                "give another file"
+            )
 
 
 def measure(study: Study, ranks: int) -> RunRecord:

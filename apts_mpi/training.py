@@ -325,13 +325,16 @@ class Training:
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the run came to. Collective."""
         own = [self.solver.events.totals[name].seconds for name in ("wait", "checkpoint")]
-        communication, checkpoints = self.comm.agree(own, lambda table: table.max(axis=0))
+        # Ranks that do not need the targets have none in their place.
+        own.append(self.train[1][0].numel())
+        communication, checkpoints, targets = self.comm.agree(own, lambda table: table.max(axis=0))
         return {
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
             "subdomains": self.solver.layout.subdomains,
             "batch_size": self.batch_size,
+            "targets_per_sample": int(targets),
             "parameters": self.solver.parameters,
             "epochs": self.progress.epoch - (not self.progress.within_epoch),
             "iterations": self.progress.iteration,

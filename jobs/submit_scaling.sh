@@ -37,5 +37,5 @@ done
 after=("${numbers[@]}")
 RANKS=1 gpus_per_node=0
 lay_out
-submit "$directory" 1 env "SITE=$SITE" bash "$root/jobs/batch_report.sh" "$directory" "${runs[@]}"
+submit "$directory" 1 env "SITE=$SITE" bash "$root/jobs/batch_report.sh" "$directory" "$kind" "${runs[@]}"
 say "runs, and the report at the end of the output of job-*.txt: $directory"

@@ -35,8 +35,8 @@ def summary(ranks, batch_size, seconds):
     events = {"judge": EVENT | {"seconds_max": 1.0, "share": 0.25}, "wait": EVENT | {"seconds_max": 3.0, "share": 0.75}}
     return {
         "problem": "digits", "optimizer": "apts", "parameters": 7, "train_loss": 0.5, "seconds": seconds,
-        "ranks": ranks, "subdomains": ranks, "batch_size": batch_size, "seconds_in_communication": seconds / 4,
-        "events": events,
+        "ranks": ranks, "subdomains": ranks, "batch_size": batch_size, "iterations": 4,
+        "seconds_in_communication": seconds / 4, "events": events,
     }  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """The cost model against values computed by hand, and its fit against records that it made up itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import yaml
 from scaling_runs import point_of, record_of, shape_of
 
 from apts_mpi import cost_model
@@ -10,6 +12,7 @@ from apts_mpi.cost_fit import extrapolate, first_limit, fit, fit_reduced_model, 
 from apts_mpi.cost_model import Shape, seconds_of, terms
 from apts_mpi.errors import InvalidInput
 from apts_mpi.scaling import main
+from apts_mpi.scaling_predict import point_of as point_of_run
 from apts_mpi.scaling_records import REDUCED_MODELS, Studies, write_studies
 from apts_mpi.schedules import ideal_bubble
 
@@ -40,6 +43,12 @@ STUDIES = [(layout, kind) for layout in ("replicated", "staged") for kind in ("s
         ("gather", 8, 800, 3, 700),  # 100 + 200 + 400 on the way to the root
         ("broadcast", 8, 100, 3, 300),
         ("broadcast", 4, 1_000_000, 2, 2_000_000),
+        ("broadcast", 8, 80_000, 6, 140_000),  # 40 + 20 + 10 scattered, 10 + 20 + 40 by recursive doubling
+        ("broadcast", 9, 90_000, 12, 160_000),  # no power of two: 8/9 in four rounds, 8/9 in a ring of eight steps
+        ("broadcast", 16, 12_287, 4, 49_148),
+        ("broadcast", 16, 12_288, 8, 23_040),
+        ("broadcast", 8, 524_287, 6, 1.75 * 524_287),
+        ("broadcast", 8, 524_288, 10, 917_504),
         ("broadcast", 8, 1_000_000, 10, 1_750_000),  # 7/8 scattered in three rounds, 7/8 in a ring of seven steps
         *((operation, 1, 1e6, 0, 0) for operation in ("allreduce", "allgather", "gather", "broadcast", "reduction")),
     ],
@@ -55,7 +64,7 @@ def test_barrier():
 
 def small(layout, **others):
     """Four ranks, 400 samples, 1,000 parameters of eight bytes, eight columns on half of the samples."""
-    return Shape(layout, 4, 4, 400, 1000, 8, columns=2, coarse_samples=200.0, **others)
+    return Shape(layout, 4, 4, 400, 1000, 8, columns=2, coarse_share=0.5, **others)
 
 
 def test_replicated():
@@ -68,9 +77,9 @@ def test_replicated():
         "reduced model": {"column": 8, "pair": 64, "cube": 512},
         "gradient sum": {"latency": 4, "byte": 12000},
         "assembly": {"latency": 2, "byte": 6000},
-        "coarse reduction": {"latency": 2 + 2, "byte": 2 * 512 + 2 * 64},
-        # Gathers of 192, a broadcast, and twice two allgathers of 32 and 256.
-        "agreement": {"latency": 2 + 2 + 2 * 4, "byte": 144 + 128 + 2 * (24 + 192)},
+        "coarse reduction": {"latency": 2 + 2 + 2, "byte": 2 * 512 + 2 * 8 + 2 * 64},
+        # Gathers of 192, broadcasts of a length and a record, and twice two allgathers of 32 and 256.
+        "agreement": {"latency": 2 + 2 + 2 + 2 * 4, "byte": 144 + 16 + 128 + 2 * (24 + 192)},
         "fixed": {"fixed": 1.0},
     }
     assert found.keys() == expected.keys()
@@ -142,20 +151,53 @@ def test_the_first_limit():
     """A second of evaluations, and milliseconds a message.
 
     At 16 ranks 4 MB of gradient in four buckets take 4 x 8 messages, the ring of the assembly 15, the agreement
-    4 + 4 + 2 x 8 and the coarse level 8 + 4: 83 ms beside 1/16 s. At 8 they take 24, 7, 18 and 9, beside 1/8 s.
+    4 + 4 + 4 + 2 x 8 and the coarse level 8 + 4 + 4: 91 ms beside 1/16 s. At 8 they take 24, 7, 21 and 12, beside
+    1/8 s.
     """
     values = dict.fromkeys(VALUES, 0.0) | {"gradient": 1.0 / (4 / 3 * 4800), "latency": 1e-3}
     shapes = extrapolate(shape_of("replicated", "strong", 8), "strong", 1000)
     assert [shape.ranks for shape in shapes] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
     limit = first_limit(shapes, values)
     assert (limit.ranks, limit.term) == (16, "gradient sum")
-    assert limit.share == pytest.approx(0.032 / (0.083 + 1 / 16))
+    assert limit.share == pytest.approx(0.032 / (0.091 + 1 / 16))
     assert first_limit(shapes, values | {"latency": 0.0}).ranks is None
 
 
 def test_weak_studies_grow():
     shape = extrapolate(shape_of("staged", "weak", 4, cores=2), "weak", 10_000)[-1]
     assert (shape.ranks, shape.subdomains, shape.batch_size, shape.cores) == (10_000, 10_000, 6_000_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "samples"),
+    [
+        ({}, 512 / 8),
+        ({"targets": 64}, 8 / 8),
+        ({"coarse_share": 0.25}, 600 / 4),
+    ],
+)
+def test_the_coarse_level_measures_the_batch_that_is_predicted(how, samples):
+    """600 samples a rank, on eight ranks: 512 targets of all of them, or a share of each."""
+    one = shape_of("replicated", "weak", 1, **how)
+    shape = extrapolate(one, "weak", 8)[-1]
+    # All 16 columns and their own two, by half of the network, in thirds.
+    assert terms(shape)["Jacobian products"]["tangent"] == pytest.approx(samples * (1 + (16 + 2) / 2) / 3)
+
+
+def test_a_small_measured_batch_does_not_stay_small():
+    """100 samples a rank are all measured on one rank, and 512 of 800 on eight."""
+    shape = extrapolate(shape_of("replicated", "weak", 1, batch_size=100), "weak", 8)[-1]
+    assert shape.thinning == pytest.approx(512 / 800)
+
+
+def test_shares_and_targets_come_from_the_records():
+    record = record_of("weak", shape_of("replicated", "weak", 1, batch_size=100), VALUES)
+    summary = record.summary | {"targets_per_sample": 64}
+    shape = point_of_run(replace(record, summary=summary)).shape
+    assert (shape.targets, shape.coarse_share, shape.thinning) == (64, None, pytest.approx(8 / 100))
+    coarse = record.options["coarse"] | {"samples": 0.25}
+    shape = point_of_run(replace(record, configuration=yaml.safe_dump(record.options | {"coarse": coarse}))).shape
+    assert shape.thinning == 0.25
 
 
 def write(path, records):

@@ -2,13 +2,16 @@
 
 import json
 import re
+import resource
+import sys
 
 import h5py
 import pytest
 import yaml
 from processes import needs_mpirun, start
-from scaling_runs import write_run
+from scaling_runs import EVENT, write_run
 
+from apts_mpi import scaling_runs
 from apts_mpi.scaling import main
 from apts_mpi.scaling_records import read_run, read_studies
 
@@ -116,6 +119,79 @@ def test_a_file_that_is_none(tmp_path, capsys):
     assert "gone.h5 cannot be read" in capsys.readouterr().err
 
 
+def test_what_remains_of_a_weak_study(tmp_path, capsys):
+    """One size of it, or several with one batch, does not tell its kind; whoever submitted it knows."""
+    runs = write_run(tmp_path / "a", 1, 1.0), write_run(tmp_path / "gone-not", 2, 1.0, 200)
+    assert call(runs[0], f"{tmp_path}/gone", "--kind=weak", f"--json={tmp_path}/out.json") == 1
+    assert list(json.loads((tmp_path / "out.json").read_text())["studies"]) == ["weak, replicated"]
+    assert call(*runs, "--kind=strong") == 2
+    assert "kind: 'strong', but the runs differ in batch_size: [100, 200]" in capsys.readouterr().err
+    assert call(runs[0], f"--hdf5={tmp_path}/studies.h5") == 0
+    assert call(f"{tmp_path}/studies.h5", "--kind=weak") == 2
+    assert "studies.h5 has it; leave it out" in capsys.readouterr().err
+
+
+def test_resumed_run(tmp_path, capsys):
+    """Its events are of the last part alone."""
+    events = {"judge": EVENT | {"calls": 2, "seconds_max": 1.0, "share": 1.0}}
+    path = write_run(tmp_path / "a", 1, 1.0, events=events)
+    assert call(path) == 2
+    assert "was resumed: its events are of 2 of its 4 iterations" in capsys.readouterr().err
+    assert call(write_run(tmp_path / "b", 1, 1.0, events=events, optimizer="adam")) == 0
+    options = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    (tmp_path / "a" / "config.yaml").write_text(yaml.safe_dump(options | {"global_step": {"model": "lsr1"}}))
+    assert call(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "has no problem, optimizer, parameters, ranks"),
+        ("[1]", "cannot be read as a run"),
+        ("null", "cannot be read as a run"),
+        ('{"events": {"wait": {}}}', "cannot be read as a run (KeyError('judge'))"),
+        ('{"events": 1}', "cannot be read as a run"),
+    ],
+)
+def test_summary_that_cannot_be_used(tmp_path, capsys, content, message):
+    path = tmp_path / "a"
+    write_run(path, 1, 1.0)
+    given = json.loads(content)
+    if given and isinstance(given, dict):
+        given = json.loads((path / "summary.json").read_text()) | given
+    (path / "summary.json").write_text(json.dumps(given))
+    assert call(str(path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_full_disk(tmp_path, capsys):
+    """The error is told, the file is as before, and nothing is left beside it."""
+    run, file = write_run(tmp_path / "a", 1, 1.0), tmp_path / "files" / "studies.h5"
+    file.parent.mkdir()
+    assert call(run, "--hdf5", str(file)) == 0
+    content = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    other = write_run(tmp_path / "b", 2, 1.0)
+    # A limit on the length of files fails where a full disk does: while writing.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+    try:
+        status = call(other, "--hdf5", str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "studies.h5 cannot be written" in capsys.readouterr().err
+    assert file.read_bytes() == content and list(file.parent.iterdir()) == [file]
+
+
+def test_plots_without_matplotlib(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("comparison_plots", "run_plots", "scaling_plots"):
+        monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
+    assert call(write_run(tmp_path / "a", 1, 1.0), f"--plot={tmp_path / 'picture'}") == 2
+    assert "the plots need matplotlib, which is not installed" in capsys.readouterr().err
+
+
 def test_records_that_cannot_be_used(tmp_path, capsys):
     one = write_run(tmp_path / "one", 1, 1.0)
     assert call(write_run(tmp_path / "old", 1, 1.0, events=None)) == 2
@@ -158,6 +234,31 @@ def test_studies_that_cannot_be_run(tmp_path, capsys, arguments, message):
     assert not file.exists()
 
 
+@needs_mpirun
+def test_the_file_is_checked_before_the_first_run(tmp_path, capsys, monkeypatch):
+    """Runs take hours; one that cannot be kept is not begun."""
+
+    def no_run(*_):
+        raise AssertionError("a run was begun")
+
+    monkeypatch.setattr(scaling_runs, "measure", no_run)
+
+    def refused(file, *arguments):
+        assert call("strong", str(file), "--ranks", "1", "--", *arguments, command="run") == 2
+        return capsys.readouterr().err
+
+    assert "studies.h5 cannot be written" in refused(tmp_path / "nowhere" / "studies.h5", "--problem=digits")
+    (tmp_path / "text.h5").write_text("no HDF5")
+    assert "cannot be read as an HDF5 file" in refused(tmp_path / "text.h5", "--problem=digits")
+    run, file = tmp_path / "run", tmp_path / "studies.h5"
+    write_run(run, 1, 1.0)
+    options = yaml.safe_load((run / "config.yaml").read_text()) | {"problem": "digits", "optimizer": "apts"}
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    assert call(str(run), "--hdf5", str(file)) == 0
+    assert "problem: 'burgers' is not that of the runs in" in refused(file, "--problem=burgers")
+    assert "optimizer: 'adam' is not that of the runs in" in refused(file, "--problem=digits", "--optimizer=adam")
+
+
 SMALL = ["--problem=digits", "--device=cpu", "--train-samples=200", "--max-iterations=3", "--checkpoint-every=null"]
 
 
@@ -185,4 +286,6 @@ def test_a_real_study(tmp_path):
     assert "batch_size: 1 is too small" in done.stderr
     assert read_studies(tmp_path / "studies.h5").runs == stored
     assert call(str(tmp_path / "studies.h5"), f"--json={tmp_path / 'out.json'}", command="predict") == 0
-    assert json.loads((tmp_path / "out.json").read_text())["values"]["gradient"] > 0.0
+    values = json.loads((tmp_path / "out.json").read_text())["values"]
+    # At one and two ranks the samples and the passes of a rank are proportional: either may get all of the time.
+    assert min(values.values()) >= 0.0 and values["gradient"] + values["pass"] > 0.0

@@ -32,9 +32,9 @@ EPOCH = {
     "test_accuracy",
 }  # fmt: skip
 SUMMARY = {
-    "problem", "optimizer", "ranks", "batch_size", "parameters", "epochs", "iterations", "train_loss", "train_accuracy",
-    "test_loss", "test_accuracy", "accepted_steps", "rejected_steps", "gradient_evaluations", "seconds",
-    "seconds_in_communication", "seconds_in_checkpoints", "events",
+    "problem", "optimizer", "ranks", "subdomains", "batch_size", "targets_per_sample", "parameters", "epochs",
+    "iterations", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "accepted_steps", "rejected_steps",
+    "gradient_evaluations", "seconds", "seconds_in_communication", "seconds_in_checkpoints", "events",
 }  # fmt: skip
 
 
