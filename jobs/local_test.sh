@@ -33,7 +33,7 @@ run() {
 cd "$root"
 prepare_environment
 export OMP_NUM_THREADS=1
-limit=1800 # seconds a run: when one rank fails the others may wait for ever
+limit=2700 # seconds a run: when one rank fails the others may wait for ever
 results=$(mktemp -d)
 child=
 trap finish EXIT
