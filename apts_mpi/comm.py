@@ -45,7 +45,8 @@ _PRIVATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: privat
 def _private(comm: MPI.Intracomm) -> _Private:
     private: Any = comm.Get_attr(_PRIVATE)
     if private is None:
-        private = _Private(comm)
+        with WAITING.noted("all ranks to make a communicator"):
+            private = _Private(comm)
         comm.Set_attr(_PRIVATE, private)
     return private
 

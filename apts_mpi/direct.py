@@ -58,13 +58,15 @@ def run_apart(command: Sequence[str], limit: float) -> tuple[str, str]:
     return f"exit status {status}" if status else "", output
 
 
-def try_direct(comm: Communicator, kind: str) -> str | None:
+def try_direct(comm: Communicator, kind: str, limit: float = PROBE_LIMIT) -> str:
     """Iallreduce on the memory of devices, by two ranks on rank 0's host in processes of their own.
 
     Parameters
     ----------
     kind
         Of devices, as for `apts_mpi.transport.choose_device`.
+    limit
+        Seconds that it may take, in which the other ranks wait.
 
     Returns
     -------
@@ -73,23 +75,25 @@ def try_direct(comm: Communicator, kind: str) -> str | None:
     """
     failure = ""
     if comm.rank == 0:
-        launcher = find_launcher()[0]
-        command = [launcher, "-n", "2"] if launcher else []
-        failure, _ = run_apart([*command, sys.executable, "-m", "apts_mpi.device_probe", kind], PROBE_LIMIT)
+        launcher = shutil.which("mpirun") or shutil.which("mpiexec")
+        failure = "no mpirun in PATH, which would try it"
+        if launcher is not None:
+            command = [launcher, "-n", "2", sys.executable, "-m", "apts_mpi.device_probe", kind]
+            failure, _ = run_apart(command, limit)
     return comm.agree_on_text(failure)
 
 
 def choose_transport(
-    comm: Communicator, device: torch.device, kind: Literal["auto", "staged", "direct"]
+    comm: Communicator, device: torch.device, kind: Literal["auto", "staged", "direct"], limit: float = PROBE_LIMIT
 ) -> Literal["staged", "direct"]:
     """How tensors of the ranks' devices come to MPI, the same on all ranks. Collective.
 
     Parameters
     ----------
     kind
-        ``auto``: direct on CPUs, and on GPUs where `try_direct` says that it works.
+        ``auto``: direct on CPUs, and on GPUs where `try_direct`, within ``limit`` seconds, says that it works.
     """
     if kind != "auto":
         return kind
     on_gpus = "cuda" in comm.collect(device.type)
-    return "staged" if on_gpus and try_direct(comm, "cuda") else "direct"
+    return "staged" if on_gpus and try_direct(comm, "cuda", limit) else "direct"

@@ -230,7 +230,11 @@ def _merge(
         for place, number in enumerate(moving):
             if number in joined:
                 along_inputs[joined.index(number)] += along_parameters[place]
-        merged.append(torch.cat([along_inputs, along_parameters[fresh]]) if fresh else along_inputs)
+        if fresh:
+            # Indexed by a list, torch would copy the list to the device, and wait.
+            new = along_parameters if len(fresh) == len(moving) else torch.stack([along_parameters[p] for p in fresh])
+            along_inputs = torch.cat([along_inputs, new])
+        merged.append(along_inputs)
     return joined + [moving[place] for place in fresh], tuple(merged)
 
 

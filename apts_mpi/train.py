@@ -23,7 +23,7 @@ from rich.progress import Progress
 from apts_mpi import environment
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
-from apts_mpi.direct import choose_transport
+from apts_mpi.direct import PROBE_LIMIT, choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.events import Events
 from apts_mpi.log_view import event_table, print_events
@@ -184,8 +184,20 @@ def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
+    with Watch(world, options.stall_timeout or STALL_TIMEOUT):
+        return run(arguments, options, config, comm, world, console)
+
+
+def run(
+    arguments: Sequence[str],
+    options: TrainingOptions,
+    config: str,
+    comm: Communicator,
+    world: MPI.Intracomm,
+    console: Console,
+) -> int:
+    """What `train` does once the options are known. Collective."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Watch(world, options.stall_timeout or STALL_TIMEOUT))
         stack.enter_context(signals := StopSignals())
         tell = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         checkpoint = open_earlier(options, comm, tell)
@@ -276,7 +288,15 @@ def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intra
     )
     with comm.shared_errors():
         device = choose_device(options.device, local_rank)
-    use_transport(device, choose_transport(comm, device, options.transport))
+        if device.type == "cuda" and MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            # torch calls what a backward pass starts from a thread of its own.
+            raise InvalidInput(
+                "device: 'cuda' needs an MPI library with MPI_THREAD_SERIALIZED, which this one does not give; "
+                "choose --device cpu, or take another library"
+            )
+    # The other ranks wait for the trial, and their wait has a limit.
+    limit = min(PROBE_LIMIT, 0.5 * (options.stall_timeout or STALL_TIMEOUT))
+    use_transport(device, choose_transport(comm, device, options.transport, limit))
     with comm.shared_errors():
         problem = make() if options.layout == "replicated" else None
     if problem is None:
