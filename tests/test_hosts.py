@@ -1,5 +1,6 @@
 """Ranks on two hosts, whose messages cross a network interface: training, checkpoints, and a cable that is cut."""
 
+import re
 import time
 
 import hosts
@@ -16,6 +17,9 @@ STAGED = ["--layout=staged", "--schwarz.variant=inexact", "--schwarz.local_data=
 
 # Seconds that the launcher and the system may take to end processes, on a busy machine.
 ENDING = 4.0
+
+
+WAITED = r"rank 0 on 10\.231\.0\.1 has waited"
 
 
 @pytest.fixture
@@ -49,8 +53,9 @@ def test_training_and_checkpoints_over_two_hosts(tmp_path, two_hosts):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ([], "rank 0 on 10.231.0.1 has waited"),
-        (STAGED, "no sign of stage 2 (modules 6 to 7) on rank 2, stage 3 (modules 8 to 10) on rank 3"),
+        ([], WAITED),
+        # Between passes through the pipeline the ranks wait as in the other layout.
+        (STAGED, rf"{WAITED}|no sign of stage 2 \(modules 6 to 7\) on rank 2, stage 3 \(modules 8 to 10\) on rank 3"),
     ],
     ids=["replicated", "staged"],
 )
@@ -66,5 +71,5 @@ def test_cable_cut_for_good(two_hosts, layout, message):
     assert time.monotonic() - cut > 0.5 * STALL_TIMEOUT  # not for another reason
     assert job.wait(hosts.LIMIT) == 1
     output = two_hosts.output()
-    assert output.count("error:") == 1 and output.count(message) == 1, output
+    assert output.count("error:") == 1 and len(re.findall(message, output)) == 1, output
     assert f"stall_timeout is {STALL_TIMEOUT:g} s" in output and "Traceback" not in output
