@@ -140,5 +140,6 @@ def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:
 def _count_multiplications(
     counts: list[float], index: int, module: torch.nn.Module, inputs: object, outputs: torch.Tensor
 ) -> None:
-    weight = module.get_parameter("weight")
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
     counts[index] += outputs.numel() * weight[0].numel()
