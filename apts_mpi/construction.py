@@ -49,7 +49,8 @@ class Registrations:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See all registrations in the block."""
-        handle = register_module_parameter_registration_hook(self._see)  # type: ignore[arg-type]  # torch's own type leaves out what a hook may return
+        # torch's own type leaves out what a hook may return.
+        handle = register_module_parameter_registration_hook(self._see)  # type: ignore[arg-type]
         try:
             yield
         finally:
