@@ -10,6 +10,7 @@ from staged_networks import NETWORKS, built, staged
 
 from apts_mpi import comm as comm_module
 from apts_mpi import events as events_module
+from apts_mpi import pending as pending_module
 from apts_mpi.baselines import DataParallel
 from apts_mpi.comm import Communicator
 from apts_mpi.events import FORWARD, OTHER, Events, Spans
@@ -35,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (events_module, comm_module):
+    for module in (events_module, pending_module):
         monkeypatch.setattr(module, "seconds", clock)
     return clock
 

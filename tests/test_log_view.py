@@ -84,7 +84,8 @@ def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
         (line,) = [line for line in table.splitlines() if line.startswith(f"│ {name} ")]
         assert line.split("│")[2].strip() == str(event["calls"])
         assert f"{event['share']:.1%}" in line and "…" not in line
-    assert events["global evaluation"]["gradient_evaluations"] >= 2.0
+    # Sums of shares of a batch, rounded.
+    assert events["global evaluation"]["gradient_evaluations"] >= 2.0 - 1e-12
     assert events["metrics"]["calls"] == events["checkpoint"]["calls"] == events["other"]["calls"] == 1
     # Every rank has its events, nested, at the same time.
     assert set(spans) == set(range(world.size))
