@@ -23,6 +23,8 @@ BUCKET, SCALAR, OBJECT = 1 << 20, 8, 64
 # are one gradient evaluation, the third is a third of one.
 PASSES, EVALUATIONS = 3, 4.0 / 3.0
 
+BUBBLE = "pipeline bubble"
+
 # Amounts of what costs time, by the name of the unknown in `UNITS`.
 Amounts = dict[str, float]
 
@@ -194,7 +196,8 @@ def terms(shape: Shape) -> dict[str, Amounts]:
     """
     found = _staged(shape) if shape.layout == "staged" else _replicated(shape)
     found["fixed"] = {"fixed": 1.0}
-    return {name: _times(shape.sharing, amounts) for name, amounts in found.items()}
+    # A rank that stands in the bubble leaves its core to another.
+    return {name: _times(1.0 if name == BUBBLE else shape.sharing, amounts) for name, amounts in found.items()}
 
 
 def _replicated(shape: Shape) -> dict[str, Amounts]:
@@ -242,7 +245,7 @@ def _staged(shape: Shape) -> dict[str, Amounts]:
         "local solves": {"statistics": samples / stages, "factorisation": 1.0 / stages},
         "Jacobian products": _staged_tangents(shape, stages, thinned),
         "reduced model": {"column": columns, "pair": (columns / stages) ** 2, "cube": columns**3},
-        "pipeline bubble": _times((stages - 1) / micro_batches, work),
+        BUBBLE: _times((stages - 1) / micro_batches, work),
         "pipeline messages": _pipeline_messages(shape, stages, samples / micro_batches, thinned),
         "gradient sum": _bucketed_allreduce(replicas, shape.element_size * shape.parameters / stages),
         "coarse reduction": _coarse_reduction(shape, (2 * columns + 1) * columns),

@@ -109,6 +109,13 @@ def test_replicas_share_the_samples_and_sum_the_gradient():
     assert terms(Shape("replicated", 8, 4, 800, 1000))["gradient evaluations"]["gradient"] == pytest.approx(4 / 3 * 100)
 
 
+def test_ranks_in_the_bubble_leave_their_core_to_others():
+    alone, shared = (predicted(small("staged", cores=cores), VALUES) for cores in (0, 2))
+    bubble = alone["pipeline bubble"]
+    assert shared["pipeline bubble"] == bubble > 0.0
+    assert sum(shared.values()) - bubble == pytest.approx(2.0 * (sum(alone.values()) - bubble), rel=1e-12)
+
+
 def test_ranks_that_share_cores_take_as_much_longer():
     alone, shared = (sum(predicted(small("replicated", cores=cores), VALUES).values()) for cores in (0, 2))
     assert shared == pytest.approx(2 * alone)
