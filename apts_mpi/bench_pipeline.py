@@ -34,7 +34,7 @@ PATIENCE = 600.0
 MEBIBYTE = 2**20
 
 # Columns of a table that goes to a file.
-WIDTH = 100
+WIDTH = 120
 
 
 def network(layers: int, width: int) -> nn.Sequential:
@@ -121,41 +121,49 @@ def pipeline(layers: int, width: int, samples: int, micro_batches: int, repetiti
     """Print times of gradient evaluations: on one rank, of both schedules, and of torch's pipeline. Collective."""
     world = MPI.COMM_WORLD
     data = batch(samples, width)
+    staged = {name: _Evaluation(world, layers, width, micro_batches, name, data) for name in SCHEDULES}
+    wait = functools.partial(wait_for_all, world, 0.0005)
+    with torch_processes(world):
+        calls = {
+            "one rank, whole batch": _on_rank_0(world, lambda: _whole_batch(layers, width, data)),
+            "one rank, micro-batches": _on_rank_0(
+                world, lambda: _Evaluation(MPI.COMM_SELF, layers, width, micro_batches, "gpipe", data)
+            ),
+            **{f"staged, {name}": evaluation for name, evaluation in staged.items()},
+            **{
+                f"torch {name}, gloo": _torch_step(name, world, network(layers, width), micro_batches, data)
+                for name in ("ScheduleGPipe", "Schedule1F1B")
+            },
+        }
+        timings = time_in_turn(list(calls.values()), repetitions, between=wait)
+    seconds = {name: world.allreduce(timing.median, MPI.MAX) for name, timing in zip(calls, timings, strict=True)}
+    bubbles = {f"staged, {name}": world.allreduce(staged[name].bubble(), MPI.MIN) for name in SCHEDULES}
+    local = _local_seconds(world, layers, width, micro_batches, data, repetitions)
+    if world.rank == 0:
+        _print_times(world.size, micro_batches, seconds, bubbles, (layers, width, samples), local)
+
+
+def _on_rank_0(world: MPI.Intracomm, make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """What ``make`` makes, on rank 0; on the others nothing, so that they wait."""
+    return make() if world.rank == 0 else lambda: None
+
+
+def _whole_batch(layers: int, width: int, data: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], None]:
+    """A plain forward and backward pass."""
     whole = network(layers, width)
 
-    def alone() -> None:
+    def evaluate() -> None:
         whole.zero_grad()
         cross_entropy(whole(data[0]), data[1]).backward()
 
-    wait = functools.partial(wait_for_all, world, 0.0005)
-    seconds_alone = 0.0
-    if world.rank == 0:
-        seconds_alone = time_in_turn([alone], repetitions)[0].median
-    wait()
-    seconds_alone = world.bcast(seconds_alone)
-    rows: list[tuple[str, float, str]] = []
-    for schedule in SCHEDULES:
-        evaluation = _Evaluation(world, layers, width, micro_batches, schedule, data)
-        timing = time_in_turn([evaluation], repetitions, between=wait)[0]
-        bubble = world.allreduce(evaluation.bubble(), MPI.MIN)
-        rows.append((f"staged, {schedule}", world.allreduce(timing.median, MPI.MAX), f"{bubble:.3f}"))
-    with torch_processes(world):
-        for name in ("ScheduleGPipe", "Schedule1F1B"):
-            step = _torch_step(name, world, network(layers, width), micro_batches, data)
-            timing = time_in_turn([step], repetitions, between=wait)[0]
-            rows.append((f"torch {name}, gloo", world.allreduce(timing.median, MPI.MAX), ""))
-    local = _local_seconds(world, layers, width, micro_batches, data, repetitions)
-    if world.rank == 0:
-        ideal = ideal_bubble(world.size, micro_batches)
-        _print_times(world.size, micro_batches, seconds_alone, rows, ideal, (layers, width, samples), local)
+    return evaluate
 
 
 def _print_times(
     ranks: int,
     micro_batches: int,
-    alone: float,
-    rows: list[tuple[str, float, str]],
-    ideal: float,
+    seconds: dict[str, float],
+    bubbles: dict[str, float],
     sizes: tuple[int, int, int],
     local: tuple[float, float],
 ) -> None:
@@ -164,17 +172,28 @@ def _print_times(
         title=f"{layers} layers of {width}x{width}, {samples} samples, {ranks} stages, {micro_batches} micro-batches, "
         f"{torch.get_num_threads()} thread(s) a rank"
     )
-    for column in ("gradient evaluation", "milliseconds", "of one rank", "ideal", "bubble", "ideal bubble"):
-        table.add_column(column, justify="left" if column == "gradient evaluation" else "right")
-    table.add_row("one rank", f"{1e3 * alone:.2f}", "", "", "", "")
-    share = (micro_batches + ranks - 1) / (micro_batches * ranks)
-    for name, taken, bubble in rows:
-        table.add_row(
-            name, f"{1e3 * taken:.2f}", f"{taken / alone:.3f}", f"{share:.3f}", bubble, f"{ideal:.3f}" if bubble else ""
-        )
+    columns = (
+        "gradient evaluation",
+        "milliseconds",
+        "of whole batch",
+        "of micro-batches",
+        "ideal",
+        "bubble",
+        "its ideal",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    share = f"{(micro_batches + ranks - 1) / (micro_batches * ranks):.3f}"
+    ideal_of_bubble = f"{ideal_bubble(ranks, micro_batches):.3f}"
+    for name, taken in seconds.items():
+        ratios = [f"{taken / seconds[beside]:.3f}" for beside in list(seconds)[:2]]
+        bubble = [f"{bubbles[name]:.3f}", ideal_of_bubble] if name in bubbles else ["", ""]
+        table.add_row(name, f"{1e3 * taken:.2f}", *ratios, "" if name.startswith("one") else share, *bubble)
     one, staged = local
-    table.add_row("local iterations, one rank", f"{1e3 * one:.2f}", "", "", "", "")
-    table.add_row("local iterations, staged", f"{1e3 * staged:.2f}", f"{staged / one:.3f}", f"{1 / ranks:.3f}", "", "")
+    table.add_row("local iterations, one rank", f"{1e3 * one:.2f}", "", "", "", "", "")
+    table.add_row(
+        "local iterations, staged", f"{1e3 * staged:.2f}", "", f"{staged / one:.3f}", f"{1 / ranks:.3f}", "", ""
+    )
     Console(width=max(Console().width, WIDTH)).print(table)
 
 
