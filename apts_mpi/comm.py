@@ -62,14 +62,23 @@ class Communicator:
         Where messages and waiting times are counted.
     patience
         Limits how long this rank waits for others in collectives and pending operations; None waits for ever.
+    starts
+        Operations that wait for the device. Of groups of the same ranks it is one queue: a rank that blocks in one
+        group must have started what the others wait for in another one.
     """
 
-    def __init__(self, comm: MPI.Intracomm, events: Events, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        events: Events,
+        patience: Patience | None = None,
+        starts: Starts | None = None,
+    ) -> None:
         self._private = _private(comm)
         self._mpi = self._private.comm
         self._events = events
         self.patience = patience
-        self._starts = Starts()
+        self._starts = Starts() if starts is None else starts
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
 
@@ -80,7 +89,7 @@ class Communicator:
             groups = self._private.groups
             if colors not in groups:
                 groups[colors] = self._mpi.Split(color, self.rank)
-        return Communicator(groups[colors], self._events, self.patience)
+        return Communicator(groups[colors], self._events, self.patience, self._starts)
 
     @property
     def mpi(self) -> MPI.Intracomm:
@@ -131,6 +140,7 @@ class Communicator:
 
     def send_object(self, value: Any, rank: int, tag: int) -> None:
         """Send a small object; returns when it can be forgotten."""
+        self._starts.finish()
         self._events.message("pipeline", 0)
         request = self._mpi.isend(value, rank, tag)
         if self.patience is None:
@@ -141,6 +151,7 @@ class Communicator:
 
     def receive_object(self, rank: int, tag: int) -> Any:
         """The next small object of ``rank`` with ``tag``."""
+        self._starts.finish()
         what = "a description of activations"
         with self._events.timed("wait"):
             if self.patience is not None:

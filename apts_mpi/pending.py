@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
-from apts_mpi.environment import seconds
+from apts_mpi.environment import pause, seconds
 from apts_mpi.events import Events
-from apts_mpi.patience import Patience
+from apts_mpi.patience import NAP, Patience
 from apts_mpi.transport import Event
 
 
@@ -61,6 +61,11 @@ class Starts:
         while self._waiting and self._waiting[0][0].query():
             self._waiting.popleft()[1]()
 
+    def all_started(self) -> bool:
+        """Start what is ready; whether nothing is left that waits for the device."""
+        self.advance()
+        return not self._waiting
+
     def finish(self) -> None:
         """Start everything, and wait until it is ready."""
         while self._waiting:
@@ -106,10 +111,10 @@ class Pending:
 
     def wait(self, what: str = "a reduction") -> None:
         """Complete all operations; ``what`` they are, for the message when they do not complete in time."""
+        self._wait_for_device()
         began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
-                self._starts.finish()
                 with WAITING.noted(what):
                     MPI.Request.Waitall(self._requests)
             else:
@@ -120,6 +125,18 @@ class Pending:
         self._operations = 0
         self._requests.clear()
         self._finish.clear()
+
+    def _wait_for_device(self) -> None:
+        """Start all operations, as soon as this rank has computed what they send: no wait for other ranks.
+
+        The others' patience ends while a device hangs, as this rank gives no sign, and they name it.
+        """
+        if self._patience is None:
+            self._starts.finish()
+        while not self._starts.all_started():
+            # What others have begun moves on meanwhile.
+            MPI.Request.Testall(self._requests)
+            pause(NAP)
 
     def _note_completion(self, waiting_since: float) -> None:
         """Add the time that the operations were under way to the event that began them."""

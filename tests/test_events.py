@@ -105,6 +105,34 @@ def test_time_under_way(clock):
     assert (event.under_way, event.waited) == (9.0, 1.0)
 
 
+@pytest.mark.parametrize("patient", [False, True])
+def test_own_device_is_not_waited_for_as_others_are(clock, patient):
+    """Ten seconds of the device, in which this rank can start nothing, then a second for others."""
+
+    class Late:
+        """An event of a device that is ten seconds behind."""
+
+        def record(self, stream): ...
+
+        def query(self):
+            clock.time += 1.0
+            return clock.time >= 110.0
+
+        def synchronize(self):
+            clock.time = 110.0
+
+    class Impatient:
+        def wait(self, done, what):
+            assert clock.time >= 110.0 and done()
+            clock.time += 1.0
+
+    events = Events()
+    pending = Communicator(MPI.COMM_SELF, events, Impatient() if patient else None).pending()
+    pending.add(Late(), lambda: MPI.REQUEST_NULL, lambda: None)
+    pending.wait()
+    assert events.totals["wait"].seconds == (1.0 if patient else 0.0)
+
+
 def test_spans_are_bounded():
     spans = Spans(3)
     for number in range(5):

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
 
 from apts_mpi import APTS, APTSOptions, GlobalStepOptions, LocalOptions, SchwarzOptions
@@ -75,8 +76,6 @@ class Request:
     @staticmethod
     def start(recorder, name):
         recorder.calls.append(f"MPI starts {name}")
-        from mpi4py import MPI
-
         return MPI.REQUEST_NULL
 
 
@@ -141,6 +140,31 @@ def test_sums_start_in_their_order_as_soon_as_their_copies_are_done():
     assert started == [0, 1]
     starts.finish()
     assert started == [0, 1, 2] and recorder.calls == ["host waits for event"]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("describe", [False, True])
+def test_what_others_wait_for_in_a_group_is_started(world, describe):
+    """Rank 0's device is late; the others wait for its sum in the group, and it for them with all ranks."""
+    recorder = Recorder()
+    comm = Communicator(world, Events())
+    group = comm.group(0)
+    number = torch.ones(1)
+    pending = group.pending()
+    event = recorder.Event()
+    if world.rank > 0:
+        recorder.done.add(event)
+    pending.add(event, lambda: group.mpi.Iallreduce(MPI.IN_PLACE, number.numpy()), lambda: None)
+    if world.rank > 0:
+        pending.wait()
+    if not describe:
+        comm.total(1)
+    elif world.rank == 0:
+        assert [comm.receive_object(rank, 7) for rank in range(1, world.size)] == list(range(1, world.size))
+    else:
+        comm.send_object(world.rank, 0, 7)
+    pending.wait()
+    assert number.item() == world.size
 
 
 def test_a_copy_does_not_see_what_comes_later(staged):
