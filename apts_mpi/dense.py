@@ -55,6 +55,15 @@ class BlockJacobian:
         return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
 
 
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """``R^T R`` of float64 rows, shape (size, size)."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    # numpy sees that the result is symmetric and computes half of it (BLAS syrk), which torch does not.
+    values = rows.numpy()
+    return torch.from_numpy(values.T @ values)
+
+
 def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
     samples, size = len(outputs), outputs[0].numel()

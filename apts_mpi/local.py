@@ -13,6 +13,7 @@ import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.curvature import TINY, Curvature, GradientDiagonal, LayerBatch
+from apts_mpi.dense import gram
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.local_state import LayerState, LocalState, Memoryless
@@ -243,7 +244,7 @@ class GaussNewton:
         for gradient in _gradients(local, self._iterations):
             rows = local.gauss_newton_rows().to(torch.float64, copy=True).mul_(local.weight**0.5)
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            matrix = rows.T @ rows
+            matrix = gram(rows)
             if self._team.size > 1:
                 self._team.sum(Mirror(matrix.view(-1)))
             matrix.diagonal().add_(self._damping * matrix.diagonal().mean() + TINY)

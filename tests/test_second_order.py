@@ -10,6 +10,7 @@ from networks import classified, classifier, cross_entropy, flat, make_solver, n
 from torch import nn
 
 from apts_mpi import APTS, InvalidInput, LocalOptions
+from apts_mpi.dense import gram
 from apts_mpi.models import LSR1, GaussNewtonProducts, ProductModel
 
 
@@ -298,3 +299,11 @@ def test_gauss_newton_products_need_outputs_that_meet_the_loss():
 def test_products_are_named():
     with pytest.raises(InvalidInput, match=r"local\.product: 'fisher' is not allowed"):
         LocalOptions(product="fisher")
+
+
+def test_gram_matrix():
+    """Of a slice of rows, as a block is one of all subdomains' rows; symmetric to the bit."""
+    rows = torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, 3:10]
+    matrix = gram(rows)
+    torch.testing.assert_close(matrix, rows.T @ rows, rtol=1e-13, atol=1e-13)
+    assert torch.equal(matrix, matrix.T)

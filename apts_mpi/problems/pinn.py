@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import vjp
+from torch.func import vjp, vmap
 
 from apts_mpi.problems.layers import mlp
 from apts_mpi.problems.losses import weighted_squared_error
@@ -130,13 +130,12 @@ def derivatives(
 
     (gradients, values), pull_back = vjp(gradients_and_values, coordinates)  # type: ignore[misc]
     no_values = torch.zeros_like(values)
-    along = [pull_back((_unit_vectors(coordinates, axis), no_values))[0][:, axis] for axis in second]
-    return values, gradients, torch.stack(along, dim=1)
+    units = torch.eye(coordinates.shape[1], dtype=coordinates.dtype, device=coordinates.device)[list(second)]
 
+    def along(unit):
+        return pull_back((unit.expand_as(coordinates), no_values))[0] @ unit
 
-def _unit_vectors(coordinates, axis):
-    is_axis = torch.arange(coordinates.shape[1], device=coordinates.device) == axis
-    return is_axis.to(coordinates).expand_as(coordinates)
+    return values, gradients, vmap(along, out_dims=1)(units)
 
 
 def tanh_network(widths: list[int]) -> nn.Sequential:
