@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from apts_mpi.dense import gram
 from apts_mpi.recorder import LayerRecord
 
 
@@ -81,8 +82,8 @@ class KroneckerFactors:
         positions = len(activations) / batch.samples
         # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once.
         return [
-            activations.T @ activations / batch.samples,
-            gradients.T @ gradients * (batch.samples / positions),
+            gram(activations) / batch.samples,
+            gram(gradients) * (batch.samples / positions),
         ]
 
     def _unfold(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ class EmbeddingFactors:
         tokens = torch.cat([record.inputs.flatten() for record in batch.records])
         gradients = torch.cat([record.gradient.reshape(len(record.inputs.flatten()), -1) for record in batch.records])
         counts = torch.bincount(tokens, minlength=self._module.num_embeddings).to(gradients.dtype)
-        return [counts / batch.samples, gradients.T @ gradients * (batch.samples**2 / len(tokens))]
+        return [counts / batch.samples, gram(gradients) * (batch.samples**2 / len(tokens))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""

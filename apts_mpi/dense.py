@@ -56,7 +56,7 @@ class BlockJacobian:
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
-    """``R^T R`` of float64 rows, shape (size, size)."""
+    """``R^T R`` of rows of shape (count, size), float32 or float64; shape (size, size)."""
     if rows.device.type != "cpu":
         return rows.T @ rows
     # numpy sees that the result is symmetric and computes half of it (BLAS syrk), which torch does not.
