@@ -46,11 +46,18 @@ def test_records_are_those_of_the_replicated_layout(tmp_path):
 
 
 @needs_mpirun
-@pytest.mark.parametrize("layouts", [("staged", "staged"), ("staged", "replicated"), ("replicated", "staged")])
-def test_either_layout_goes_on_from_a_checkpoint_of_either(tmp_path, layouts):
+@pytest.mark.parametrize(
+    ("layouts", "options"),
+    [
+        (("staged", "staged"), []),
+        (("staged", "replicated"), ["--global-step.model=lsr1"]),
+        (("replicated", "staged"), ["--global-step.model=lsr1"]),
+    ],
+)
+def test_either_layout_goes_on_from_a_checkpoint_of_either(tmp_path, layouts, options):
     def arguments(layout, iterations, *more):
         own = STAGED if layout == "staged" else REPLICATED
-        return [*own, f"--max-iterations={iterations}", *more]
+        return [*own, *options, f"--max-iterations={iterations}", *more]
 
     first, then = layouts
     whole = start(tmp_path, 2, arguments(first, 6, "--run-dir=whole"))
