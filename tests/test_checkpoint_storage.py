@@ -21,11 +21,11 @@ from apts_mpi.checkpoint import (
     DamagedCheckpoint,
     Slab,
     directory,
-    format,
     newest_valid,
     open_checkpoint,
     resolve,
     saving,
+    seals,
     split_evenly,
     writers,
 )
@@ -559,7 +559,7 @@ def test_any_byte_changed_is_found(tmp_path, size):
     assert len(files) == (1 if size == 1 else 3)
     for file in files:
         content = file.read_bytes()
-        regions = format.SealedFile(file).regions
+        regions = seals.SealedFile(file).regions
         # All bytes of values and checksums, and of HDF5's own every few.
         places = [place for region in regions if region.is_slab for place in range(region.start, sum(region[:2]))]
         places += range(sum(regions[-1][:2]), len(content))
@@ -615,7 +615,7 @@ def test_foreign_file(tmp_path, kind):
 
 def test_newer_format(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(format, "VERSION", 7)
+        patch.setattr(seals, "VERSION", 7)
         path = on_ranks(1, lambda comm: save(tmp_path, comm, writer="parts"))[0]
     with pytest.raises(InvalidInput, match=r"version 7 of the checkpoint format, .* up to 1; update apts_mpi"):
         Checkpoint(path)

@@ -1,7 +1,9 @@
 """Checkpoints: named global arrays and small metadata in HDF5, written in parallel, complete or not there at all."""
 
+from apts_mpi.checkpoint.arrays import Array, Slab, split_evenly
 from apts_mpi.checkpoint.directory import CheckpointDirectory, newest_valid, resolve
-from apts_mpi.checkpoint.format import Array, Checkpoint, DamagedCheckpoint, Slab, open_checkpoint, split_evenly
+from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint
+from apts_mpi.checkpoint.seals import DamagedCheckpoint
 from apts_mpi.checkpoint.writers import hdf5_versions
 
 __all__ = [

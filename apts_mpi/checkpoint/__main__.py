@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.directory import resolve
-from apts_mpi.checkpoint.format import Array, Checkpoint, Slab
+from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.writers import write_file
 from apts_mpi.errors import InvalidInput

@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from apts_mpi.checkpoint.format import Array, Checkpoint, open_checkpoint, read_texts
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
 from apts_mpi.checkpoint.saving import LATEST, Saving, explained, file_name
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
 from apts_mpi.comm import Communicator

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apts_mpi.checkpoint.format import Array, Checkpoint, Region, Written, describe, part_name, read_back
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.format import Checkpoint, describe, part_name
+from apts_mpi.checkpoint.seals import Region, Written, read_back
 from apts_mpi.checkpoint.writers import (
     Flush,
     Writer,

@@ -18,20 +18,9 @@ from typing import Literal, NamedTuple
 import h5py
 import numpy as np
 
-from apts_mpi.checkpoint.format import (
-    GROUP,
-    INDEX,
-    METADATA,
-    Array,
-    Checkpoint,
-    Region,
-    Slab,
-    Written,
-    describe,
-    part_name,
-    read_back,
-    seal,
-)
+from apts_mpi.checkpoint.arrays import Array, Slab
+from apts_mpi.checkpoint.format import GROUP, INDEX, METADATA, Checkpoint, describe, part_name
+from apts_mpi.checkpoint.seals import Region, Written, read_back, seal
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
 
