@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.initial_radius import cauchy_length
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.iteration import Judged, State, StepResult, judged_of
+from apts_mpi.iteration import Judged, State, StepResult, judge_table, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network_state import named_tensors
@@ -31,7 +30,6 @@ from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.solver_state import load_solver, save_solver
-from apts_mpi.trust_region import judge
 from apts_mpi.vector import FlatParameters
 
 
@@ -324,48 +322,31 @@ class APTS:
 
         Without a ``predicted_reduction`` the model is the first-order one.
         """
-        options, radius = self.options.trust_region, self._radius
-        epsilon = self._epsilon
+        rounding = self._epsilon
         if self.options.autocast != "none":
             # Samples are rounded independently of each other; what is summed of them is rounded much less.
-            epsilon /= self._batch_size**0.5
+            rounding /= self._batch_size**0.5
         with self.events.timed("judge"):
             self._accepted_values.copy_(self.vector.values)
             self.vector.values.add_(step)
             trial = self.objective.forward(self._passes, keep_graph)
 
             def decide(table: np.ndarray) -> Sequence[float]:
-                loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-                slope, step_norm, gradient_norm = self.products.of_table(table[:, 3:])
-                predicted = -slope if predicted_reduction is None else predicted_reduction
-                decision = judge(
-                    options,
-                    radius=radius,
-                    loss=loss,
-                    trial_loss=trial_loss,
-                    predicted_reduction=predicted,
-                    step_norm=step_norm,
-                    earlier_losses=tuple(self.state.losses),
-                    noise=options.noise * epsilon * abs(loss),
+                judged = judge_table(
+                    table[:, 1:],
+                    options=self.options.trust_region,
+                    products=self.products,
+                    radius=self._radius,
+                    predicted_reduction=predicted_reduction,
+                    earlier_losses=self.state.losses,
+                    rounding=rounding,
                 )
-                return (
-                    loss,
-                    trial_loss,
-                    predicted,
-                    decision.actual_reduction,
-                    decision.rho,
-                    decision.accepted,
-                    radius,
-                    decision.radius,
-                    step_norm,
-                    gradient_norm,
-                    table[:, 2].max(),
-                )
+                return [*judged, table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.
             products = self.products.own(self._gradient, step)
-            loss, trial_loss, *own = torch.stack([self._evaluated.loss, trial.loss, *products]).tolist()
-            *record, self._most_work = self.comm.agree([loss, trial_loss, self.events.work, *own], decide)
+            own = torch.stack([self._evaluated.loss, trial.loss, *products]).tolist()
+            *record, self._most_work = self.comm.agree([self.events.work, *own], decide)
             judged = judged_of(record)
             self.state.radius = judged.next_radius
             if judged.accepted:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from apts_mpi.inner_products import InnerProducts
+from apts_mpi.options import TrustRegionOptions
+from apts_mpi.trust_region import judge
 
 
 @dataclass
@@ -55,6 +62,65 @@ def judged_of(record: Sequence[float]) -> Judged:
     """A judged step from the numbers of its fields, in their order."""
     loss, trial_loss, predicted, actual, rho, accepted, *rest = record
     return Judged(loss, trial_loss, predicted, actual, rho, bool(accepted), *rest)
+
+
+def judge_table(
+    table: np.ndarray,
+    *,
+    options: TrustRegionOptions,
+    products: InnerProducts,
+    radius: float,
+    predicted_reduction: float | None,
+    earlier_losses: Sequence[float],
+    rounding: float,
+) -> tuple[float, ...]:
+    """Judge a step from what all ranks know of it; on rank 0.
+
+    Parameters
+    ----------
+    table : ndarray, shape (ranks, 5)
+        Of each rank its share of the loss before and after the step, and what `InnerProducts.own` returns.
+    options, products
+        Of the solver.
+    radius
+        Of the ball in which the step was looked for.
+    predicted_reduction
+        Of the model; None for the first-order one, whose reduction is ``-<gradient, step>``.
+    earlier_losses
+        Of the window.
+    rounding
+        Relative error of a loss.
+
+    Returns
+    -------
+    tuple of float
+        The numbers of a `Judged`.
+    """
+    loss, trial_loss = (math.fsum(column) for column in table.T[:2])
+    slope, step_norm, gradient_norm = products.of_table(table[:, 2:])
+    predicted = -slope if predicted_reduction is None else predicted_reduction
+    decision = judge(
+        options,
+        radius=radius,
+        loss=loss,
+        trial_loss=trial_loss,
+        predicted_reduction=predicted,
+        step_norm=step_norm,
+        earlier_losses=tuple(earlier_losses),
+        noise=options.noise * rounding * abs(loss),
+    )
+    return (
+        loss,
+        trial_loss,
+        predicted,
+        decision.actual_reduction,
+        decision.rho,
+        decision.accepted,
+        radius,
+        decision.radius,
+        step_norm,
+        gradient_norm,
+    )
 
 
 @dataclass(frozen=True)
