@@ -248,12 +248,17 @@ def _staged(shape: Shape) -> dict[str, Amounts]:
         BUBBLE: _times((stages - 1) / micro_batches, work),
         "pipeline messages": _pipeline_messages(shape, stages, samples / micro_batches, thinned),
         "gradient sum": _bucketed_allreduce(replicas, shape.element_size * shape.parameters / stages),
-        "coarse reduction": _coarse_reduction(shape, (2 * columns + 1) * columns),
+        # The predicted reduction goes to all as well; a barrier is before each of the three.
+        "coarse reduction": _sum(
+            _coarse_reduction(shape, (2 * columns + 1) * columns),
+            _sum(_decision(ranks, OBJECT), _times(3, barrier(ranks))) if columns else {},
+        ),
         # To be judged, and the norm of the step; what is said of the batch, within the replica and to all.
         "agreement": _sum(
-            _times(2, _sum(_agreement(ranks, 6), _times(3, barrier(ranks)))),
-            _times(2, _exchange(stages)),
+            _times(2, _sum(_agreement(ranks, 6), _times(2, barrier(ranks)))),
+            _times(2, _sum(_exchange(stages), barrier(stages))),
             _exchange(ranks),
+            barrier(ranks),
         ),
     }
 

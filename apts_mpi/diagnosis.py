@@ -67,6 +67,8 @@ class RankFacts:
         What tells a GPU from all others of the host; empty on a CPU.
     versions
         Of Python, the package and the libraries.
+    has_driver
+        Whether the host has NVIDIA's driver.
     """
 
     host: str
@@ -75,6 +77,7 @@ class RankFacts:
     device: str
     device_identity: str
     versions: Mapping[str, str]
+    has_driver: bool = False
 
 
 def worst(rows: Sequence[Row]) -> Status:
@@ -177,7 +180,13 @@ def judge_devices(ranks: Sequence[RankFacts]) -> Row:
     values = {"devices": [[rank.host, rank.device, rank.device_identity] for rank in ranks]}
     without = [number for number, rank in enumerate(ranks) if not rank.device_identity]
     if len(without) == len(ranks):
-        return Row("GPUs", "ok", "torch finds no GPU: all ranks compute on CPUs", "", values)
+        found = "torch finds no GPU: all ranks compute on CPUs"
+        unused = [rank.host for rank in ranks if rank.has_driver]
+        if unused:
+            remedy = "install torch's build for CUDA (without a .venv: TORCH_INDEX= bash jobs/local_train.sh), or see "
+            remedy += "what nvidia-smi says"
+            return Row("GPUs", "warn", f"{found}, though {unused[0]} has NVIDIA's driver", remedy, values)
+        return Row("GPUs", "ok", found, "", values)
     found = ", ".join(f"{number} → {rank.host} {rank.device}" for number, rank in enumerate(ranks[:8]))
     found += ", …" if len(ranks) > 8 else ""
     if without:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,11 @@ def end_after(duration: float) -> None:
 def timestamp() -> str:
     """Local date and time as ``20260131-235959``, for names of run directories."""
     return time.strftime("%Y%m%d-%H%M%S")
+
+
+def has_gpu_driver() -> bool:
+    """Whether NVIDIA's driver is loaded here, be torch able to use it or not."""
+    return Path("/dev/nvidiactl").exists()
 
 
 def launcher() -> tuple[int, int] | None:

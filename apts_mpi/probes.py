@@ -39,6 +39,7 @@ def gather_facts(comm: Communicator, device: torch.device) -> list[RankFacts]:
         str(device),
         identity_of(device),
         environment.versions(),
+        environment.has_gpu_driver(),
     )
     return comm.collect(facts)
 

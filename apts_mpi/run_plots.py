@@ -138,7 +138,7 @@ def _curve(axes: Axes, group: Group, kind: str, place: str, name: str, style: di
     """The mean over the seeds, and the range."""
     places = _means(group.columns(kind, place))
     values = group.columns(kind, name)
-    axes.plot(places, _means(values), **style)
+    axes.plot(places, _means(values), marker="o" if len(places) == 1 else None, markersize=3.0, **style)
     if len(values) > 1:
         ranges = list(zip(*values, strict=True))
         axes.fill_between(

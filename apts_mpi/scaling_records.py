@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -188,7 +189,9 @@ def read_studies(path: Path) -> Studies:
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InvalidInput):
             raise
-        raise InvalidInput(f"{path} cannot be read as an HDF5 file of scaling studies ({error}); give one") from error
+        words = re.search("error message = '(.*?)'", str(error))  # HDF5's text is long, and of several lines
+        reason = words[1] if words else " ".join(str(error).split())
+        raise InvalidInput(f"{path} cannot be read as an HDF5 file of scaling studies ({reason}); give one") from error
 
 
 def _read(group: h5py.Group) -> RunRecord:

@@ -81,7 +81,10 @@ def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[R
     runs = [read_run(path) for path in paths if path not in unfinished]
     if not runs:
         names = ", ".join(map(str, unfinished))
-        raise InvalidInput(f"none of the runs has a {SUMMARY}: {names}; none came to its end")
+        raise InvalidInput(
+            f"none of the runs has a {SUMMARY}: {names}; none came to its end. Give directories of finished runs, or "
+            "an HDF5 file that is there"
+        )
     check_shared(runs)
     batch_sizes = sorted({run.batch_size for run in runs})
     if kind == "strong" and len(batch_sizes) > 1:

@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     try:
         parsed = parser.parse_args([*([f"--config={earlier}"] if earlier else []), *spell(arguments)])
     except (argparse.ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{error}; --help lists the options and their values") from error
+        raise InvalidInput(f"{' '.join(str(error).split())}; --help lists the options and their values") from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
     parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False

@@ -9,6 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=jobs/messages.sh
 source "$root/jobs/messages.sh"
 SITE=$(realpath "${SITE:-$root/jobs/site.sh}")
+[ -r "$SITE" ] || fail "SITE: '$SITE' cannot be read; give a copy of jobs/site.sh"
 # shellcheck source=jobs/site.sh
 source "$SITE"
 case $scheduler in
@@ -89,6 +90,8 @@ job_script() {
     echo "exec $(printf '%q ' "$@")"
 }
 
+[[ $ranks_per_node =~ ^[1-9][0-9]*$ ]] ||
+    fail "ranks_per_node: '$ranks_per_node' is not a number of ranks; give 1 or more in $SITE, also for nodes without GPUs"
 [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "RANKS: '$RANKS' is not a number of ranks; give 1 or more"
 [[ $WALLTIME =~ ^[0-9]+:[0-5][0-9]:[0-5][0-9]$ ]] || fail "WALLTIME: '$WALLTIME' is not a time; give HH:MM:SS"
 [ "$(walltime_in_seconds)" -gt "$warning" ] ||

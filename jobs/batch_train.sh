@@ -27,7 +27,11 @@ choose_launcher
 read_task "$tasks" "$(task_number)"
 export OMP_NUM_THREADS=$cores_per_rank
 
-run "${launcher[@]}" "$python" -m apts_mpi.train "${arguments[@]}" "${clock_options[@]}"
+# A job that has GPUs is not to compute on CPUs unnoticed. An option of the task comes later, and counts.
+device_options=()
+if [ "$gpus_on_node" -gt 0 ]; then device_options=(--device cuda); fi
+
+run "${launcher[@]}" "$python" -m apts_mpi.train "${device_options[@]}" "${arguments[@]}" "${clock_options[@]}"
 
 if [ "$status" -eq "$STOPPED" ] && [ "$REQUEUE" = yes ]; then
     requeue

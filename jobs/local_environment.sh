@@ -1,6 +1,7 @@
 # Sourced by the scripts that run Python: the environment .venv and the MPI that runs it.
 # VENV=.venv-parallel-hdf5 chooses the one that setup_parallel_hdf5.sh makes. MPIRUN is the launcher of the MPI to make
-# .venv for, instead of the active one; empty, it stands for MPICH from its wheel.
+# .venv for, instead of the active one; empty, it stands for MPICH from its wheel. TORCH_INDEX is where torch is sought
+# besides pip's own sources when .venv is made: PyTorch's builds for CPUs, or, empty, nowhere, which gives that for CUDA.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,6 +11,7 @@ venv=$root/${VENV:-.venv}
 python=$venv/bin/python # by its path, as some launchers put a Python of theirs first on PATH
 stamp=$venv/set_up # what it was made from; empty until the set-up is complete
 constraints=$root/jobs/constraints.txt
+torch_index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
 # The Python and the MPI sought below are the user's, even where an environment made here is activated.
 kept=
@@ -105,7 +107,7 @@ fill_environment() {
     }
     # torch comes first and alone. PyTorch's own index has the CPU build, 2.13.0+cpu, which pip prefers to 2.13.0, the
     # CUDA build of several GB; where that index cannot be reached pip soon takes what its other sources have.
-    pip_install --no-deps --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu torch
+    pip_install --no-deps --retries 1 --timeout 15 ${torch_index:+--extra-index-url "$torch_index"} torch
     pip_install --editable "${root}[plot,tensorboard,test]"
     install_mpi "$1"
 }

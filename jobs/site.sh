@@ -8,7 +8,7 @@ partition= # Slurm's partition, or the queue; empty: the default
 submit_options=() # more for sbatch, qsub or bsub, such as (--qos=normal --constraint=a100)
 
 gpus_per_node=4 # 0 for nodes without
-ranks_per_node=$gpus_per_node # one rank a GPU; without GPUs, a rank for some cores
+ranks_per_node=$gpus_per_node # one rank a GPU; without GPUs write a number here: a rank for some cores
 cores_per_node=64
 
 # Seconds before the end of the wall time at which a run is told to stop: for an iteration, a checkpoint and a requeue.

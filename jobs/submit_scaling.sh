@@ -11,6 +11,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/batch.sh"
 kind=${1:-}
 read -r -a sizes <<<"${SIZES:-}"
 [ "${#sizes[@]}" -gt 0 ] || fail "SIZES is not given; give numbers of ranks, such as SIZES=\"4 8 16\""
+# Before the first job is submitted, so that none is left over.
+for RANKS in "${sizes[@]}"; do
+    [[ $RANKS =~ ^[1-9][0-9]*$ ]] || fail "SIZES: '$RANKS' is not a number of ranks; give 1 or more"
+    lay_out
+done
 case $kind in
     strong) largest=$(printf '%s\n' "${sizes[@]}" | sort -n | tail -n 1) ;;
     weak) [[ ${SAMPLES_PER_RANK:-} =~ ^[1-9][0-9]*$ ]] || fail "SAMPLES_PER_RANK: give the samples of a batch for each rank" ;;

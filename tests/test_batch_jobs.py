@@ -85,6 +85,32 @@ def summary(path):
     return json.loads((path / "summary.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("script", "variables", "message"),
+    [
+        ("submit_scaling.sh", {"SIZES": "4 6"}, "RANKS: 6 "),
+        ("submit_scaling.sh", {"SIZES": "4 x"}, "SIZES: 'x' is not a number of ranks; give 1 or more"),
+        ("submit_train.sh", {"SITE": "/nowhere"}, "SITE: '/nowhere' cannot be read; give a copy of jobs/site.sh"),
+        (
+            "submit_train.sh",
+            {"SITE": "without", "RANKS": "2"},
+            "ranks_per_node: '0' is not a number of ranks; give 1 or",
+        ),
+    ],
+)
+def test_what_cannot_be_submitted_leaves_no_job_behind(pbs, script, variables, message):
+    (pbs.path / "without").write_text((pbs.path / "site.sh").read_text().replace("node=4", "node=0"))
+    done = pbs.call("bash", JOBS / script, "strong", *SHORT, **variables)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert list(pbs.kept.iterdir()) == []
+
+
+def test_job_with_gpus_does_not_compute_on_cpus_unnoticed(pbs):
+    pbs.submit("submit_train.sh", "--problem=digits", "--max-iterations=2", NAME="first")
+    done = pbs.start(1, PBS_JOBID="1.server", PBS_NODEFILE=str(pbs.path / "nodes"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode != 0 and "device: 'cuda' was asked for, but torch finds no GPU" in done.stderr
+
+
 def test_pbs_train(pbs):
     assert pbs.submit("submit_train.sh", NAME="first", RANKS="8", WALLTIME="02:00:00") == ["1.server"]
     assert pbs.arguments(1) == [

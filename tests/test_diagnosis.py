@@ -1,5 +1,7 @@
 """What the doctor makes of what it finds."""
 
+import dataclasses
+
 import pytest
 
 from apts_mpi.diagnosis import (
@@ -96,6 +98,8 @@ def test_devices():
     row = judge_devices([*apart, rank("c")])
     assert row.status == "fail" and "no GPU for rank 3" in row.found
     assert judge_devices([rank()] * 2).status == "ok" and "no GPU" in judge_devices([rank()]).found
+    row = judge_devices([rank(), dataclasses.replace(rank("b"), has_driver=True)])
+    assert row.status == "warn" and "though b has NVIDIA's driver" in row.found and "CUDA" in row.remedy
 
 
 def test_sums():

@@ -130,7 +130,9 @@ def derivatives(
 
     (gradients, values), pull_back = vjp(gradients_and_values, coordinates)  # type: ignore[misc]
     no_values = torch.zeros_like(values)
-    units = torch.eye(coordinates.shape[1], dtype=coordinates.dtype, device=coordinates.device)[list(second)]
+    units = torch.eye(coordinates.shape[1], dtype=coordinates.dtype, device=coordinates.device)
+    # Indexed by a list, torch would copy the list to the device, and wait.
+    units = torch.stack([units[axis] for axis in second])
 
     def along(unit):
         return pull_back((unit.expand_as(coordinates), no_values))[0] @ unit
