@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.partition import Subdomain
-from apts_mpi.trust_region import NormKind, minimise_in_ball
+from apts_mpi.trust_region import NormKind, euclidean_radius, minimise_in_ball
 from apts_mpi.vector import norm
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
@@ -30,6 +31,9 @@ ENOUGH_TARGETS = 512
 
 # Columns whose part outside the span of the others is below this share of their length are dropped.
 DEPENDENT = 1e-6
+
+# Least curvature in the scaled norm, relative to the largest.
+TRACE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,38 @@ class ReducedModel:
 
         Solves ``(C + damping s D + mu D) a = -slope`` for the least mu >= 0 that leads into the ball. In the 2-norm
         D = S^T S and s is the largest eigenvalue of ``D^-1 C``; in the scaled norm D is the diagonal of C and s = 1,
-        which is Marquardt's method (doi 10.1137/0111030).
+        which is Marquardt's method (doi 10.1137/0111030) and needs a positive definite matrix: without one, the 2-norm
+        is taken. Neither damps a model without curvature, which ends at the ball.
         """
-        basis, lengths = orthonormal_coefficients(self.gram), None
-        if kind == "scaled":
-            weighted = np.sqrt(np.clip(np.diag(self.curvature), 0.0, None))[:, None] * basis
-            lengths = orthonormal_coefficients(weighted.T @ weighted)
-            basis = basis @ lengths
+        basis = orthonormal_coefficients(self.gram)
         if basis.shape[1] == 0:
             return np.zeros(len(self.slope))
-        curvature = basis.T @ self.curvature @ basis
-        curvature = 0.5 * (curvature + curvature.T)
-        largest = max(np.linalg.eigvalsh(curvature)[-1], 0.0) if kind == "2" else 1.0
+        if kind == "scaled" and np.diag(self.curvature).max() > 0.0:
+            lengths = np.linalg.inv(np.linalg.qr(self._scales()[:, None] * basis, mode="r"))
+            scaled = basis @ lengths
+            damped = self._curvature_along(scaled) + damping * np.eye(len(lengths))
+            if np.linalg.eigvalsh(damped)[0] > 0.0:
+                return scaled @ minimise_in_ball(damped, scaled.T @ self.slope, radius, lengths)
+        curvature = self._curvature_along(basis)
+        largest = max(np.linalg.eigvalsh(curvature)[-1], 0.0)
         damped = curvature + damping * largest * np.eye(len(curvature))
-        return basis @ minimise_in_ball(damped, basis.T @ self.slope, radius, lengths)
+        return basis @ minimise_in_ball(damped, basis.T @ self.slope, radius)
+
+    def _curvature_along(self, basis: np.ndarray) -> np.ndarray:
+        curvature = basis.T @ self.curvature @ basis
+        return 0.5 * (curvature + curvature.T)
+
+    def _scales(self) -> np.ndarray:
+        """Square roots of the diagonal of D in the scaled norm.
+
+        A column without curvature gets a trace of that of the others, of the same length: it is not to be lost, and
+        with little damping the ball alone ends its way.
+        """
+        squares = np.clip(np.diag(self.gram), 0.0, None)
+        curvatures = np.clip(np.diag(self.curvature), 0.0, None)
+        relative = np.divide(curvatures, squares, out=np.zeros_like(squares), where=squares > 0.0)
+        # Zero columns are not in the basis.
+        return np.sqrt(np.maximum(relative, TRACE * relative.max()) * squares)
 
 
 def orthonormal_coefficients(gram: np.ndarray) -> np.ndarray:
@@ -139,12 +161,16 @@ class CoarseLevel:
         self._kind = kind
         assert options.norm != "auto"  # composed
         self._norm: Literal["2", "scaled"] = options.norm
-        self._linearisation = Linearisation(objective.segmented, objective.vector, objective.loss, events)
+        self._linearisation = Linearisation(
+            objective.segmented, objective.vector, objective.buffers, objective.loss, events
+        )
+        self._size = objective.vector.values.numel()
         self.step = torch.zeros_like(objective.vector.values)
         self.last_step = torch.zeros_like(self.step)
         kept = "last_correction" in options.columns
         self.last_correction = torch.zeros_like(self.step[: self.step.numel() if kept else 0])
         self.raised = 1.0
+        self._tried = False
         self._corrections: Sequence[Column] = []
         self._columns: list[Column] = []
         self._model: ReducedModel | None = None
@@ -172,13 +198,21 @@ class CoarseLevel:
         rows
             Where every rank has the rows of its own subdomains on the whole batch: those, one a pass. They give the
             curvature without another pass through the network.
+
+        Raises
+        ------
+        SharedInvalidInput
+            The first time, where the network or the loss cannot be differentiated so.
         """
         with self._events.timed("coarse"):
             self._corrections = corrections
             self._columns = self._columns_of(corrections, gradient)
             count, leads = len(self._columns), self._comm.rank == 0
+            # What cannot be differentiated shows the first time.
+            with nullcontext() if self._tried else self._comm.shared_errors():
+                parts = [] if rows else [self._curvature_of_passes(passes, batch_size)]
+            self._tried = True
             # The device is waited for once.
-            parts = [] if rows else [self._curvature_of_passes(passes, batch_size)]
             parts += [inner_products(self._columns), self._slope(gradient)[None]] if leads else []
             own = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, count))
             curvature = self._products_of_rows(passes, rows, batch_size) if rows else own[:count]
@@ -243,7 +277,8 @@ class CoarseLevel:
             assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [0.0] * count + [math.nan]  # which is judged a rejection
-            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
+            reach = euclidean_radius(radius, self._size, self._kind)
+            coefficients = model.minimise(reach, damping, self._norm)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             self._combine(coefficients)
             length = float(norm(self.step, self._kind))

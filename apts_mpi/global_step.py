@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.bundle import Bundle
 from apts_mpi.comm import Communicator
@@ -151,7 +152,9 @@ class GlobalStep:
         parameters, loss = objective.vector.parameters, objective.loss
         own: list[Product] = []
         for part in passes:
-            outputs = self._outputs(part)
+            # The fused kernels of attention have no second derivatives.
+            with sdpa_kernel(SDPBackend.MATH):
+                outputs = self._outputs(part)
             if self._options.product == "hessian":
                 own.append(HessianProducts(loss(outputs, part.targets), parameters))
             else:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apts_mpi.buffers import Buffers
 from apts_mpi.bundle import Bundle, detached, differentiable, tensors_of, with_differentiable
-from apts_mpi.environment import preserved_random_state, seed_stream
+from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
+from apts_mpi.errors import InvalidInput
 from apts_mpi.events import FORWARD, Events
 from apts_mpi.objective import Loss, Pass
 from apts_mpi.segments import SegmentedNetwork
@@ -20,8 +23,10 @@ from apts_mpi.vector import Entry, FlatParameters
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Bilinear = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-NORMALISING = nn.modules.batchnorm._BatchNorm
+# Batch and instance normalisation.
+NORMALISING = nn.modules.batchnorm._NormBase
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,18 @@ class Linearisation:
 
     Parameters
     ----------
-    segmented, vector, loss
-        The network's segments and flat parameters, and the loss.
+    segmented, vector, buffers, loss
+        The network's segments, flat parameters and buffers, and the loss.
     events
         Where work is counted.
     """
 
-    def __init__(self, segmented: SegmentedNetwork, vector: FlatParameters, loss: Loss, events: Events) -> None:
+    def __init__(
+        self, segmented: SegmentedNetwork, vector: FlatParameters, buffers: Buffers, loss: Loss, events: Events
+    ) -> None:
         _import_what_torch_imports_late()
         self._segmented = segmented
+        self._buffers = buffers
         self._loss = loss
         self._events = events
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
@@ -73,16 +81,33 @@ class Linearisation:
         -------
         Tensor, shape (m, m), float64
             J is the Jacobian of the outputs, H the Hessian of the loss with respect to them.
+
+        Raises
+        ------
+        InvalidInput
+            Where the network or the loss has no derivatives of the kinds that this takes.
         """
-        with self.drawing(part):
-            outputs, (tangents,) = self.tangents(part.inputs, columns)
-        return self.between(outputs, part.targets, tangents)
+        with self.drawing(part), _named_failures():
+            outputs, tangents = self.tangents(part.inputs, columns)
+            if not isinstance(outputs, torch.Tensor):
+                raise InvalidInput(
+                    f"coarse.model: 'gauss-newton' needs a network that returns one tensor, not a "
+                    f"{type(outputs).__name__}; choose --coarse none"
+                )
+            return self.between(outputs, part.targets, tangents[0])
 
     @contextmanager
     def drawing(self, part: Pass) -> Iterator[None]:
         """Run the block for a pass: with its random stream and statistics, without graphs and leaving no trace."""
         device = part.inputs.device
-        with preserved_random_state(device), torch.no_grad(), _statistics_of_batch(self._segmented):
+        with (
+            preserved_random_state(device),
+            torch.no_grad(),
+            _statistics_of_batch(self._segmented),
+            self._buffers.copied(),
+            # The fused kernels of attention have neither forward mode nor second derivatives.
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             seed_stream(device, *part.stream)
             yield
 
@@ -115,8 +140,11 @@ class Linearisation:
                 for number, column in enumerate(columns)
                 if any(column.start < entry.stop and entry.start < column.stop for entry in self._own[index].values())
             ]
+            samples, device = len(tensors_of(activations)[0]), tensors_of(activations)[0].device
+            # Both run the segment, with the same dropout masks.
+            state = random_state(device)
             moved = self._along_parameters(index, activations, [columns[number] for number in moving])
-            samples = len(tensors_of(activations)[0])
+            set_random_state(state, device)
             activations, carried = _along_inputs(segment, activations, tangents)
             self._events.count_work(
                 samples, self._segmented.share(index, index), FORWARD * (1 + len(joined) + len(moving))
@@ -141,7 +169,7 @@ class Linearisation:
             name: torch.stack([_direction(column, entry).view(parameters[name].shape) for column in columns])
             for name, entry in self._own[index].items()
         }
-        if isinstance(segment, BILINEAR):
+        if is_bilinear(segment):
             frozen = {name: torch.zeros_like(value) for name, value in segment.named_parameters()}
             moved = [
                 functional_call(segment, frozen | {name: d[number] for name, d in directions.items()}, activations)
@@ -170,13 +198,22 @@ def _direction(column: Column, entry: Entry) -> torch.Tensor:
     return nn.functional.pad(inside, (start - entry.start, entry.stop - stop))
 
 
+def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:
+    """Whether a module is linear in its inputs and in its parameters but for a bias.
+
+    A subclass, which a parametrised layer is of, and one with a hook may do anything.
+    """
+    hooks = [*segment._forward_pre_hooks.values(), *segment._forward_hooks.values()]
+    return type(segment) in BILINEAR and all(getattr(hook, "observes_only", False) for hook in hooks)
+
+
 def _along_inputs(
     segment: nn.Module, activations: Bundle, tangents: tuple[torch.Tensor, ...]
 ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
     """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...); empty: none move."""
     if not tangents:
         return segment(activations), ()
-    if isinstance(segment, BILINEAR):
+    if is_bilinear(segment):
         values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
         moved = functional_call(segment, values, (tangents[0].flatten(0, 1),))
         return segment(activations), (moved.unflatten(0, tangents[0].shape[:2]),)
@@ -186,8 +223,10 @@ def _along_inputs(
     def outputs(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return differentiable(segment(with_differentiable(activations, parts)))
 
-    point = differentiable(activations)
+    point, device = differentiable(activations), tensors_of(activations)[0].device
+    state = random_state(device)
     moved = vmap(lambda *directions: jvp(outputs, point, directions)[1], randomness="same")(*tangents)
+    set_random_state(state, device)
     return segment(activations), moved
 
 
@@ -203,15 +242,27 @@ def _along_inputs_by_transposes(
         outputs = segment(with_differentiable(activations, point))
         moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
         weights = [torch.zeros_like(tensor, requires_grad=True) for tensor in moving]
-        pulled = torch.autograd.grad(moving, point, weights, create_graph=True, allow_unused=True)
-        used = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=True) if part is not None]
-        parts, directions = zip(*used, strict=True)
-        moved = iter(torch.autograd.grad(parts, weights, directions, is_grads_batched=True))
-    columns = len(tangents[0])
+        pulled = torch.autograd.grad(moving, point, weights, create_graph=True, allow_unused=True) if moving else ()
+        pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
+        moved = iter(_times_tangents([pair for pair in pairs if pair[0].requires_grad], weights, len(tangents[0])))
     return detached(outputs), tuple(
-        next(moved) if tensor.requires_grad else tensor.new_zeros(columns, *tensor.shape)
+        next(moved) if tensor.requires_grad else tensor.new_zeros(len(tangents[0]), *tensor.shape)
         for tensor in differentiable(outputs)
     )
+
+
+def _times_tangents(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[torch.Tensor], columns: int
+) -> list[torch.Tensor]:
+    """Derivatives by ``weights`` of what was pulled back with them, times the tangents; zero where there is none."""
+    found: Sequence[torch.Tensor | None] = [None] * len(weights)
+    if pairs:
+        parts, tangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(parts, weights, tangents, is_grads_batched=True, allow_unused=True)
+    return [
+        weight.new_zeros(columns, *weight.shape) if part is None else part
+        for part, weight in zip(found, weights, strict=True)
+    ]
 
 
 def _merge(
@@ -236,6 +287,21 @@ def _merge(
             along_inputs = torch.cat([along_inputs, new])
         merged.append(along_inputs)
     return joined + [moving[place] for place in fresh], tuple(merged)
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Name what has to be chosen instead, where the network or the loss cannot be differentiated so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInput(
+            "coarse.model: 'gauss-newton' differentiates the network in forward mode and the loss twice, which failed "
+            f"({reason}); choose --coarse none, or a network and a loss of operations that have these derivatives"
+        ) from error
 
 
 @contextmanager

@@ -225,7 +225,8 @@ class Objective:
             for cache in caches:
                 if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
                     for tensor in differentiable(activations):
-                        tensor.retain_grad()
+                        if tensor.requires_grad:  # behind a step function, say, nothing does
+                            tensor.retain_grad()
                     cache.outputs = activations
         return activations, caches
 

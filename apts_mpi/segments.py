@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from apts_mpi.bundle import Bundle, map_tensors, tensors_of
+from apts_mpi.bundle import Bundle, differentiable, map_tensors, tensors_of
 from apts_mpi.errors import InvalidInput
 from apts_mpi.partition import Layer
 from apts_mpi.vector import FlatParameters
@@ -19,7 +19,8 @@ Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 class SegmentedNetwork:
     """The modules that a network runs one after another.
 
-    Nested ``nn.Sequential`` are flattened. Any other network, and one that is called through ``forward``, is one
+    Modules that may work in place are set not to: what they would overwrite is recorded, cached and differentiated
+    again. Nested ``nn.Sequential`` are flattened. Any other network, and one that is called through ``forward``, is one
     segment: its subdomains then have nothing to leave out, and every local evaluation runs all of it.
 
     Parameters
@@ -31,6 +32,11 @@ class SegmentedNetwork:
     autocast
         Lower precision that `run` uses where torch holds it to be safe; None: that of the parameters.
 
+    Raises
+    ------
+    InvalidInput
+        For a network that changes its parameters while it is evaluated, or that cannot be in the lower precision.
+
     Attributes
     ----------
     segments : tuple of nn.Module
@@ -41,6 +47,14 @@ class SegmentedNetwork:
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
         self.segments = tuple(_flatten(network)) if forward is None else (_Called(network, forward),)
+        for name, module in network.named_modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False
+            if getattr(module, "max_norm", None) is not None:
+                raise InvalidInput(
+                    f"network: {name or type(module).__name__} with max_norm={module.max_norm} changes its parameters "
+                    "while it is evaluated, on each rank others; make it without max_norm"
+                )
         self._counts: list[float] | None = None
         self.multiplications = 0.0
         self._autocast = autocast
@@ -52,7 +66,23 @@ class SegmentedNetwork:
             )
 
     def run(self, segment: torch.nn.Module, activations: Bundle) -> Bundle:
-        """What a segment returns, which is in float32 also where it is computed in a lower precision."""
+        """What a segment returns, which is in float32 also where it is computed in a lower precision.
+
+        Raises
+        ------
+        InvalidInput
+            For a segment that overwrites what it is given: data of the user's, or what a cache keeps.
+        """
+        versions = [tensor._version for tensor in tensors_of(activations)]
+        outputs = self._run(segment, activations)
+        if [tensor._version for tensor in tensors_of(activations)] != versions:
+            raise InvalidInput(
+                f"network: {type(segment).__name__} overwrites its inputs; use operations that are not in place (relu "
+                "for relu_, x + y for x += y) on what it is given"
+            )
+        return outputs
+
+    def _run(self, segment: torch.nn.Module, activations: Bundle) -> Bundle:
         if self._autocast is None:
             return segment(activations)
         with torch.autocast(tensors_of(activations)[0].device.type, self._autocast):
@@ -102,7 +132,7 @@ class SegmentedNetwork:
             module.register_forward_hook(functools.partial(_count_multiplications, counts, index))
             for index, segment in enumerate(self.segments)
             for module in segment.modules()
-            if (part or len(self) > 1) and isinstance(getattr(module, "weight", None), torch.Tensor)
+            if (part or len(self) > 1) and _is_matrix(getattr(module, "weight", None))
         ]
         if handles:
             with torch.no_grad():
@@ -137,9 +167,13 @@ def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [segment for child in module for segment in _flatten(child)]
 
 
+def _is_matrix(weight: object) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.dim() > 0 and len(weight) > 0
+
+
 def _count_multiplications(
-    counts: list[float], index: int, module: torch.nn.Module, inputs: object, outputs: torch.Tensor
+    counts: list[float], index: int, module: torch.nn.Module, inputs: object, outputs: Bundle
 ) -> None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    counts[index] += outputs.numel() * weight[0].numel()
+    counts[index] += sum(tensor.numel() for tensor in differentiable(outputs)) * weight[0].numel()

@@ -162,6 +162,7 @@ class StagedAPTS(APTS):
             events=self.events,
             rows=StagedGaussNewtonRows,
         )
+        self.extent = Extent.of(self.subdomains, self.vector.values.numel(), self.stages[stage].start, replica)
         self.coarse = None
         if options.coarse.model != "none":
             kinds = len(options.coarse.columns)
@@ -174,6 +175,7 @@ class StagedAPTS(APTS):
                 kind=options.trust_region.norm,
                 columns=[kinds * len(self.layout.subdomains_of(index)) for index in range(len(self.stages))],
                 leads=team.rank == 0,
+                size=self.parameters,
                 products=self.products,
             )
         self.global_step = None
@@ -187,7 +189,6 @@ class StagedAPTS(APTS):
                 products=self.products,
             )
         self._begin(team)
-        self.extent = Extent.of(self.subdomains, self.vector.values.numel(), self.stages[stage].start, replica)
         # What a launcher tells of a process that died is its number.
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
         self.tensor_names = [name for own in replica.collect(tuple(named_tensors(network))) for name in own]

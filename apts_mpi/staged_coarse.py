@@ -14,11 +14,12 @@ from torch.func import jvp
 from apts_mpi.bundle import Bundle, with_tangents, without_tangents
 from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.linearisation import BILINEAR, Column
+from apts_mpi.linearisation import Column, is_bilinear
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Pass
 from apts_mpi.schedules import forwards
 from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.trust_region import euclidean_radius
 
 
 class StagedCoarseLevel(CoarseLevel):
@@ -32,6 +33,8 @@ class StagedCoarseLevel(CoarseLevel):
         For each stage, the number of its columns.
     leads
         Whether this rank speaks for its stage, as one of the replicas.
+    size
+        Number of parameters of all stages.
     products
         Norms over all parameters.
     arguments
@@ -44,6 +47,7 @@ class StagedCoarseLevel(CoarseLevel):
         objective: StagedObjective,
         columns: Sequence[int],
         leads: bool,
+        size: int,
         products: InnerProducts,
         **arguments: Any,
     ) -> None:
@@ -52,6 +56,7 @@ class StagedCoarseLevel(CoarseLevel):
         self._objective = objective
         self._pipeline = pipeline = objective.pipeline
         self._leads = leads
+        self._size = size
         self._products = products
         start = sum(columns[: pipeline.stage])
         self._own = slice(start, start + columns[pipeline.stage])
@@ -119,8 +124,8 @@ class StagedCoarseLevel(CoarseLevel):
             assert model is not None  # on rank 0
             if not (np.isfinite(model.slope).all() and np.isfinite(model.curvature).all()):
                 return [math.nan] * self._count  # which is judged a rejection
-            coefficients = model.minimise(radius if self._kind == "2" else math.inf, damping, self._norm)
-            return coefficients.tolist()
+            reach = euclidean_radius(radius, self._size, self._kind)
+            return model.minimise(reach, damping, self._norm).tolist()
 
         with self._events.timed("coarse"):
             coefficients = np.array(self._comm.decide(solve))
@@ -141,6 +146,6 @@ class StagedCoarseLevel(CoarseLevel):
 
 def _import_what_forward_mode_imports_late(segments: Sequence[nn.Module]) -> None:
     """Layers with rules in Python import for seconds at their first use: here on all ranks, not stage after stage."""
-    if any(next(segment.parameters(), None) is not None and not isinstance(segment, BILINEAR) for segment in segments):
+    if any(next(segment.parameters(), None) is not None and not is_bilinear(segment) for segment in segments):
         values = torch.ones(1, 2)
         jvp(lambda inputs: nn.functional.layer_norm(inputs, (2,)), (values,), (values,))

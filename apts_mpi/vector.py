@@ -35,6 +35,13 @@ class Entry:
     stop: int
 
 
+def _is_trained(parameter: torch.nn.Parameter) -> bool:
+    """Whether there is something to train; an empty tensor has no place in a vector."""
+    if isinstance(parameter, torch.nn.UninitializedParameter):
+        raise InvalidInput("network: it has lazy modules, without parameters yet; call it once before")
+    return parameter.requires_grad and parameter.numel() > 0
+
+
 class FlatParameters:
     """The trainable parameters of a network as one flat vector; they keep their names and shapes as views of it.
 
@@ -61,7 +68,7 @@ class FlatParameters:
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
-        named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        named = [(name, parameter) for name, parameter in network.named_parameters() if _is_trained(parameter)]
         if not named:
             raise InvalidInput("network: it has no trainable parameter; give a network with requires_grad parameters")
         first = named[0][1]

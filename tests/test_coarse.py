@@ -10,13 +10,17 @@ from mpi4py import MPI
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.buffers import Buffers
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
+from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
 from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.objective import Pass
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.trust_region import minimise_in_ball
 from apts_mpi.vector import FlatParameters
+
+SELF = Communicator(MPI.COMM_SELF, Events())
 
 
 def dense_jacobian(network, outputs_of, inputs):
@@ -81,7 +85,7 @@ def test_reduced_matrix_equals_the_dense_one(name, loss):
 
     segmented = SegmentedNetwork(network, None)
     segmented.measure(inputs)
-    linearisation = Linearisation(segmented, vector, function, Events())
+    linearisation = Linearisation(segmented, vector, Buffers(network, SELF, vector.values), function, Events())
     found = linearisation.reduced(Pass(inputs, targets, 1.0, (0,), (), 0, len(inputs)), columns)
     # Both are sums of a few hundred float64 products.
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -95,7 +99,7 @@ def test_linearising_leaves_running_statistics_alone():
     segmented.measure(inputs[:2])
     before = [buffer.clone() for buffer in network.buffers()]
     column = Column(0, vector.values.numel(), torch.randn_like(vector.values))
-    Linearisation(segmented, vector, nn.functional.mse_loss, Events()).reduced(
+    Linearisation(segmented, vector, Buffers(network, SELF, vector.values), nn.functional.mse_loss, Events()).reduced(
         Pass(inputs, torch.zeros(9, 3, dtype=torch.float64), 1.0, (0,), (), 0, 9), [column]
     )
     for buffer, saved in zip(network.buffers(), before, strict=True):
@@ -180,8 +184,28 @@ def test_the_scaled_norm_is_marquardts_method(radius):
 
 
 def test_columns_without_curvature_and_the_scaled_norm():
-    model = ReducedModel(np.array([-1.0, -1.0]), np.zeros((2, 2)), np.eye(2))
-    assert (model.minimise(1.0, damping=0.1, kind="scaled") == 0.0).all()
+    """They are followed to the ball, alone and beside others, and so is negative curvature."""
+    slope = np.array([-1.0, -1.0])
+    for curvature, expected in [
+        (np.zeros((2, 2)), np.sqrt([0.5, 0.5])),
+        # Shift and damping m with 1e4 * 1e-6 * m = 1 keep the second in the ball.
+        (np.diag([1e4, 0.0]), np.array([1.0 / (1e4 * 101.0), 1.0])),
+        (np.diag([-1.0, -1.0]), np.sqrt([0.5, 0.5])),
+    ]:
+        model = ReducedModel(slope, curvature, np.eye(2))
+        found = model.minimise(1.0, damping=0.1, kind="scaled")
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert np.linalg.norm(found) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_columns_of_far_apart_curvature_are_all_kept_in_the_scaled_norm():
+    """Columns are not orthogonal, so that every vector of an orthonormal basis has a part of the steepest."""
+    generator = np.random.default_rng(3)
+    columns = np.linalg.qr(generator.normal(size=(20, 3)))[0] @ (np.eye(3) + 0.3)
+    curvature = np.diag([1.0, 1e-3, 1e-5])
+    model = ReducedModel(np.array([-1.0, -1e-3, -1e-5]), curvature, columns.T @ columns)
+    found = model.minimise(1e3, damping=0.1, kind="scaled")
+    np.testing.assert_allclose(found, 1.0 / 1.1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
