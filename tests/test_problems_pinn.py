@@ -42,8 +42,10 @@ def test_loss_is_the_sum_of_the_two_means(name):
     outputs = problem.forward(problem.network, inputs).detach()
     squares = (outputs - targets[:, :1]).square().squeeze(1)
     interior = inputs[:, -1] == pinn.INTERIOR
-    coefficient = 1.0 if name == "burgers" else 10.0
-    expected = squares[interior].mean() + coefficient * squares[~interior].mean()
+    coefficient, weights = 10.0, torch.ones(int(interior.sum()), dtype=torch.float64)
+    if name == "burgers":
+        coefficient, weights = 1.0, inputs[interior, 1].abs().sqrt()
+    expected = (weights * squares[interior]).sum() / weights.sum() + coefficient * squares[~interior].mean()
     torch.testing.assert_close(problem.loss(outputs, targets), expected)
     torch.testing.assert_close(outputs[~interior], problem.network(inputs[~interior, :-1]).detach())
 
@@ -67,6 +69,17 @@ def test_points(name, interior, boundary):
     assert ((coordinates >= lower) & (coordinates <= 1.0)).all()
     on_boundary = ((coordinates == lower) | (coordinates == 1.0)).any(dim=1)
     assert torch.equal(on_boundary, kind == pinn.BOUNDARY)
+
+
+def test_points_of_burgers_are_dense_at_the_front_and_weighted_for_means_over_the_domain():
+    inputs, targets = problems.build("burgers", dtype=torch.float64).train
+    interior = inputs[:, -1] == pinn.INTERIOR
+    times, positions = inputs[interior, 0], inputs[interior, 1]
+    assert (positions.abs() < 0.005).sum() > 100  # 10 of 2,000 even ones
+    weights = targets[interior, 1] / targets[interior, 1].sum()
+    # Means over 0 < t < 1, -1 < x < 1; the points are quasi-random, with errors of about 1/2000.
+    for values, mean in [(times, 1 / 2), (positions**2, 1 / 3), ((times * positions) ** 2, 1 / 9), (positions, 0.0)]:
+        assert float(weights @ values) == pytest.approx(mean, abs=2e-3)
 
 
 def test_derivatives_of_a_polynomial():

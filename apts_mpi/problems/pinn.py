@@ -4,10 +4,10 @@ Every point is a sample, so that batches and shards of a problem are those of an
 residual of the differential equation, a boundary or initial point that of its condition (Raissi, Perdikaris,
 Karniadakis, doi 10.1016/j.jcp.2018.10.045):
 
-    f(theta) = 1/M_I sum_interior (operator(u)(x) - source(x))^2 + coefficient/M_B sum_boundary (u(x) - value(x))^2
+    f(theta) = 1/M_I sum_interior w(x) (operator(u)(x) - source(x))^2 + coefficient/M_B sum_boundary (u(x) - value(x))^2
 
-Rows of the inputs are (coordinates, kind), rows of the targets (source or value, weight); the weights turn f into a
-mean over all M_I + M_B samples.
+with weights w of mean 1, all 1 unless given. Rows of the inputs are (coordinates, kind), rows of the targets (source or
+value, weight); these weights turn f into a mean over all M_I + M_B samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,6 +39,7 @@ def least_squares_problem(
     reference: tuple[np.ndarray, np.ndarray],
     epochs: int,
     dtype: torch.dtype,
+    interior_weights: np.ndarray | None = None,
     boundary: tuple[np.ndarray, np.ndarray] | None = None,
     coefficient: float = 1.0,
 ) -> Problem:
@@ -55,6 +56,8 @@ def least_squares_problem(
     reference : (ndarray (m, d), ndarray (m,))
         Points and the solution there, for the metric ``relative_l2_error``.
     dtype : torch.dtype
+    interior_weights : ndarray (M_I,), optional
+        Weights w, of mean 1: where points are denser than elsewhere, less.
     boundary : (ndarray (M_B, d), ndarray (M_B,)), optional
         Points and prescribed values there; None where the network has them by construction.
     coefficient : float
@@ -64,13 +67,13 @@ def least_squares_problem(
     -------
     Problem
     """
-    parts = [(*interior, INTERIOR, 1.0)]
+    parts = [(*interior, INTERIOR, np.ones(len(interior[0])) if interior_weights is None else interior_weights)]
     if boundary is not None:
-        parts.append((*boundary, BOUNDARY, coefficient))
+        parts.append((*boundary, BOUNDARY, np.full(len(boundary[0]), coefficient)))
     samples = sum(len(points) for points, *_ in parts)
-    inputs = np.concatenate([_rows(points, kind) for points, _, kind, _ in parts])
+    inputs = np.concatenate([np.column_stack([points, np.full(len(points), kind)]) for points, _, kind, _ in parts])
     targets = np.concatenate(
-        [_rows(values[:, None], factor * samples / len(points)) for points, values, _, factor in parts]
+        [np.column_stack([values, weights * (samples / len(points))]) for points, values, _, weights in parts]
     )
     # Mixed, so that a batch or a shard of consecutive samples has interior and boundary points.
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(_POINTS_SEED))
@@ -83,10 +86,6 @@ def least_squares_problem(
         epochs=epochs,
         metrics={"relative_l2_error": solution_error(*reference)},
     )
-
-
-def _rows(columns, last):
-    return np.column_stack([columns, np.full(len(columns), last)])
 
 
 def residual_forward(operator: Operator) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
