@@ -23,6 +23,7 @@ from apts_mpi.inner_products import InnerProducts
 from apts_mpi.iteration import Judged, State, StepResult, judge_table, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.loss_check import check_objective
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions, lower_precision
@@ -164,6 +165,7 @@ class APTS:
         self._passes: list[Pass] = []
         self._team_shares: list[float] = []
         self._run: Run | None = None
+        self._loss_is_checked = False
         self._has_gradient = False
         self._has_correction = False
         self._saved = Saved()
@@ -185,7 +187,8 @@ class APTS:
         Raises
         ------
         InvalidInput
-            On every rank, for a batch that is too small or a network whose parameters were moved.
+            On every rank, for a batch that is too small, a network whose parameters were moved, or, in the first step,
+            a loss that is not the mean over the samples.
         """
         started = seconds()
         self.events.work = 0.0
@@ -225,6 +228,12 @@ class APTS:
         self.state.functions += 1
         with self.events.timed("data"):
             self._cut(batch, rows)
+            if not self._loss_is_checked:
+                self._check_loss(batch, rows)
+                self._loss_is_checked = True
+
+    def _check_loss(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
+        check_objective(self.objective, self._passes[0], batch, rows, self.comm)
 
     def _cut(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None) -> None:
         """Cut the batch of the present function into this rank's passes."""

@@ -14,6 +14,7 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import seconds
 from apts_mpi.events import Events
+from apts_mpi.loss_check import check_objective
 from apts_mpi.network_state import (
     load_network,
     named_tensors,
@@ -102,6 +103,7 @@ class DataParallel:
         self._flat.grad = self.objective.reduction.total
         self.optimizer = OPTIMIZERS[optimizer]([self._flat], learning_rate)
         self._seed = seed
+        self._loss_is_checked = False
         self.iteration = 0
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> BaselineResult:
@@ -120,6 +122,9 @@ class DataParallel:
                 whole=True,
                 stream=(self._seed, self.iteration),
             )
+            if not self._loss_is_checked:
+                check_objective(self.objective, passes[0], batch, rows, self.comm)
+                self._loss_is_checked = True
         first: list[tuple[float, float]] = []
         most_work = 0.0
 

@@ -19,6 +19,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.events import Events
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
+from apts_mpi.loss_check import check_staged_objective
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss
@@ -258,6 +259,10 @@ class StagedAPTS(APTS):
         own = sum(part.samples for part in self._passes)
         self._team_shares = [own / self._team.total(own)]
         self._forget()
+
+    def _check_loss(self, batch: Batch, rows: torch.Tensor | None) -> None:
+        given = self._batch_size if self.options.batch == "whole" else sum(part.samples for part in self._passes)
+        check_staged_objective(self.objective, self._passes[0], batch, rows, given, self._team.rank, self.comm)
 
 
 def build_stage(

@@ -176,7 +176,7 @@ def test_an_iteration_by_hand(world):
     own = world.allgather(solver.events.totals["assembly"].bytes)
     assert sum(own) == 8 * count  # of all corrections each rank hands out its own
     assert found == {
-        "data": (2, 0),  # whether all ranks can use the batch, and the network
+        "data": (3, 0),  # whether all ranks can use the batch, the network, and in the first step the loss
         "global evaluation": (1, 8 * count),
         "local solves": (0, 0),
         "assembly": (1, max(own)),
@@ -191,8 +191,8 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the two of the batch and the two of the verdict block.
-    assert table["wait"]["calls"] == 6 and table["judge"]["calls"] == 1
+    # Reduction and assembly are completed, the three of the batch and the two of the verdict block.
+    assert table["wait"]["calls"] == 7 and table["judge"]["calls"] == 1
 
 
 @pytest.mark.mpi

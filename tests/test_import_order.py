@@ -17,7 +17,7 @@ LEVELS = (
     ("partition", "vector", "buffers", "bundle", "pipeline", "network_state", "drift"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
     ("inner_products", "initial_radius", "models", "local_objective", "local_state", "local_second_order", "local"),
-    ("batch", "micro_batches", "construction", "stages", "staged_objective", "iteration", "composition"),
+    ("batch", "micro_batches", "construction", "stages", "staged_objective", "loss_check", "iteration", "composition"),
     ("staged_rows", "schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
     ("schwarz_state", "solver_state", "staged_state"),
     ("apts", "staged", "__init__"),

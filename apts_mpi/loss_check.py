@@ -1,0 +1,199 @@
+"""Whether a loss is what the method minimises, seen on a few samples: a mean over the samples that has a gradient."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from apts_mpi.comm import Communicator
+from apts_mpi.environment import preserved_random_state
+from apts_mpi.errors import InvalidInput
+from apts_mpi.objective import Loss, Objective, Pass
+from apts_mpi.partition import split
+from apts_mpi.staged_objective import StagedObjective
+
+# Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
+MOST, FEWEST = 64, 4
+
+
+def check_objective(
+    objective: Objective,
+    part: Pass,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor | None,
+    comm: Communicator,
+) -> None:
+    """Try the loss on a few samples at the present parameters, and leave no trace. Collective.
+
+    Parameters
+    ----------
+    objective
+        The network and its loss.
+    part
+        A pass of this rank.
+    batch, rows
+        The samples that this rank was given, see `apts_mpi.APTS.step`.
+    comm
+        The ranks.
+
+    Raises
+    ------
+    SharedInvalidInput
+        On every rank, see `check_loss`.
+    """
+    inputs, targets = batch
+    few = some_rows(len(inputs), rows, part.samples, comm.rank)
+    sample = replace(part, inputs=inputs[few], targets=targets[few])
+    with comm.shared_errors(), preserved_random_state(inputs.device), objective.buffers.copied(), torch.enable_grad():
+        outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
+        check_loss(objective.loss, outputs, sample.targets)
+
+
+def check_staged_objective(
+    objective: StagedObjective,
+    part: Pass,
+    batch: tuple[torch.Tensor | None, torch.Tensor | None],
+    rows: torch.Tensor | None,
+    count: int,
+    replica: int,
+    comm: Communicator,
+) -> None:
+    """`check_objective` where each rank has a stage. Collective.
+
+    Parameters
+    ----------
+    objective, part, batch, rows
+        As there; the first stage has inputs and the last one targets.
+    count
+        Number of samples that the ranks of this replica were given.
+    replica
+        Number of this replica.
+    comm
+        All ranks.
+    """
+    inputs, targets = batch
+    few = some_rows(count, rows, part.samples, replica)
+    entering = inputs[few] if objective.pipeline.is_first and inputs is not None else few
+    found: list[Any] = []
+    with preserved_random_state(part.inputs.device), objective.buffers.copied():
+        objective.infer([entering], lambda _, outputs: found.append(outputs))
+    with comm.shared_errors(), torch.enable_grad():
+        for outputs in found:  # on the last stage
+            assert targets is not None
+            check_loss(objective.loss, tree_map_only(torch.Tensor, _as_point, outputs), targets[few])
+
+
+def _as_point(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def some_rows(count: int, rows: torch.Tensor | None, samples: int, key: int) -> torch.Tensor:
+    """Some of the rows of a batch: as many as a pass of so many samples can have, drawn with ``key``."""
+    total = count if rows is None else len(rows)
+    # Drawn, as neighbours, or every n-th one, may be of one class.
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(key))
+    few = order[: min(MOST, max(samples, FEWEST))]
+    return few if rows is None else rows[few.to(rows.device)]
+
+
+def check_loss(loss: Loss, outputs: Any, targets: torch.Tensor) -> None:
+    """Compare the loss of some samples with the mean of the losses of parts of them, in value and in gradient.
+
+    The gradient shows what equal losses hide, such as those of a network whose last layer is zero. Not compared is a
+    loss that is not finite or draws random numbers, or one of outputs that do not have the samples in the first
+    dimension.
+
+    Parameters
+    ----------
+    loss
+        Function of (outputs, targets).
+    outputs
+        What the network returned for the samples, with its graph: a tensor, or nested lists, tuples and dictionaries.
+    targets
+        Of the samples.
+
+    Raises
+    ------
+    InvalidInput
+        If the loss is not a floating-point tensor of shape (), has no gradient, or is not the mean over the samples.
+    """
+    whole = loss(outputs, targets)
+    _check_kind(whole)
+    count = len(targets)
+    points = [
+        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.numel()
+    ]
+    if count < FEWEST or not any(_has_rows(point, count) for point in points) or not torch.isfinite(whole):
+        return
+    if not torch.equal(whole, loss(outputs, targets)):  # it draws random numbers
+        return
+    # Never single samples: a loss may use squeeze().
+    for number in {2, count // 2}:
+        terms = _terms(loss, outputs, targets, number)
+        mean, difference = terms.detach().sum(), _difference(whole, terms, points)
+        if difference:
+            raise InvalidInput(
+                "loss: it is not the mean over the samples (class weights, ignore_index or reduction='sum'?): "
+                f"{float(whole.detach()):.6g} for {count} samples, {float(mean):.6g} as the mean over {number} parts "
+                f"of them, which differ in their {difference}; give the mean of one number a sample, such as "
+                "(weights[targets] * cross_entropy(outputs, targets, reduction='none')).mean()"
+            )
+
+
+def _check_kind(value: Any) -> None:
+    remedy = "return the mean over the samples, a floating-point tensor of shape ()"
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInput(f"loss: it returns {type(value).__name__} {value!r:.60}; {remedy}")
+    if value.shape != () or not value.is_floating_point():
+        raise InvalidInput(f"loss: it returns a tensor of {value.dtype} with shape {tuple(value.shape)}; {remedy}")
+    if not value.requires_grad:
+        raise InvalidInput(
+            "loss: it has no gradient with respect to the parameters; leave out what loses it in the loss or the "
+            "network (detach, no_grad, item, argmax)"
+        )
+
+
+def _terms(loss: Loss, outputs: Any, targets: torch.Tensor, number: int) -> torch.Tensor:
+    """The losses of ``number`` parts of the samples, each times its share of them."""
+    count = len(targets)
+    terms = []
+    for start, stop in (split(count, number, index) for index in range(number)):
+        rows = functools.partial(_rows, count, slice(start, stop))
+        part = loss(tree_map_only(torch.Tensor, rows, outputs), targets[start:stop])
+        terms.append(part * ((stop - start) / count))
+    return torch.stack(terms)
+
+
+def _has_rows(tensor: torch.Tensor, count: int) -> bool:
+    return tensor.dim() > 0 and len(tensor) == count
+
+
+def _rows(count: int, place: slice, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[place] if _has_rows(tensor, count) else tensor
+
+
+def _difference(whole: torch.Tensor, terms: torch.Tensor, points: Sequence[torch.Tensor]) -> str:
+    """In what a loss and the sum of ``terms`` differ by more than rounding, as functions of ``points``; empty: none."""
+    # Terms may cancel, and a loss may be small between outputs that are large.
+    epsilon = max(torch.finfo(tensor.dtype).eps for tensor in (whole, *points))
+    floor = epsilon * max(float(point.detach().abs().max()) for point in points)
+    tolerance = epsilon**0.5 * float(terms.detach().abs().sum()) + floor
+    if not abs(float(whole.detach()) - float(terms.detach().sum())) <= tolerance:
+        return "values"
+    for one, other in zip(_slopes(whole, points), _slopes(terms.sum(), points), strict=True):
+        largest = float(one.abs().max())
+        if math.isfinite(largest) and not float((one - other).abs().max()) <= epsilon**0.5 * largest + floor:
+            return "gradients"
+    return ""
+
+
+def _slopes(value: torch.Tensor, points: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    if not value.requires_grad:
+        return tuple(map(torch.zeros_like, points))
+    return torch.autograd.grad(value, points, retain_graph=True, allow_unused=True, materialize_grads=True)
