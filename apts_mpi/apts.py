@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from apts_mpi.batch import passes_of_batch, team_shares
+from apts_mpi.batch import passes_of_batch, samples_of_pass, team_shares
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
@@ -249,6 +249,7 @@ class APTS:
             local_data=local_data,
             whole=self.options.batch == "whole",
             stream=(self.options.seed, self.state.functions),
+            least=samples_of_pass(self.network),
         )
         self._team_shares = team_shares(self._passes, self._team)
         self._forget()
@@ -442,7 +443,7 @@ class APTS:
     @property
     def smallest_batch(self) -> int:
         """Samples that a batch needs."""
-        return self.layout.smallest_batch(self.options.schwarz.local_data)
+        return samples_of_pass(self.network) * self.layout.smallest_batch(self.options.schwarz.local_data)
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""

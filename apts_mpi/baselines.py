@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from mpi4py import MPI
 
-from apts_mpi.batch import passes_of_batch
+from apts_mpi.batch import passes_of_batch, samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import seconds
@@ -121,6 +121,7 @@ class DataParallel:
                 local_data="shard",
                 whole=True,
                 stream=(self._seed, self.iteration),
+                least=samples_of_pass(self.network),
             )
             if not self._loss_is_checked:
                 check_objective(self.objective, passes[0], batch, rows, self.comm)
@@ -152,7 +153,7 @@ class DataParallel:
     @property
     def smallest_batch(self) -> int:
         """See `apts_mpi.APTS`."""
-        return self.layout.smallest_batch("shard")
+        return samples_of_pass(self.network) * self.layout.smallest_batch("shard")
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """Network and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""

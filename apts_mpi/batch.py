@@ -13,6 +13,12 @@ from apts_mpi.options import LocalData
 from apts_mpi.partition import Layout, Subdomain, split
 
 
+def samples_of_pass(network: torch.nn.Module) -> int:
+    """Samples that a pass needs at least: batch normalisation takes no statistics of a single one."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    return 2 if any(module.training or module.running_mean is None for module in norms) else 1
+
+
 def passes_of_batch(
     batch: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor | None,
@@ -23,6 +29,7 @@ def passes_of_batch(
     local_data: LocalData,
     whole: bool,
     stream: tuple[int, ...],
+    least: int = 1,
 ) -> tuple[list[Pass], int]:
     """This rank's passes, and the number of samples of the batch. Collective.
 
@@ -41,11 +48,13 @@ def passes_of_batch(
         Whether every rank was given the whole batch.
     stream
         First part of the keys of the random streams.
+    least
+        Samples that a pass needs, see `samples_of_pass`.
 
     Raises
     ------
     InvalidInput
-        On every rank, if inputs and targets differ in samples on one, or if a pass would be empty.
+        On every rank, if inputs and targets differ in samples on one, or if a pass would have too few.
     """
     inputs, targets = batch
     team = layout.team_of(comm.rank)
@@ -58,15 +67,16 @@ def passes_of_batch(
             raise InvalidInput(f"batch: {len(inputs)} inputs but {len(targets)} targets; give as many of each")
         if whole:
             ranges = layout.shards(comm.rank, count, local_data)
-            least = layout.smallest_batch(local_data)
+            needed = least * layout.smallest_batch(local_data)
         else:
             ranges = [split(count, len(groups), index) for index in range(len(groups))]
-            least = len(groups)
-        if count < least:
+            needed = least * len(groups)
+        if count < needed:
+            each = f", {least} a pass for batch normalisation" if least > 1 else ""
             where = "the batch" if whole else "a rank's shard of the batch"
             raise InvalidInput(
                 f"batch_size: {where} has {count} samples, but {layout.ranks} ranks with {layout.subdomains} "
-                f"subdomains need {least}; give a larger batch, or fewer ranks or subdomains"
+                f"subdomains need {needed}{each}; give a larger batch, or fewer ranks or subdomains"
             )
     own = sum(stop - start for start, stop in ranges)
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
+from apts_mpi.batch import samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, describe
@@ -189,6 +190,7 @@ class StagedAPTS(APTS):
                 events=self.events,
                 products=self.products,
             )
+        self._least = max(replica.collect(samples_of_pass(network)))
         self._begin(team)
         # What a launcher tells of a process that died is its number.
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
@@ -202,7 +204,7 @@ class StagedAPTS(APTS):
     @property
     def smallest_batch(self) -> int:
         """See `APTS`."""
-        return self.options.pipeline.micro_batches * self.options.replicas
+        return self._least * self.options.pipeline.micro_batches * self.options.replicas
 
     def evaluate(self) -> None:
         """Evaluate loss and gradient of the batch of the last step once more, for timings. Collective."""
@@ -244,8 +246,6 @@ class StagedAPTS(APTS):
         return [self.network.get_submodule(layer.name) for layer in self.layers]
 
     def _cut(self, batch: Batch, rows: torch.Tensor | None) -> None:
-        with self.comm.shared_errors():
-            self.vector.check_alias()
         self._passes, self._batch_size = micro_batches_of_batch(
             batch,
             rows,
@@ -256,6 +256,13 @@ class StagedAPTS(APTS):
             whole=self.options.batch == "whole",
             stream=(self.options.seed, self.state.functions),
         )
+        with self.comm.shared_errors():
+            self.vector.check_alias()
+            if min(part.samples for part in self._passes) < self._least:
+                raise InvalidInput(
+                    f"batch_size: {self._batch_size} samples leave a micro-batch with one, of which batch "
+                    f"normalisation takes no statistics; give at least {self.smallest_batch}, or fewer --micro-batches"
+                )
         own = sum(part.samples for part in self._passes)
         self._team_shares = [own / self._team.total(own)]
         self._forget()
