@@ -266,6 +266,8 @@ class CoarseOptions:
         require_choice("coarse.model", self.model, ("none", "gauss-newton"))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
+        twice = len(set(self.columns)) < len(self.columns)
+        require(not twice, "coarse.columns", self.columns, "give each once")
         require("correction" in self.columns, "coarse.columns", self.columns, "include correction")
         share = self.samples
         require(share is None or 0.0 < share <= 1.0, "coarse.samples", share, "give a number in (0, 1], or null")

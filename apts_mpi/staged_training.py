@@ -19,7 +19,7 @@ from apts_mpi.micro_batches import placeholder
 from apts_mpi.partition import Layout, split
 from apts_mpi.problems import Problem, Wanted
 from apts_mpi.staged import StagedAPTS, build_stage
-from apts_mpi.training import METRIC_SAMPLES, Batch, Training
+from apts_mpi.training import METRIC_SAMPLES, Batch, Training, added
 from apts_mpi.training_options import TrainingOptions
 
 
@@ -108,12 +108,11 @@ class StagedTraining(Training):
         first, last = split(len(data[0]), replicas, self.solver.schwarz.comm.rank)
         edges = [*range(first, last, METRIC_SAMPLES), last]
         inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
-        loss = correct = 0.0
+        sums = [0.0, 0.0, 0.0]
 
         def consume(index: int, outputs: torch.Tensor) -> None:
-            nonlocal loss, correct
-            of_part = self._sums(outputs, targets[index])
-            loss, correct = loss + of_part[0], correct + of_part[1]
+            nonlocal sums
+            sums = added(sums, self._sums(outputs, targets[index]))
 
         self.solver.infer(inputs, consume)
-        return self._means(name, [loss, correct], len(data[0]))
+        return self._means(name, sums, len(data[0]))

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import torch
@@ -27,6 +27,7 @@ from apts_mpi.direct import PROBE_LIMIT, choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.events import Events
 from apts_mpi.log_view import event_table, print_events
+from apts_mpi.options import require, require_choice
 from apts_mpi.problems import build
 from apts_mpi.records import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
@@ -115,11 +116,29 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     try:
         parsed = parser.parse_args([*([f"--config={earlier}"] if earlier else []), *spell(arguments)])
     except (argparse.ArgumentError, TypeError) as error:
+        _refuse_value(str(error))
         raise InvalidInput(f"{' '.join(str(error).split())}; --help lists the options and their values") from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
     parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False
     return TrainingOptions(**values), parser.dump(parsed)
+
+
+def _refuse_value(message: str) -> None:
+    """Raise `InvalidInput` with the choices, for the parser's message on a value of an option that has some."""
+    found = re.match(r'Parser key "([\w.]+)":.*Got value: (.*)', message, re.DOTALL)
+    if found is None:
+        return
+    option, value = found.groups()
+    kind: Any = TrainingOptions
+    for name in option.split("."):
+        kind = get_type_hints(kind).get(name, object)
+    if get_origin(kind) is Literal:
+        require_choice(option, value, get_args(kind))
+    if get_origin(kind) is tuple:
+        names = get_args(get_args(kind)[0])
+        remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
+        require(False, option, value, remedy)
 
 
 def launcher_mismatch(world: MPI.Intracomm) -> str:
@@ -252,6 +271,8 @@ def run(
     if directory is not None and summary is not None:
         directory.close(summary)
         print_summary(console, summary)
+    if summary is not None and (warning := training.warning()):
+        tell(f"warning: {warning}")
     if options.log_view:
         print_events(events, comm.size, console)
     if trace is not None:

@@ -17,7 +17,7 @@ from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.events import OTHER
-from apts_mpi.iteration import StepResult
+from apts_mpi.iteration import Judged, StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.training_options import TrainingOptions
@@ -99,6 +99,7 @@ class Training:
         self.comm: Communicator = self.solver.comm
         self.progress = Progress()
         self._resumed = False
+        self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
 
     def _make_solver(self, comm: MPI.Intracomm) -> APTS | DataParallel:
@@ -202,6 +203,7 @@ class Training:
 
     def _note(self, result: StepResult | BaselineResult) -> dict[str, Any]:
         """Count an iteration, and say what it did."""
+        self._last = result
         progress = self.progress
         progress.iteration += 1
         progress.gradient_evaluations += result.gradient_evaluations
@@ -294,33 +296,42 @@ class Training:
 
     @torch.no_grad()
     def _loss_and_accuracy(self, name: str, data: Batch) -> dict[str, float]:
-        loss = correct = 0.0
+        sums = [0.0, 0.0, 0.0]
         first, last = split(len(data[0]), self.comm.size, self.comm.rank)
         for start in range(first, last, METRIC_SAMPLES):
             inputs, targets = (part[start : min(start + METRIC_SAMPLES, last)] for part in data)
-            of_part = self._sums(self._outputs(inputs), targets)
-            loss, correct = loss + of_part[0], correct + of_part[1]
-        return self._means(name, [loss, correct], len(data[0]))
+            sums = added(sums, self._sums(self._outputs(inputs), targets))
+        return self._means(name, sums, len(data[0]))
 
-    def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
-        """Sums over some samples: of the loss, and of those that are classified correctly."""
-        loss, correct = float(self.problem.loss(outputs, targets)) * len(targets), 0.0
-        if self.problem.accuracy:
-            # The last dimension holds the classes; targets may have more dimensions than samples (tokens).
-            hits = (outputs.argmax(dim=-1) == targets).sum()
-            correct = float(hits) / (targets.numel() / len(targets))
-        return loss, correct
+    def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[float]:
+        """Sums over some samples: of the loss, of what is classified correctly, and of what is classified at all."""
+        loss = float(self.problem.loss(outputs, targets)) * len(targets)
+        classes = dimension_of_classes(outputs, targets) if self.problem.accuracy else None
+        if classes is None:
+            return [loss, 0.0, 0.0]
+        hits = (outputs.argmax(dim=classes) == targets).sum()
+        # Targets may have more dimensions than samples (tokens).
+        return [loss, float(hits) / (targets.numel() / len(targets)), len(targets)]
 
     def _means(self, name: str, sums: list[float], count: int) -> dict[str, float]:
         """Metrics from the sums of all ranks. Collective."""
-        mean = self.comm.agree(sums, lambda table: table.sum(axis=0) / count)
-        result = {f"{name}_loss": mean[0]}
-        return result | ({f"{name}_accuracy": mean[1]} if self.problem.accuracy else {})
+        loss, accuracy, classified = self.comm.agree(sums, lambda table: table.sum(axis=0) / count)
+        result = {f"{name}_loss": loss}
+        return result | ({f"{name}_accuracy": accuracy} if classified == 1.0 else {})
 
     def _outputs(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.problem.forward is not None:
             return self.problem.forward(self.problem.network, inputs)
         return self.problem.network(inputs)
+
+    def warning(self) -> str:
+        """Why the run is no success, in a sentence; empty where nothing is known against it."""
+        progress, last = self.progress, self._last
+        if isinstance(last, BaselineResult):
+            return "" if math.isfinite(last.loss) else "the loss is not finite; give a smaller --learning-rate"
+        if progress.accepted or not progress.rejected:
+            return ""
+        return "no step was accepted" + ("" if last is None else f": {why_not_accepted(last.schwarz)}")
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the run came to. Collective."""
@@ -345,6 +356,45 @@ class Training:
             "seconds_in_communication": communication,
             "seconds_in_checkpoints": checkpoints,
         }
+
+
+def why_not_accepted(judged: Judged) -> str:
+    """What is known of why a step was rejected."""
+    if not math.isfinite(judged.loss):
+        return "the loss is not finite; look for nan and inf in the inputs, the targets and the network's outputs"
+    if not math.isfinite(judged.gradient_norm):
+        return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
+    if judged.gradient_norm == 0.0:
+        return "the gradient is 0; look for what cuts the network off from the loss"
+    if not 0.0 < judged.predicted_reduction < math.inf:
+        return (
+            f"the predicted reduction is {judged.predicted_reduction:g}; choose --coarse none, or another local solver"
+        )
+    if not math.isfinite(judged.trial_loss):
+        return "the loss after the step is not finite; give a smaller --trust-region.initial-radius"
+    return (
+        f"the last one had rho {judged.rho:.3g} with radius {judged.radius:.3g}; give more --epochs, in which the "
+        "radius shrinks further, or a smaller --trust-region.initial-radius"
+    )
+
+
+def dimension_of_classes(outputs: Any, targets: torch.Tensor) -> int | None:
+    """The dimension of the outputs that holds the scores of the classes of which the targets are indices.
+
+    It is the one without which outputs have the shape of the targets: the last one, or the second one as torch's
+    ``cross_entropy`` has it. None where neither or, of two, each of them would do.
+    """
+    if not isinstance(outputs, torch.Tensor):
+        return None
+    shape = tuple(outputs.shape)
+    places = {1, len(shape) - 1} if len(shape) > 1 else set()
+    fitting = [at for at in places if shape[at] > 1 and shape[:at] + shape[at + 1 :] == tuple(targets.shape)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def added(sums: list[float], others: list[float]) -> list[float]:
+    """The sums of two lists, place by place."""
+    return [one + other for one, other in zip(sums, others, strict=True)]
 
 
 def _to(data: Batch, device: torch.device) -> Batch:

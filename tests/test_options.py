@@ -43,6 +43,7 @@ BAD_VALUES = [
     (CoarseOptions, {"model": "galerkin"}, "coarse.model: 'galerkin'"),
     (CoarseOptions, {"columns": ("last_step",)}, "coarse.columns: .*include correction"),
     (CoarseOptions, {"columns": ("correction", "noise")}, "coarse.columns: 'noise'"),
+    (CoarseOptions, {"columns": ("correction", "correction")}, "coarse.columns: .*give each once"),
     (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
     (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
     (CoarseOptions, {"norm": "inf"}, "coarse.norm: 'inf' .* choose one of auto, 2, scaled"),

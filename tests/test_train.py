@@ -2,19 +2,24 @@
 
 import itertools
 import json
+import math
 import re
 import struct
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from networks import classified, classifier, cross_entropy
+from networks import classified, classifier, cross_entropy, problem
+from torch import nn
 
+from apts_mpi.iteration import Judged
 from apts_mpi.problems import build
+from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.train import main, make_parser, parse, spell
-from apts_mpi.training import RETRIES, Training
+from apts_mpi.training import RETRIES, Training, dimension_of_classes, why_not_accepted
 
 # All that decides what a run does, whatever the defaults are.
 PLAIN = (
@@ -222,6 +227,148 @@ def test_metrics_are_those_of_all_samples(world):
         assert records[-1][f"{name}_accuracy"] == pytest.approx(right, rel=1e-12)
 
 
+class Positions(nn.Module):
+    """Scores of three classes at each of ``count`` positions, classes before positions or behind them."""
+
+    def __init__(self, count, behind):
+        super().__init__()
+        self.layer = nn.Linear(10, 3 * count)
+        self.behind = behind
+
+    def forward(self, inputs):
+        scores = self.layer(inputs).unflatten(1, (3, -1))
+        return scores.mT if self.behind else scores
+
+
+def at_positions(count, behind):
+    torch.manual_seed(0)
+    data = [(inputs, targets[:, None].repeat(1, count)) for inputs, targets in (classified(60), classified(30, seed=2))]
+    network = Positions(count, behind).double()
+    return network, token_cross_entropy if behind else cross_entropy, tuple(data)
+
+
+def classes_second():
+    return at_positions(5, behind=False)
+
+
+def classes_last():
+    return at_positions(5, behind=True)
+
+
+def as_many_classes_as_positions():
+    return at_positions(3, behind=False)
+
+
+def counts():
+    torch.manual_seed(0)
+    network = nn.Linear(10, 1).double()
+    return network, nn.functional.poisson_nll_loss, (classified(60)[0], classified(60)[1][:, None])
+
+
+ACCURACIES = {
+    "classes_second": lambda outputs, targets: (outputs.argmax(1) == targets).double().mean().item(),
+    "classes_last": lambda outputs, targets: (outputs.argmax(2) == targets).double().mean().item(),
+    "as_many_classes_as_positions": None,
+    "counts": None,
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ACCURACIES)
+def test_accuracy_where_it_is_clear_what_the_classes_are(world, name):
+    """Of integer targets; by hand."""
+    few = ["--subdomains=1", "--local.solver=sgd", "--local.iterations=1"]
+    records, training = train(world, f"--problem=test_train:{name}", "--epochs=1", *few)
+    data = training.problem.train
+    outputs = training.problem.network(data[0]).detach()
+    assert records[-1]["train_loss"] == pytest.approx(training.problem.loss(outputs, data[1]).item(), rel=1e-12)
+    if ACCURACIES[name] is None:
+        assert not any("accuracy" in key for record in records for key in record)
+    else:
+        assert records[-1]["train_accuracy"] == pytest.approx(ACCURACIES[name](outputs, data[1]), rel=1e-12)
+        assert "test_accuracy" in records[-1]
+
+
+def test_dimension_of_classes():
+    """Of outputs of these shapes for targets of those."""
+    found = {
+        ((9, 3), (9,)): 1, ((9, 3, 4), (9, 4)): 1, ((9, 4, 3), (9, 4)): 2, ((9, 3, 4, 5), (9, 4, 5)): 1,
+        ((9, 4, 5, 3), (9, 4, 5)): 3, ((9, 3, 3), (9, 3)): None, ((9, 1), (9,)): None, ((9, 1), (9, 1)): None,
+        ((9,), (9,)): None, ((9, 9), (9,)): 1, ((9, 3, 4), (9,)): None,
+    }  # fmt: skip
+    for (outputs, targets), dimension in found.items():
+        assert dimension_of_classes(torch.zeros(outputs), torch.zeros(targets, dtype=torch.int64)) == dimension
+    assert dimension_of_classes((torch.zeros(9, 3),), torch.zeros(9)) is None
+
+
+def missing_values():
+    network, loss, ((inputs, targets), _) = problem()
+    inputs[::3, 2] = math.nan
+    return network, loss, (inputs, targets)
+
+
+def without_effect():
+    network, _, data = problem()
+    return network, lambda outputs, targets: cross_entropy(0.0 * outputs, targets), data
+
+
+def normalised():
+    return classifier(batch_norm=True), cross_entropy, problem()[2]
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
+@pytest.mark.parametrize(
+    ("arguments", "warning"),
+    [
+        (
+            "--problem test_train:missing_values",
+            "no step was accepted: the loss is not finite; look for nan and inf in",
+        ),
+        ("--problem test_train:without_effect", "no step was accepted: the gradient is 0; look for what"),
+        ("--trust-region.initial_radius 1e4 --max-iterations 2", "no step was accepted: the last one had rho -.* with"),
+        (
+            "--problem test_train:missing_values --optimizer sgd",
+            "the loss is not finite; give a smaller --learning-rate",
+        ),
+        ("--max-iterations 2", ""),
+        ("--optimizer sgd", ""),
+    ],
+    ids=lambda part: part if part.startswith("--") else "",
+)
+def test_warning_at_the_end_of_a_run_without_success(world, capfd, arguments, warning):
+    """In one line of rank 0; the status is 0, as the run did what it was told, and has records."""
+    main([*PLAIN, *arguments.split()])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == (bool(warning) and world.rank == 0)
+    assert not lines or re.match("warning: " + warning, lines[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gradient_norm": math.nan}, "the gradient is not finite"),
+        ({"predicted_reduction": math.nan}, "the predicted reduction is nan"),
+        ({"predicted_reduction": 0.0}, "the predicted reduction is 0"),
+        ({"trial_loss": math.inf}, "the loss after the step is not finite"),
+    ],
+)
+def test_reasons_of_a_rejection(changes, reason):
+    judged = Judged(
+        loss=1.0,
+        trial_loss=2.0,
+        predicted_reduction=0.5,
+        actual_reduction=-1.0,
+        rho=-2.0,
+        accepted=False,
+        radius=1.0,
+        next_radius=0.5,
+        step_norm=1.0,
+        gradient_norm=1.0,
+    )
+    assert why_not_accepted(replace(judged, **changes)).startswith(reason)
+
+
 @pytest.mark.mpi
 def test_samples_that_fill_no_batch_wait_for_another_epoch(world):
     records, training = train(world, "--batch-size=25", "--epochs=1")
@@ -286,7 +433,11 @@ def refused(world, capfd, directory, *arguments):
         ("more", "unrecognized arguments: more"),
         ("--epochs zero", '"epochs".*Given value: zero'),
         ("--seed 1.5", '"seed".*Got value: 1.5'),
-        ("--local.solver newton", '"local.solver".*tr.*sgd.*adam.*Got value: newton'),
+        ("--local.solver newton", "error: local.solver: 'newton' is not allowed; choose one of auto, .*, adam\n$"),
+        ("--coarse foo", "error: coarse.model: 'foo' is not allowed; choose one of none, gauss-newton\n$"),
+        ("--coarse.columns correction", r"error: coarse.columns: 'correction' .* such as \[correction,last_step\]\n$"),
+        ("--coarse.columns [correction,foo]", "coarse.columns: 'foo' is not allowed; give a list of correction, last_"),
+        ("--coarse.columns [correction,correction]", "coarse.columns: .* is not allowed; give each once"),
         ("--local.solver", "--local.solver: expected one argument"),
         ("--schwarz.damping 2", r"schwarz.damping: 2.0 is not allowed; give a number in \(0, 1\]"),
         ("--trust-region.window -1", "trust_region.window: -1 is not allowed"),
@@ -297,6 +448,7 @@ def refused(world, capfd, directory, *arguments):
         ("--replicas 5", r"replicas: 5 does not divide the \d ranks; give a divisor"),
         ("--batch-size 2", "batch_size: 2 is too small for . ranks with 3 subdomains; give at least"),
         ("--batch-size 2 --subdomains 3", "batch_size: 2 is too small"),
+        ("--batch-size 5 --problem test_train:normalised", "batch_size: 5 is too small for .*; give at least 6"),
         ("--config absent.yaml", "File does not exist: .*absent.yaml"),
         ("--data-dir somewhere --problem digits", "--data-dir: 'somewhere' .* digits reads no files"),
         ("--data-dir absent --problem fashion-mnist", "--data-dir absent is not a directory: give one that holds"),
