@@ -98,6 +98,7 @@ class APTS:
             options = compose(
                 options,
                 network=network,
+                loss=loss,
                 called=forward is not None,
                 layers=self.layers,
                 subdomains=self.subdomains,

@@ -315,6 +315,27 @@ class Communicator:
             where = "" if len(failed) == self.size else f"rank {failed[0]}: "
             raise SharedInvalidInput(where + messages[failed[0]]) from error
 
+    @contextmanager
+    def shared_refusals(self) -> Iterator[None]:
+        """Raise on every rank, after the block, if the block raised `apts_mpi.InvalidInput` on any. Collective.
+
+        Any other exception goes out at once: other ranks may wait in a collective inside the block, where they learn
+        nothing of it until the run is ended.
+
+        Raises
+        ------
+        SharedInvalidInput
+            See `shared_errors`.
+        """
+        refused: InvalidInput | None = None
+        try:
+            yield
+        except InvalidInput as error:
+            refused = error
+        with self.shared_errors():
+            if refused is not None:
+                raise refused
+
 
 def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, InvalidInput) else f"{type(error).__name__}: {error}"

@@ -9,9 +9,9 @@ loss's scale, of the samples' positions, and falls with the loss: against it an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
@@ -19,6 +19,12 @@ from torch.nn import functional
 
 from apts_mpi.dense import gram
 from apts_mpi.recorder import LayerRecord
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+Normalisation = (
+    nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | InstanceNorm
+)
 
 
 @dataclass
@@ -42,6 +48,11 @@ class LayerBatch:
     gradient: torch.Tensor
     batch_size: int
 
+    @property
+    def reached(self) -> list[LayerRecord]:
+        """The calls that the loss depends on."""
+        return [record for record in self.records if record.gradient is not None]
+
 
 class Curvature(Protocol):
     """Approximate curvature of one layer, a running mean of what `measure` returns."""
@@ -62,37 +73,46 @@ class KroneckerFactors:
     Parameters
     ----------
     module
-        ``nn.Linear`` or ``nn.Conv2d`` without groups.
+        ``nn.Linear``, or a convolution without groups.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, module: nn.Linear | Convolution) -> None:
         self._module = module
         self._rows = module.weight.shape[0]
         self._has_bias = module.bias is not None
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `Curvature`."""
-        inputs, outputs = [], []
-        for record in batch.records:
-            inputs.append(self._unfold(record.inputs))
-            outputs.append(_rows_of_channels(record.gradient, self._module))
-        activations, gradients = torch.cat(inputs), torch.cat(outputs)
+        records = batch.reached
+        # None of the calls may have been reached: then there are no rows.
+        none = self._module.weight.detach().flatten(1)[:0]
+        activations = torch.cat([none, *(self._unfold(record.inputs) for record in records)])
+        gradients = torch.cat([none.new_empty(0, self._rows), *(self._rows_of(record.gradient) for record in records)])
         if self._has_bias:
             activations = functional.pad(activations, (0, 1), value=1.0)
-        positions = len(activations) / batch.samples
-        # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once.
+        # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once, and the
+        # mean over positions again.
         return [
             gram(activations) / batch.samples,
-            gram(gradients) * (batch.samples / positions),
+            gram(gradients) * (batch.samples**2 / max(len(activations), 1)),
         ]
 
     def _unfold(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the weights of one output are multiplied by, as rows, one a sample and position."""
         module = self._module
         if isinstance(module, nn.Linear):
             return inputs.reshape(-1, inputs.shape[-1])
-        assert not isinstance(module.padding, str)  # see `curvature_of`
-        patches = functional.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+        patches = _padded(_batched(inputs, module.weight.dim()), module)
+        places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        for dimension, (size, stride, dilation) in enumerate(places, start=2):
+            patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
+
+    def _rows_of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Output gradients as rows of the same order."""
+        if not isinstance(self._module, nn.Linear):
+            gradient = _batched(gradient, self._module.weight.dim()).movedim(1, -1)
+        return gradient.reshape(-1, self._rows)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
@@ -110,17 +130,22 @@ class KroneckerFactors:
 
 
 class EmbeddingFactors:
-    """K-FAC of an ``nn.Embedding``: its inputs are unit vectors, so that A is diagonal."""
+    """K-FAC of an ``nn.Embedding``: its inputs are unit vectors, so that A is diagonal; or zero, those of padding."""
 
     def __init__(self, module: nn.Embedding) -> None:
         self._module = module
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `Curvature`."""
-        tokens = torch.cat([record.inputs.flatten() for record in batch.records])
-        gradients = torch.cat([record.gradient.reshape(len(record.inputs.flatten()), -1) for record in batch.records])
-        counts = torch.bincount(tokens, minlength=self._module.num_embeddings).to(gradients.dtype)
-        return [counts / batch.samples, gram(gradients) * (batch.samples**2 / len(tokens))]
+        weights, records = self._module.weight.detach(), batch.reached
+        none = torch.empty(0, dtype=torch.long, device=weights.device)
+        tokens = torch.cat([none, *(record.inputs.flatten() for record in records)])
+        gradients = torch.cat([weights[:0], *(record.gradient.reshape(-1, weights.shape[1]) for record in records)])
+        counts = torch.bincount(tokens, minlength=len(weights)).to(gradients.dtype)
+        if self._module.padding_idx is not None:
+            counts[self._module.padding_idx] = 0.0
+            gradients = gradients * (tokens != self._module.padding_idx)[:, None]
+        return [counts / batch.samples, gram(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
@@ -135,29 +160,50 @@ class EmbeddingFactors:
 
 
 class NormalisationDiagonal:
-    """Diagonal Fisher matrix of the scale and shift of a normalisation layer, from per-sample gradients."""
+    """Diagonal Fisher matrix of the scale and shift of a normalisation layer, from per-sample gradients.
 
-    def __init__(self, module: nn.LayerNorm | nn.modules.batchnorm._BatchNorm) -> None:
+    Parameters
+    ----------
+    module
+        ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GroupNorm``, or batch or instance normalisation.
+    """
+
+    def __init__(self, module: Normalisation) -> None:
         self._module = module
+        self._has_bias = getattr(module, "bias", None) is not None
+        self._dimensions = _dimensions(module)
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `Curvature`."""
         total = torch.zeros_like(batch.gradient)
-        for record in batch.records:
-            normalised = self._normalise(record.inputs)
-            parts = [_per_sample(record.gradient * normalised, self._module)]
-            if self._module.bias is not None:
-                parts.append(_per_sample(record.gradient, self._module))
-            total += torch.cat([part.square().sum(dim=0) for part in parts])
+        for record in batch.reached:
+            inputs, gradient = (_batched(part, self._dimensions) for part in (record.inputs, record.gradient))
+            of_weight, of_bias = gradient * self._normalise(inputs), gradient
+            parts = [of_weight, of_bias] if self._has_bias else [of_weight]
+            total += torch.cat([self._per_sample(part).square().sum(dim=0) for part in parts])
         return [total * batch.samples]
 
     def _normalise(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the scale is multiplied by."""
         module = self._module
         if isinstance(module, nn.LayerNorm):
             return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-        of_batch = module.training or module.running_mean is None
-        mean, variance = (None, None) if of_batch else (module.running_mean, module.running_var)
-        return functional.batch_norm(inputs, mean, variance, training=of_batch, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.GroupNorm):
+            return functional.group_norm(inputs, module.num_groups, eps=module.eps)
+        of_inputs = module.training or module.running_mean is None
+        mean, variance = (None, None) if of_inputs else (module.running_mean, module.running_var)
+        if isinstance(module, InstanceNorm):
+            return functional.instance_norm(inputs, mean, variance, use_input_stats=of_inputs, eps=module.eps)
+        return functional.batch_norm(inputs, mean, variance, training=of_inputs, eps=module.eps)
+
+    def _per_sample(self, products: torch.Tensor) -> torch.Tensor:
+        """Sum over the positions of each sample, shape (samples, parameters)."""
+        samples = len(products)
+        if isinstance(self._module, nn.LayerNorm | nn.RMSNorm):
+            return products.reshape(samples, -1, self._module.weight.numel()).sum(dim=1)
+        return products.reshape(samples, products.shape[1], -1).sum(dim=2)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
@@ -188,22 +234,41 @@ class GradientDiagonal:
 TINY = 1e-30
 
 
+# For exactly these types: a subclass may compute something else.
+KINDS: dict[type[nn.Module], Callable[[Any], Curvature]] = {
+    **dict.fromkeys([nn.Linear, *get_args(Convolution)], KroneckerFactors),
+    nn.Embedding: EmbeddingFactors,
+    **dict.fromkeys(get_args(Normalisation), NormalisationDiagonal),
+}
+
+
 def make_curvature(module: nn.Module, size: int) -> Curvature:
-    """The curvature that suits a layer of which ``size`` parameters are trained."""
-    if size != sum(parameter.numel() for parameter in module.parameters(recurse=False)):
+    """The curvature that suits a layer of which ``size`` parameters are trained.
+
+    `GradientDiagonal` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``, ``nn.EmbeddingBag``,
+    ``nn.SyncBatchNorm``, attention, recurrent layers, activations with parameters, subclasses and parametrised layers;
+    and for convolutions with groups, embeddings with ``scale_grad_by_freq``, and layers that are partly frozen.
+    """
+    kind = KINDS.get(type(module))
+    if kind is None or not _is_usual(module, size):
         return GradientDiagonal()
-    if isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv2d)
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    ):
-        return KroneckerFactors(module)
-    if isinstance(module, nn.Embedding) and module.padding_idx is None:
-        return EmbeddingFactors(module)
-    if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
-        return NormalisationDiagonal(module)
-    return GradientDiagonal()
+    return kind(module)
+
+
+def _is_usual(module: nn.Module, size: int) -> bool:
+    """Whether a layer has nothing but a weight and perhaps a bias, all trained, and uses them as its type does."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if list(parameters) not in (["weight"], ["weight", "bias"]):  # others, such as of the old weight_norm, make these
+        return False
+    weight, bias = parameters["weight"], parameters.get("bias")
+    of_bias = weight.shape if isinstance(module, Normalisation) else weight.shape[:1]
+    return (
+        size == sum(parameter.numel() for parameter in parameters.values())
+        and (bias is None or bias.shape == of_bias)
+        and getattr(module, "groups", 1) == 1
+        and not getattr(module, "scale_grad_by_freq", False)
+        and "forward" not in vars(module)
+    )
 
 
 def _damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
@@ -219,16 +284,26 @@ def _damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
     return 1.0 / (diagonal + (damping * diagonal.mean()).clamp_min(TINY))
 
 
-def _rows_of_channels(gradient: torch.Tensor, module: nn.Linear | nn.Conv2d) -> torch.Tensor:
-    """Output gradients as rows, one a sample and position."""
-    if isinstance(module, nn.Linear):
-        return gradient.reshape(-1, gradient.shape[-1])
-    return gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
+def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """With a first dimension, if it is that of a sample that came alone."""
+    return tensor[None] if tensor.dim() < dimensions else tensor
 
 
-def _per_sample(products: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Sum over the positions of each sample, shape (samples, parameters)."""
-    samples = len(products)
-    if isinstance(module, nn.LayerNorm):
-        return products.reshape(samples, -1, module.weight.numel()).sum(dim=1)
-    return products.reshape(samples, products.shape[1], -1).sum(dim=2)
+def _dimensions(module: Normalisation) -> int:
+    """Least number of dimensions of several samples."""
+    if isinstance(module, InstanceNorm):
+        return 3 + get_args(InstanceNorm).index(type(module))
+    return 1 + module.weight.dim()
+
+
+def _padded(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
+    """The inputs with the margins that the convolution adds."""
+    if module.padding == "same":
+        totals = [dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
+        margins = [(total // 2, total - total // 2) for total in totals]
+    else:
+        margins = [] if module.padding == "valid" else [(int(margin), int(margin)) for margin in module.padding]
+    if not any(map(any, margins)):
+        return inputs
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(inputs, [side for pair in reversed(margins) for side in pair], mode=mode)

@@ -1,15 +1,21 @@
-"""Rows of the dense Gauss-Newton matrix of a block, for small blocks on small batches."""
+"""Rows of the dense Gauss-Newton matrix of a block, for small blocks or small batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
 from apts_mpi.bundle import Bundle, differentiable, map_tensors, with_differentiable
+from apts_mpi.environment import random_state, set_random_state
+from apts_mpi.errors import InvalidInput
 from apts_mpi.objective import Loss
+
+# A dense matrix of this size takes 128 MB and a few seconds to factorise.
+LARGEST_DENSE = 4096
 
 # The derivatives of more samples at once would take several times the memory of the result.
 SAMPLES_AT_ONCE = 1024
@@ -41,18 +47,70 @@ class BlockJacobian:
         Parameters
         ----------
         inputs, targets : Tensor
-            What enters the first segment, and the targets.
+            What enters the first segment, and the targets. Random masks are those of torch's random state.
+
+        Raises
+        ------
+        InvalidInput
+            Where the samples cannot be differentiated one by one.
         """
+        with torch.no_grad():
+            before = random_state(inputs.device)
+            outputs = self._chain(inputs)
+            random = not torch.equal(before, random_state(inputs.device))
+            set_random_state(before, inputs.device)
+            jacobian, own = self._jacobian(inputs, random)
+        if random and outputs.isfinite().all() and not _is_close(own, outputs.flatten(1)):
+            raise InvalidInput(
+                "local.solver: 'gauss-newton' cannot be used: the network draws random numbers that are not one after "
+                "the other for each sample; choose kfac or another one"
+            )
+        return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
+
+    def _jacobian(self, inputs: torch.Tensor, random: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Derivatives of the outputs, shape (samples, outputs, size), and the outputs, (samples, outputs)."""
         values = {name: value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
 
-        def outputs_of_sample(values: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
-            return functional_call(self._chain, values, (sample[None],)).flatten()
+        def outputs_of_sample(
+            values: dict[str, torch.Tensor], sample: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            outputs = functional_call(self._chain, values, (sample[None],)).flatten()
+            return outputs, outputs
 
-        with torch.no_grad():
-            outputs = self._chain(inputs)
-            derivatives = vmap(jacrev(outputs_of_sample), in_dims=(None, 0), chunk_size=SAMPLES_AT_ONCE)(values, inputs)
-            jacobian = torch.cat([derivatives[name].flatten(2) for name in self._names], dim=2)
-        return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
+        # All samples at once draw the masks that the batch draws, chunks of them would not.
+        chunk = None if random else SAMPLES_AT_ONCE
+        of_samples = vmap(
+            jacrev(outputs_of_sample, has_aux=True), in_dims=(None, 0), randomness="different", chunk_size=chunk
+        )
+        with _named_failures():
+            derivatives, outputs = of_samples(values, inputs)
+        return _joined(derivatives, self._names), outputs
+
+
+def _joined(derivatives: dict[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor:
+    """Derivatives by several parameters of any shapes side by side, shape (samples, k, size)."""
+    return torch.cat([derivatives[name].reshape(*derivatives[name].shape[:2], -1) for name in names], dim=2)
+
+
+def _is_close(own: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two results of the same operations differ by no more than rounding."""
+    tolerance = torch.finfo(own.dtype).eps ** 0.5
+    return bool((own - others).abs().max() <= tolerance * others.abs().max())
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Name what has to be chosen instead, where samples cannot be differentiated one by one."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInput(
+            "local.solver: 'gauss-newton' cannot be used: it differentiates the outputs of each sample by torch.func, "
+            f"which failed ({reason}); choose kfac or another one"
+        ) from error
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
@@ -64,19 +122,60 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(values.T @ values)
 
 
+def uses_rows(count: int, size: int) -> bool:
+    """Whether ``count`` rows of ``size`` numbers are so few that `of_rows` costs less than ``R^T R`` itself."""
+    # Up to half as many it is faster, and with as many it takes two and a half times as long.
+    return 2 * count < size or size > LARGEST_DENSE
+
+
+def of_rows(rows: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and a slope in an orthonormal basis of their own span.
+
+    ``(R^T R + mu I)^-1 slope`` lies there, whether or not the slope is a combination of the rows: across the rows
+    ``R^T R`` is zero.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (count, size), float64
+        Fewer than ``size``.
+    slope : Tensor, shape (size,), float64
+
+    Returns
+    -------
+    basis : Tensor, shape (size, count + 1)
+    rows : Tensor, shape (count, count + 1)
+        ``R basis``.
+    slope : Tensor, shape (count + 1,)
+        ``basis^T slope``.
+    """
+    basis, triangle = torch.linalg.qr(torch.cat([rows, slope[None]]).T)
+    return basis, triangle[:, :-1].T, triangle[:, -1].contiguous()
+
+
 def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
-    samples, size = len(outputs), outputs[0].numel()
-    with torch.enable_grad():
-        point = outputs.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(point, targets), point, create_graph=True)
-        units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
-        (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True)
-    values, vectors = torch.linalg.eigh(curved.reshape(size, samples, size).transpose(0, 1))
+    hessians = _hessians(loss, outputs, targets)
+    # What is not finite leads to a rejected step; it has no eigenvalues.
+    values, vectors = torch.linalg.eigh(hessians.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
     # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
     # it is unique, so that rows of different ranks belong together.
     return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+
+
+def _hessians(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
+    samples, size = len(outputs), outputs[0].numel()
+    curved = None
+    with torch.enable_grad():
+        point = outputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(point, targets), point, create_graph=True)
+        if slope.requires_grad:
+            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+            directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
+            (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
+    if curved is None:  # a loss linear in the outputs
+        return outputs.new_zeros(samples, size, size)
+    return curved.reshape(size, samples, size).transpose(0, 1)
 
 
 def pull_rows(
@@ -115,6 +214,6 @@ def pull_rows(
         return vmap(lambda *of_row: pull(of_row))(*rows)
 
     in_dims = (0, *[1] * len(rows))
-    derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(inputs, *rows)
-    by_parameters = torch.cat([derivatives[name].flatten(2) for name in names], dim=2)
-    return by_parameters.flatten(0, 1), tuple(part.transpose(0, 1) for part in by_inputs)
+    with _named_failures():
+        derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(inputs, *rows)
+    return _joined(derivatives, names).flatten(0, 1), tuple(part.transpose(0, 1) for part in by_inputs)

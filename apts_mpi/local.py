@@ -6,6 +6,7 @@ tensors, so that a GPU is kept busy. Those with second-order models are in `apts
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,7 +14,8 @@ import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.curvature import TINY, Curvature, GradientDiagonal, LayerBatch
-from apts_mpi.dense import gram
+from apts_mpi.dense import LARGEST_DENSE, gram, of_rows, uses_rows
+from apts_mpi.errors import InvalidInput
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.local_state import LayerState, LocalState, Memoryless
@@ -224,7 +226,7 @@ class GaussNewton:
 
     mu is ``damping`` times the mean diagonal of ``J^T H J``, or larger to end in the ball: a longer step cut to the
     ball is made of directions of little curvature alone, along which it leads nowhere. The matrix is formed in
-    float64: it has the square of the Jacobian's condition.
+    float64: it has the square of the Jacobian's condition. Of few rows it is formed in their own span.
 
     Attributes
     ----------
@@ -239,21 +241,47 @@ class GaussNewton:
         self.shift = 0.0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `LocalSolver`.
+
+        Raises
+        ------
+        InvalidInput
+            For a block and a batch that are both too large.
+        """
         start = local.block.clone()
         for gradient in _gradients(local, self._iterations):
-            rows = local.gauss_newton_rows().to(torch.float64, copy=True).mul_(local.weight**0.5)
-            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            matrix = gram(rows)
-            if self._team.size > 1:
-                self._team.sum(Mirror(matrix.view(-1)))
-            matrix.diagonal().add_(self._damping * matrix.diagonal().mean() + TINY)
-            reach = euclidean_radius(radius, len(matrix), kind)
-            step, self.shift = newton_in_ball(matrix, gradient.double(), reach, self.shift)
-            local.block += step.to(local.block.dtype)
+            _check_size(local)
+            reach = euclidean_radius(radius, len(gradient), kind)
+            local.block += self._step(local, gradient.double(), reach).to(local.block.dtype)
             displacement = local.block - start
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
+
+    def _step(self, local: LocalObjective, slope: torch.Tensor, reach: float) -> torch.Tensor:
+        rows = local.gauss_newton_rows().to(torch.float64, copy=True).mul_(local.weight**0.5)
+        rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        size, basis = len(slope), None
+        if uses_rows(round(len(rows) / local.weight), size):
+            basis, rows, slope = of_rows(self._of_team(rows), slope)
+        matrix = gram(rows)
+        if basis is None and self._team.size > 1:
+            self._team.sum(Mirror(matrix.view(-1)))
+        matrix.diagonal().add_(self._damping * (matrix.diagonal().sum() / size) + TINY)
+        step, self.shift = newton_in_ball(matrix, slope, reach, self.shift)
+        return step if basis is None else basis @ step
+
+    def _of_team(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks of the team. Collective over it."""
+        if self._team.size == 1:
+            return rows
+        ends = list(itertools.accumulate(self._team.collect(len(rows)), initial=0))
+        ranges = [(first * rows.shape[1], last * rows.shape[1]) for first, last in itertools.pairwise(ends)]
+        gathered = rows.new_empty(ends[-1], rows.shape[1])
+        gathered[ends[self._team.rank] : ends[self._team.rank + 1]] = rows
+        pending = self._team.pending()
+        self._team.start_gather(pending, Mirror(gathered.view(-1)), ranges)
+        pending.wait()
+        return gathered
 
     def state(self) -> LocalState:
         """See `LocalSolver`."""
@@ -262,6 +290,17 @@ class GaussNewton:
     def restore(self, state: LocalState) -> None:
         """See `LocalSolver`."""
         self.shift = state.numbers["shift"]
+
+
+def _check_size(local: LocalObjective) -> None:
+    """Refuse, before there are rows, a matrix that is too large either way."""
+    size = len(local.block)
+    if size > LARGEST_DENSE and (count := local.count_gauss_newton_rows()) > LARGEST_DENSE:
+        raise InvalidInput(
+            f"local.solver: 'gauss-newton' cannot be used: a subdomain of {size} parameters and a batch of {count} "
+            f"rows (samples times outputs) both exceed {LARGEST_DENSE}; give smaller batches or more subdomains, or "
+            "choose kfac or another one"
+        )
 
 
 class TrustRegion(Memoryless):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from apts_mpi.bundle import Bundle, inner_product
 from apts_mpi.comm import Communicator
@@ -55,17 +57,34 @@ class GaussNewtonRows:
             self._rows = self._compute()
         return self._rows[:, start - self._start : stop - self._start]
 
+    def count(self) -> int:
+        """Number of rows, without computing them."""
+        if self._rows is not None:
+            return len(self._rows)
+        with torch.no_grad(), self._as_evaluated():
+            outputs = nn.Sequential(*self._segments())(self._cache.inputs[:1])
+        return len(self._cache.targets) * outputs.numel()
+
     def _compute(self) -> torch.Tensor:
         objective, cache = self._objective, self._cache
-        segments, device = objective.segmented, cache.inputs.device
-        first = cache.subdomain.first_segment
+        segments, first = objective.segmented, cache.subdomain.first_segment
         parameters = objective.vector.parameters[self._touched]
-        jacobian = BlockJacobian(segments.segments[first:], parameters, objective.loss)
-        with preserved_random_state(device), objective.buffers.copied():
-            set_random_state(cache.random_state, device)
+        jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
+        with self._as_evaluated():
             rows = jacobian.rows(cache.inputs, cache.targets)
         self._events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), FORWARD + BACKWARD)
         return rows
+
+    def _segments(self) -> Sequence[nn.Module]:
+        return self._objective.segmented.segments[self._cache.subdomain.first_segment :]
+
+    @contextmanager
+    def _as_evaluated(self) -> Iterator[None]:
+        """Run the block with the masks of the global evaluation, and leave no trace."""
+        device = self._cache.inputs.device
+        with preserved_random_state(device), self._objective.buffers.copied():
+            set_random_state(self._cache.random_state, device)
+            yield
 
 
 class LocalObjective:
@@ -181,10 +200,16 @@ class LocalObjective:
 
         At theta_k those of ``rows``, if given.
         """
-        rows = self._rows
-        if rows is None or not torch.equal(self.block, self._at_start):
-            rows = GaussNewtonRows(self._objective, [self._cache], self._events)
-        return rows.of(self._cache.subdomain.start, self._cache.subdomain.stop)
+        return self._present_rows().of(self._cache.subdomain.start, self._cache.subdomain.stop)
+
+    def count_gauss_newton_rows(self) -> int:
+        """Number of rows of the whole team's samples, without computing them."""
+        return round(self._present_rows().count() / self.weight)
+
+    def _present_rows(self) -> GaussNewtonRows:
+        if self._rows is None or not torch.equal(self.block, self._at_start):
+            return GaussNewtonRows(self._objective, [self._cache], self._events)
+        return self._rows
 
     def products(self, kind: ProductKind) -> Product:
         """Products with the curvature of the local objective at the block's present values, while they stay.

@@ -50,7 +50,7 @@ def check_objective(
     inputs, targets = batch
     few = some_rows(len(inputs), rows, part.samples, comm.rank)
     sample = replace(part, inputs=inputs[few], targets=targets[few])
-    with comm.shared_errors(), preserved_random_state(inputs.device), objective.buffers.copied(), torch.enable_grad():
+    with comm.shared_refusals(), preserved_random_state(inputs.device), objective.buffers.copied(), torch.enable_grad():
         outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
         check_loss(objective.loss, outputs, sample.targets)
 
@@ -83,7 +83,7 @@ def check_staged_objective(
     found: list[Any] = []
     with preserved_random_state(part.inputs.device), objective.buffers.copied():
         objective.infer([entering], lambda _, outputs: found.append(outputs))
-    with comm.shared_errors(), torch.enable_grad():
+    with comm.shared_refusals(), torch.enable_grad():
         for outputs in found:  # on the last stage
             assert targets is not None
             check_loss(objective.loss, tree_map_only(torch.Tensor, _as_point, outputs), targets[few])

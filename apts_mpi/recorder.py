@@ -21,26 +21,35 @@ class LayerRecord:
         The layer.
     inputs : Tensor
         What it was given; samples in the first dimension. In a stage what `apts_mpi.bundle.store` makes of it.
-    outputs : Tensor or None
-        What it returned, with its graph; dropped once the gradient is known.
     gradient : Tensor or None
-        Gradient of the mean loss of the pass with respect to the outputs, kept as the inputs are.
+        Gradient of the mean loss of the pass with respect to what the layer returned, kept as the inputs are; None
+        where the loss does not depend on it.
     """
 
     module: torch.nn.Module
     inputs: Any
-    outputs: torch.Tensor | None
     gradient: Any = None
 
     def complete(self, weight: float) -> None:
-        """Take the gradient from the graph, in which the loss was multiplied by ``weight``."""
-        if self.outputs is not None and self.outputs.grad is not None:
-            self.gradient = self.outputs.grad.to(_dtype_of(self.module)) / weight
-        self.outputs = None
+        """Divide the gradient by ``weight``, which the loss was multiplied by."""
+        if self.gradient is not None:
+            self.gradient = self.gradient.to(_dtype_of(self.module)) / weight
+
+    def follow(self, outputs: torch.Tensor) -> None:
+        """Take the gradient with respect to the present values of ``outputs``, whatever overwrites them later."""
+
+        def take(gradient: torch.Tensor) -> None:
+            self.gradient = gradient.detach().reshape(shape)
+
+        shape = outputs.shape
+        _whole(outputs).register_hook(take)
 
 
 class LayerRecorder:
     """Records calls of chosen layers, by hooks that do nothing outside of `recording`.
+
+    Calls with anything but one tensor, or that return anything else, are not recorded; nor are those that a network
+    differentiates by ``torch.func``, whose tensors mean nothing outside.
 
     Parameters
     ----------
@@ -51,40 +60,70 @@ class LayerRecorder:
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self._records: list[LayerRecord] | None = None
         # The hooks stay with the network; they must not keep this object alive.
-        this = weakref.ref(self)
+        hook = _Hook(weakref.ref(self))
         for module in modules:
-            module.register_forward_hook(lambda module, inputs, outputs: _tell(this, module, inputs, outputs))
+            # The first of the hooks: others may return something else than the layer did.
+            module.register_forward_hook(hook, prepend=True, with_kwargs=True)
 
     @contextmanager
     def recording(self) -> Iterator[list[LayerRecord]]:
         """Record all calls in the block that take part in a graph."""
-        self._records = []
+        records = self._records = []
         try:
-            yield self._records
+            yield records
         finally:
             self._records = None
+        for record in records:
+            record.gradient = None  # of a derivative that the network itself took
 
-    def see(self, module: torch.nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """A layer was called."""
-        if self._records is not None and outputs.requires_grad:
-            outputs.retain_grad()
-            inputs = inputs.detach()
+    def see(self, module: torch.nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
+        """A layer was called with ``given``, by position or by keyword."""
+        if self._records is None or len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
+            return
+        if _whole(outputs).requires_grad and _whole(outputs).numel() == outputs.numel():
+            inputs = given[0].detach()
             if inputs.is_floating_point():
                 inputs = inputs.to(_dtype_of(module))
-            self._records.append(LayerRecord(module, inputs, outputs))
+            record = LayerRecord(module, inputs)
+            record.follow(outputs)
+            self._records.append(record)
+
+
+class _Hook:
+    """Tells a recorder, while there is one, of the calls of a layer.
+
+    Attributes
+    ----------
+    observes_only : bool
+        See `apts_mpi.linearisation.is_bilinear`.
+    """
+
+    observes_only = True
+
+    def __init__(self, recorder: weakref.ref[LayerRecorder]) -> None:
+        self._recorder = recorder
+
+    def __call__(
+        self, module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: torch.Tensor
+    ) -> None:
+        alive = self._recorder()
+        if alive is not None:
+            alive.see(module, (*given, *named.values()), outputs)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _whole(outputs: torch.Tensor) -> torch.Tensor:
+    """What ``outputs`` are a view of, or they themselves.
+
+    A view that is changed in place moves in the graph, and its hooks then see nothing; its base keeps them.
+    """
+    base = outputs._base
+    return outputs if base is None else base
 
 
 def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     """Of its parameters; under autocast it computes in another one, in which statistics would be summed up badly."""
     return next(module.parameters()).dtype
-
-
-def _tell(
-    recorder: weakref.ref[LayerRecorder],
-    module: torch.nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    outputs: torch.Tensor,
-) -> None:
-    alive = recorder()
-    if alive is not None:
-        alive.see(module, inputs[0], outputs)

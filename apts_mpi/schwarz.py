@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -102,6 +103,7 @@ class AdditiveSchwarz:
             for subdomain in self.carried
         }
         self._make_rows = rows
+        self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
@@ -141,12 +143,19 @@ class AdditiveSchwarz:
             The global gradient.
         radius
             Radius of the ball that will hold the assembled correction.
+
+        Raises
+        ------
+        SharedInvalidInput
+            On every rank, for what a local solver cannot do.
         """
         local_radius = subdomain_radius(radius, self._count, self._norm)
         if not self._disjoint:
             self.correction.zero_()
         self.open_rows(caches)
-        with self._events.timed("local solves"):
+        # What cannot be done shows the first time, or with a larger batch.
+        tried, self._largest_batch = batch_size <= self._largest_batch, max(batch_size, self._largest_batch)
+        with self._events.timed("local solves"), nullcontext() if tried else self.comm.shared_refusals():
             for weight, of_pass, rows in zip(samples, caches, self.rows, strict=True):
                 for cache in of_pass:
                     self._solve(cache, rows, weight, batch_size, gradient, local_radius)

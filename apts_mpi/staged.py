@@ -119,7 +119,9 @@ class StagedAPTS(APTS):
             options = replace(
                 options, schwarz=replace(options.schwarz, variant="inexact", partition="layer", local_data="full")
             )
-            options = compose(options, network=network, called=False, layers=self.layers, subdomains=self.subdomains)
+            options = compose(
+                options, network=network, loss=loss, called=False, layers=self.layers, subdomains=self.subdomains
+            )
         self.options = options
         ranks = [self.layout.ranks_of(index) for index in range(len(self.stages))]
         names = {rank: f"{self.stages[index]} on rank {rank}" for index, team in enumerate(ranks) for rank in team}

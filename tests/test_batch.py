@@ -82,7 +82,11 @@ def test_shards_with_batch_normalisation(world):
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["shards", "data-parallel"])
 def test_others_can_have_one(world, name):
-    solver = make_solver(world, options(subdomains=world.size)) if name == "shards" else data_parallel(world)
+    solver = (
+        make_solver(world, options(subdomains=world.size, partition="index"))
+        if name == "shards"
+        else data_parallel(world)
+    )
     solver.network.eval()
     assert solver.smallest_batch == world.size
     solver.step(classified(world.size))

@@ -245,7 +245,7 @@ def check_parts_not_run(block):
 
 def check_scripts(command):
     for word in shlex.split(command):
-        if "/" in word and not word.startswith(".venv") and not word.startswith("runs/"):
+        if "/" in word and not word.startswith((".venv", "runs/", "build/")):
             assert (ROOT / word).exists(), f"there is no {word}"
 
 

@@ -14,7 +14,7 @@ ROOT = Path(apts_mpi.__file__).parent
 LEVELS = (
     ("environment", "errors", "signals", "options", "events", "training_options", "schedules"),
     ("transport", "patience", "pending", "comm", "checkpoint"),
-    ("partition", "vector", "buffers", "bundle", "pipeline", "network_state", "drift"),
+    ("partition", "vector", "buffers", "bundle", "quadratic", "pipeline", "network_state", "drift"),
     ("segments", "reduction", "recorder", "objective", "dense", "linearisation", "curvature", "trust_region"),
     ("inner_products", "initial_radius", "models", "local_objective", "local_state", "local_second_order", "local"),
     ("batch", "micro_batches", "construction", "stages", "staged_objective", "loss_check", "iteration", "composition"),

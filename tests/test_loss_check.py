@@ -199,7 +199,8 @@ def test_one_rank_speaks_for_all(world):
     inputs, targets = classified(20 * world.size)
     targets[-10:] = -100
     shard = slice(20 * world.rank, 20 * world.rank + 20)
-    solver = make_solver(world, options(subdomains=world.size, batch="shard"), loss=nn.CrossEntropyLoss())
+    chosen = options(subdomains=world.size, partition="index", batch="shard")
+    solver = make_solver(world, chosen, loss=nn.CrossEntropyLoss())
     where = f"rank {world.size - 1}: " if world.size > 1 else ""
     with pytest.raises(SharedInvalidInput, match=f"^{where}loss: it is not the mean"):
         solver.step((inputs[shard], targets[shard]))

@@ -20,6 +20,7 @@ from apts_mpi import (
 )
 from apts_mpi.composition import compose, may_be_dense, split_parameters
 from apts_mpi.partition import make_subdomains
+from apts_mpi.quadratic import is_quadratic
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.training_options import TrainingOptions
 from apts_mpi.vector import FlatParameters
@@ -148,7 +149,14 @@ def composed(network=None, forward=None, subdomains=2, **changes):
     options = APTSOptions(subdomains=subdomains, **parts)
     layers = SegmentedNetwork(network, forward).layers(FlatParameters(network))
     split = split_parameters(options, layers, 1, may_be_dense(options, network, forward is not None))
-    options = compose(options, network=network, called=forward is not None, layers=layers, subdomains=split)
+    options = compose(
+        options,
+        network=network,
+        loss=nn.functional.cross_entropy,
+        called=forward is not None,
+        layers=layers,
+        subdomains=split,
+    )
     return options.local.solver, options.schwarz.variant, options.schwarz.local_data
 
 
@@ -165,13 +173,48 @@ def test_what_auto_stands_for():
     assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")
 
 
-def test_damping_by_default_is_the_local_solvers():
+@pytest.mark.parametrize(
+    ("solver", "loss", "damping"),
+    [
+        ("kfac", nn.functional.cross_entropy, 0.3),
+        ("kfac", nn.functional.mse_loss, 0.003),
+        ("gauss-newton", nn.functional.mse_loss, 1e-7),
+        ("sgd", nn.functional.mse_loss, None),
+    ],
+)
+def test_damping_by_default_is_that_of_local_solver_and_loss(solver, loss, damping):
     network = classifier()
     layers = SegmentedNetwork(network, None).layers(FlatParameters(network))
-    for solver, damping in (("kfac", 0.3), ("gauss-newton", 1e-7), ("sgd", None)):
-        options = APTSOptions(local=LocalOptions(solver=solver))
-        split = make_subdomains(layers, 2, "layer", 0)
-        assert compose(options, network=network, called=False, layers=layers, subdomains=split).local.damping == damping
+    options = APTSOptions(local=LocalOptions(solver=solver))
+    split = make_subdomains(layers, 2, "layer", 0)
+    composed = compose(options, network=network, loss=loss, called=False, layers=layers, subdomains=split)
+    assert composed.local.damping == damping
+
+
+def refuse(outputs, targets):
+    raise TypeError("other targets, please")
+
+
+@pytest.mark.parametrize(
+    ("loss", "quadratic"),
+    [
+        (nn.functional.mse_loss, True),
+        (nn.MSELoss(), True),
+        (lambda outputs, targets: (outputs - targets).square().sum(1).mean() + outputs.mean(), True),
+        (lambda outputs, targets: -(outputs - targets).square().mean(), False),
+        (lambda outputs, targets: outputs.mean(), False),
+        (lambda outputs, targets: (outputs - targets).cosh().log().mean(), False),
+        (nn.functional.cross_entropy, False),
+        (nn.functional.binary_cross_entropy_with_logits, False),
+        (nn.functional.huber_loss, False),
+        (nn.functional.l1_loss, False),
+        (refuse, False),
+    ],
+)
+def test_which_losses_are_quadratic(loss, quadratic):
+    before = torch.get_rng_state()
+    assert is_quadratic(loss) is quadratic
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +226,6 @@ def test_damping_by_default_is_the_local_solvers():
             "local.solver: 'kfac' .* choose gauss-newton, tr, .*sgd or adam",
         ),
         ({"partition": "index", "subdomains": 5, "local": {"solver": "kfac"}}, "'kfac' needs whole layers"),
-        ({"network": classifier(width=100), "local": {"solver": "gauss-newton"}}, "exceeds 4096; choose kfac"),
         ({"network": classifier(batch_norm=True), "local": {"solver": "gauss-newton"}}, "batch normalisation ties"),
         ({"decomposition": "data", "variant": "inexact"}, "schwarz.variant: 'inexact' .*decomposition data .* exact"),
         ({"decomposition": "data", "local_data": "full"}, "schwarz.local_data: 'full' .* choose shard"),
@@ -242,7 +284,9 @@ def composed_partition(network=None, forward=None, solver="auto"):
     layers = SegmentedNetwork(network, forward).layers(FlatParameters(network))
     split = split_parameters(options, layers, 1, may_be_dense(options, network, forward is not None))
     called = forward is not None
-    return compose(options, network=network, called=called, layers=layers, subdomains=split).schwarz.partition
+    return compose(
+        options, network=network, loss=nn.functional.cross_entropy, called=called, layers=layers, subdomains=split
+    ).schwarz.partition
 
 
 def test_subdomains_of_data_have_all_parameters():

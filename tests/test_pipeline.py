@@ -147,7 +147,7 @@ def test_stored_bundles():
 
 @pytest.mark.mpi
 def test_shapes_are_agreed_once(world):
-    """One description a stage and size of micro-batches, and one message a micro-batch and direction."""
+    """One description a stage, kind of pass and size of micro-batches, and one message a micro-batch and direction."""
     chosen = staged(options(subdomains=None), micro_batches=5)
     solver = StagedAPTS(built(NETWORKS["mlp"][0]), cross_entropy, comm=world, options=chosen)
     batch = NETWORKS["mlp"][1][0]
@@ -159,7 +159,8 @@ def test_shapes_are_agreed_once(world):
     first, last = world.rank == 0, world.rank == world.size - 1
     # Gradient and trial: two forward passes to the next stage, one backward pass to the one before.
     messages = 5 * (2 * (not last) + (not first))
-    assert counts == [messages + 2 * (not last), messages]  # micro-batches of 7 and 8 samples
+    # Micro-batches of 7 and 8 samples; and the samples on which the loss is tried.
+    assert counts == [messages + 2 * (not last) + 2 * (not last), messages]
 
 
 @pytest.mark.mpi(min_size=2)
