@@ -12,6 +12,7 @@ from torch.func import functional_call, jacrev, vjp, vmap
 from apts_mpi.bundle import Bundle, differentiable, map_tensors, with_differentiable
 from apts_mpi.environment import random_state, set_random_state
 from apts_mpi.errors import InvalidInput
+from apts_mpi.events import BACKWARD, FORWARD
 from apts_mpi.objective import Loss
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
@@ -20,9 +21,15 @@ LARGEST_DENSE = 4096
 # The derivatives of more samples at once would take several times the memory of the result.
 SAMPLES_AT_ONCE = 1024
 
+# The same where every one of these takes the memory of a backward pass of all samples.
+OUTPUTS_AT_ONCE = 32
+
 
 class BlockJacobian:
     """Derivatives of every sample's outputs with respect to the parameters of a block.
+
+    By ``torch.func``, all samples at once; for a network that this cannot differentiate sample by sample
+    (``torch.autograd.grad`` within, random numbers that samples share) by a backward pass of the batch for each output.
 
     Parameters
     ----------
@@ -32,7 +39,14 @@ class BlockJacobian:
         The tensors that hold the block, in the order of the flat vector; neighbours there.
     loss
         The loss.
+
+    Attributes
+    ----------
+    cost : float
+        Of the last rows, in units of `apts_mpi.events`, for all samples.
     """
+
+    cost = 0.0
 
     def __init__(self, segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], loss: Loss) -> None:
         self._chain = nn.Sequential(*segments)
@@ -48,27 +62,20 @@ class BlockJacobian:
         ----------
         inputs, targets : Tensor
             What enters the first segment, and the targets. Random masks are those of torch's random state.
-
-        Raises
-        ------
-        InvalidInput
-            Where the samples cannot be differentiated one by one.
         """
         with torch.no_grad():
             before = random_state(inputs.device)
             outputs = self._chain(inputs)
             random = not torch.equal(before, random_state(inputs.device))
             set_random_state(before, inputs.device)
-            jacobian, own = self._jacobian(inputs, random)
-        if random and outputs.isfinite().all() and not _is_close(own, outputs.flatten(1)):
-            raise InvalidInput(
-                "local.solver: 'gauss-newton' cannot be used: the network draws random numbers that are not one after "
-                "the other for each sample; choose kfac or another one"
-            )
+            jacobian = self._of_samples(inputs, outputs.flatten(1), random)
+            if jacobian is None:
+                set_random_state(before, inputs.device)
+                jacobian = self._of_outputs(inputs)
         return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
 
-    def _jacobian(self, inputs: torch.Tensor, random: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Derivatives of the outputs, shape (samples, outputs, size), and the outputs, (samples, outputs)."""
+    def _of_samples(self, inputs: torch.Tensor, outputs: torch.Tensor, random: bool) -> torch.Tensor | None:
+        """Derivatives of the outputs, shape (samples, outputs, size), sample by sample; None where that fails."""
         values = {name: value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
 
         def outputs_of_sample(
@@ -82,14 +89,52 @@ class BlockJacobian:
         of_samples = vmap(
             jacrev(outputs_of_sample, has_aux=True), in_dims=(None, 0), randomness="different", chunk_size=chunk
         )
-        with _named_failures():
-            derivatives, outputs = of_samples(values, inputs)
-        return _joined(derivatives, self._names), outputs
+        try:
+            derivatives, own = of_samples(values, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+            return None
+        if random and outputs.isfinite().all() and not _is_close(own, outputs):
+            return None
+        self.cost = FORWARD + BACKWARD
+        return _joined(derivatives, self._names)
+
+    def _of_outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same, output by output."""
+        with torch.enable_grad():
+            outputs = self._chain(inputs)
+            values = outputs.flatten()
+        rows = []
+        for units in torch.eye(len(values), dtype=values.dtype, device=values.device).split(OUTPUTS_AT_ONCE):
+            with _named_failures():
+                parts = torch.autograd.grad(
+                    values,
+                    self._parameters,
+                    units,
+                    is_grads_batched=True,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            rows.append(_side_by_side(parts, self._parameters, len(units)))
+        self.cost = FORWARD + len(values) * BACKWARD
+        return torch.cat(rows).unflatten(0, (len(outputs), -1))
 
 
 def _joined(derivatives: dict[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor:
     """Derivatives by several parameters of any shapes side by side, shape (samples, k, size)."""
     return torch.cat([derivatives[name].reshape(*derivatives[name].shape[:2], -1) for name in names], dim=2)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor | None], parameters: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Derivatives of ``count`` numbers by each parameter side by side, shape (count, size); None stands for zeros."""
+    return torch.cat(
+        [
+            parameter.new_zeros(count, parameter.numel()) if part is None else part.reshape(count, -1)
+            for part, parameter in zip(parts, parameters, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def _is_close(own: torch.Tensor, others: torch.Tensor) -> bool:
@@ -100,7 +145,7 @@ def _is_close(own: torch.Tensor, others: torch.Tensor) -> bool:
 
 @contextmanager
 def _named_failures() -> Iterator[None]:
-    """Name what has to be chosen instead, where samples cannot be differentiated one by one."""
+    """Name what has to be chosen instead, where outputs cannot be differentiated one by one."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -108,7 +153,7 @@ def _named_failures() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInput(
-            "local.solver: 'gauss-newton' cannot be used: it differentiates the outputs of each sample by torch.func, "
+            "local.solver: 'gauss-newton' cannot be used: it differentiates each output by all parameters, "
             f"which failed ({reason}); choose kfac or another one"
         ) from error
 

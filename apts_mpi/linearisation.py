@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -13,12 +13,13 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.buffers import Buffers
-from apts_mpi.bundle import Bundle, detached, differentiable, tensors_of, with_differentiable
+from apts_mpi.bundle import Bundle, differentiable, tensors_of, with_differentiable
 from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.errors import InvalidInput
-from apts_mpi.events import FORWARD, Events
+from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.objective import Loss, Pass
 from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.transposes import by_transposes
 from apts_mpi.vector import Entry, FlatParameters
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
@@ -27,6 +28,8 @@ Bilinear = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 # Batch and instance normalisation.
 NORMALISING = nn.modules.batchnorm._NormBase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Linearisation:
     """The network linearised at the present parameters, along several columns at once.
 
     Columns share one forward pass. A column joins at the first segment in which it has parameters; before that its
-    tangent is zero and costs nothing.
+    tangent is zero and costs nothing. A segment without forward mode (``torch.autograd.grad`` within, operations that
+    torch has none for) is differentiated backwards, twice.
 
     Parameters
     ----------
@@ -68,6 +72,8 @@ class Linearisation:
         self._buffers = buffers
         self._loss = loss
         self._events = events
+        self._without_forward_mode: set[int] = set()
+        self._compared: set[tuple[int, str]] = set()
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
         self._own: list[dict[str, Entry]] = [
             {name: entries[id(value)] for name, value in segment.named_parameters() if id(value) in entries}
@@ -134,7 +140,7 @@ class Linearisation:
         """
         activations, tangents = inputs, entering
         joined = list(range(len(entering[0]))) if entering else []
-        for index, segment in enumerate(self._segmented.segments):
+        for index in range(len(self._segmented)):
             moving = [
                 number
                 for number, column in enumerate(columns)
@@ -145,9 +151,10 @@ class Linearisation:
             state = random_state(device)
             moved = self._along_parameters(index, activations, [columns[number] for number in moving])
             set_random_state(state, device)
-            activations, carried = _along_inputs(segment, activations, tangents)
+            activations, carried = self._along_inputs(index, activations, tangents)
+            once, each = (FORWARD + BACKWARD, BACKWARD) if index in self._without_forward_mode else (FORWARD, FORWARD)
             self._events.count_work(
-                samples, self._segmented.share(index, index), FORWARD * (1 + len(joined) + len(moving))
+                samples, self._segmented.share(index, index), once + each * (len(joined) + len(moving))
             )
             joined, tangents = _merge(joined, carried, moving, moved)
         order = [joined.index(number) if number in joined else None for number in range(len(columns))]
@@ -177,10 +184,76 @@ class Linearisation:
             ]
             return (torch.stack(moved),)
 
-        def outputs(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            return differentiable(functional_call(segment, values, (activations,)))
+        def outputs(values: dict[str, torch.Tensor]) -> Bundle:
+            return functional_call(segment, values, (activations,))
 
-        return vmap(lambda direction: jvp(outputs, (parameters,), (direction,))[1], randomness="same")(directions)
+        def parts(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return differentiable(outputs(values))
+
+        def forwards() -> tuple[torch.Tensor, ...]:
+            return vmap(lambda direction: jvp(parts, (parameters,), (direction,))[1], randomness="same")(directions)
+
+        def backwards() -> tuple[torch.Tensor, ...]:
+            def run(values: Sequence[torch.Tensor]) -> Bundle:
+                return outputs(dict(zip(parameters, values, strict=True)))
+
+            compare = self._is_first(index, "parameters")
+            return by_transposes(run, tuple(parameters.values()), tuple(directions.values()), compare)[1]
+
+        return self._either(index, forwards, backwards, tensors_of(activations)[0].device)
+
+    def _along_inputs(
+        self, index: int, activations: Bundle, tangents: tuple[torch.Tensor, ...]
+    ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+        """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...); empty: none move."""
+        segment = self._segmented.segments[index]
+        if not tangents:
+            return segment(activations), ()
+        if is_bilinear(segment):
+            values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
+            moved = functional_call(segment, values, (tangents[0].flatten(0, 1),))
+            return segment(activations), (moved.unflatten(0, tangents[0].shape[:2]),)
+        point, device = differentiable(activations), tensors_of(activations)[0].device
+
+        def outputs(values: Sequence[torch.Tensor]) -> Bundle:
+            return segment(with_differentiable(activations, values))
+
+        def parts(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return differentiable(outputs(values))
+
+        def forwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+            state = random_state(device)
+            moved = vmap(lambda *directions: jvp(parts, point, directions)[1], randomness="same")(*tangents)
+            set_random_state(state, device)
+            return segment(activations), moved
+
+        def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+            return by_transposes(outputs, point, tangents, self._is_first(index, "inputs"))
+
+        # For activation functions and the like forward mode would do as well, but its first use imports for seconds,
+        # and it runs the segment once more.
+        if next(segment.parameters(), None) is None:
+            return backwards()
+        return self._either(index, forwards, backwards, device)
+
+    def _either(self, index: int, forwards: Callable[[], T], backwards: Callable[[], T], device: torch.device) -> T:
+        """Differentiate a segment in forward mode, or, where there is none, backwards."""
+        if index not in self._without_forward_mode:
+            state = random_state(device)
+            try:
+                return forwards()
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+                self._without_forward_mode.add(index)
+                set_random_state(state, device)
+        return backwards()
+
+    def _is_first(self, index: int, variables: str) -> bool:
+        """Whether a segment has not been differentiated by these before."""
+        known = (index, variables) in self._compared
+        self._compared.add((index, variables))
+        return not known
 
 
 def _import_what_torch_imports_late() -> None:
@@ -205,64 +278,6 @@ def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:
     """
     hooks = [*segment._forward_pre_hooks.values(), *segment._forward_hooks.values()]
     return type(segment) in BILINEAR and all(getattr(hook, "observes_only", False) for hook in hooks)
-
-
-def _along_inputs(
-    segment: nn.Module, activations: Bundle, tangents: tuple[torch.Tensor, ...]
-) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-    """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...); empty: none move."""
-    if not tangents:
-        return segment(activations), ()
-    if is_bilinear(segment):
-        values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
-        moved = functional_call(segment, values, (tangents[0].flatten(0, 1),))
-        return segment(activations), (moved.unflatten(0, tangents[0].shape[:2]),)
-    if next(segment.parameters(), None) is None:
-        return _along_inputs_by_transposes(segment, activations, tangents)
-
-    def outputs(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return differentiable(segment(with_differentiable(activations, parts)))
-
-    point, device = differentiable(activations), tensors_of(activations)[0].device
-    state = random_state(device)
-    moved = vmap(lambda *directions: jvp(outputs, point, directions)[1], randomness="same")(*tangents)
-    set_random_state(state, device)
-    return segment(activations), moved
-
-
-def _along_inputs_by_transposes(
-    segment: nn.Module, activations: Bundle, tangents: tuple[torch.Tensor, ...]
-) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-    """The same for activation functions and the like: the derivative of ``v -> J^T v``, transposed.
-
-    Forward mode would do as well, but its first use imports for seconds, and it runs the segment once more.
-    """
-    with torch.enable_grad():
-        point = [tensor.detach().requires_grad_() for tensor in differentiable(activations)]
-        outputs = segment(with_differentiable(activations, point))
-        moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
-        weights = [torch.zeros_like(tensor, requires_grad=True) for tensor in moving]
-        pulled = torch.autograd.grad(moving, point, weights, create_graph=True, allow_unused=True) if moving else ()
-        pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
-        moved = iter(_times_tangents([pair for pair in pairs if pair[0].requires_grad], weights, len(tangents[0])))
-    return detached(outputs), tuple(
-        next(moved) if tensor.requires_grad else tensor.new_zeros(len(tangents[0]), *tensor.shape)
-        for tensor in differentiable(outputs)
-    )
-
-
-def _times_tangents(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[torch.Tensor], columns: int
-) -> list[torch.Tensor]:
-    """Derivatives by ``weights`` of what was pulled back with them, times the tangents; zero where there is none."""
-    found: Sequence[torch.Tensor | None] = [None] * len(weights)
-    if pairs:
-        parts, tangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(parts, weights, tangents, is_grads_batched=True, allow_unused=True)
-    return [
-        weight.new_zeros(columns, *weight.shape) if part is None else part
-        for part, weight in zip(found, weights, strict=True)
-    ]
 
 
 def _merge(
@@ -299,8 +314,8 @@ def _named_failures() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInput(
-            "coarse.model: 'gauss-newton' differentiates the network in forward mode and the loss twice, which failed "
-            f"({reason}); choose --coarse none, or a network and a loss of operations that have these derivatives"
+            f"coarse.model: 'gauss-newton' differentiates the network and the loss twice, which failed ({reason}); "
+            "choose --coarse none, or a network and a loss of operations that have second derivatives"
         ) from error
 
 

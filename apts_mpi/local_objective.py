@@ -72,7 +72,7 @@ class GaussNewtonRows:
         jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
         with self._as_evaluated():
             rows = jacobian.rows(cache.inputs, cache.targets)
-        self._events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), FORWARD + BACKWARD)
+        self._events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), jacobian.cost)
         return rows
 
     def _segments(self) -> Sequence[nn.Module]:

@@ -7,8 +7,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from apts_mpi.bundle import Bundle, differentiable, map_tensors, tensors_of
+from apts_mpi.environment import random_state, set_random_state
 from apts_mpi.errors import InvalidInput
 from apts_mpi.partition import Layer
 from apts_mpi.vector import FlatParameters
@@ -46,7 +48,7 @@ class SegmentedNetwork:
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
-        self.segments = tuple(_flatten(network)) if forward is None else (_Called(network, forward),)
+        self.segments = tuple(_flatten(network)) if forward is None else (CalledNetwork(network, forward),)
         for name, module in network.named_modules():
             if getattr(module, "inplace", False) is True:
                 module.inplace = False
@@ -149,16 +151,33 @@ class SegmentedNetwork:
         return sum(count / self.multiplications for count in self._counts[first : last + 1])
 
 
-class _Called(torch.nn.Module):
-    """A network as ``forward`` calls it."""
+class CalledNetwork(torch.nn.Module):
+    """A network as a function of (network, inputs) calls it.
+
+    That may ask for gradients of the inputs it is given, and differentiate with ``torch.autograd.grad`` also where no
+    graph is to be made.
+    """
 
     def __init__(self, network: torch.nn.Module, forward: Forward) -> None:
         super().__init__()
         self.network = network
         self._function = forward
+        self._needs_graph = False
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self._function(self.network, inputs)
+        inputs = inputs.detach()
+        if torch.is_grad_enabled():
+            return self._function(self.network, inputs)
+        if not self._needs_graph:
+            state = random_state(inputs.device)
+            try:
+                return self._function(self.network, inputs)
+            except RuntimeError:  # if for another reason, it comes again
+                self._needs_graph = True
+                set_random_state(state, inputs.device)
+        with torch.enable_grad():
+            outputs = self._function(self.network, inputs)
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
 
 
 def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:

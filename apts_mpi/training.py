@@ -20,6 +20,7 @@ from apts_mpi.events import OTHER
 from apts_mpi.iteration import Judged, StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
+from apts_mpi.segments import CalledNetwork
 from apts_mpi.training_options import TrainingOptions
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -94,6 +95,8 @@ class Training:
         self.samples = len(problem.train[0])
         self.batch_size = min(options.batch_size or problem.batch_size or self.samples, self.samples)
         self.epochs = options.epochs or problem.epochs
+        network, forward = problem.network, problem.forward
+        self._called = network if forward is None else CalledNetwork(network, forward)
         self.solver = self._make_solver(comm)
         self._check_batch()
         self.comm: Communicator = self.solver.comm
@@ -300,7 +303,7 @@ class Training:
         first, last = split(len(data[0]), self.comm.size, self.comm.rank)
         for start in range(first, last, METRIC_SAMPLES):
             inputs, targets = (part[start : min(start + METRIC_SAMPLES, last)] for part in data)
-            sums = added(sums, self._sums(self._outputs(inputs), targets))
+            sums = added(sums, self._sums(self._called(inputs), targets))
         return self._means(name, sums, len(data[0]))
 
     def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[float]:
@@ -318,11 +321,6 @@ class Training:
         loss, accuracy, classified = self.comm.agree(sums, lambda table: table.sum(axis=0) / count)
         result = {f"{name}_loss": loss}
         return result | ({f"{name}_accuracy": accuracy} if classified == 1.0 else {})
-
-    def _outputs(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.problem.forward is not None:
-            return self.problem.forward(self.problem.network, inputs)
-        return self.problem.network(inputs)
 
     def warning(self) -> str:
         """Why the run is no success, in a sentence; empty where nothing is known against it."""

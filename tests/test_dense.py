@@ -295,12 +295,62 @@ class SharedNoise(nn.Module):
         return inputs + torch.randn(inputs.shape[1:], dtype=inputs.dtype)
 
 
+class WithSlope(nn.Module):
+    """Derivatives of the values by the inputs, as most programs compute them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, inputs):
+        with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_()
+            values = self.layers(inputs)
+            (slope,) = torch.autograd.grad(values.sum(), inputs, create_graph=True)
+            return torch.cat([values, slope[:, : CLASSES - 1]], dim=1)
+
+
+@pytest.mark.parametrize("at_once", [4, 32])
 @pytest.mark.parametrize(
-    ("module", "message"), [(SharedNoise(), "not one after the other for each sample"), (nn.RReLU(), "torch.func")]
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(FEATURES, CLASSES), SharedNoise()),
+        lambda: nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.RReLU()),
+        WithSlope,
+    ],
+    ids=["shared noise", "rrelu", "autograd.grad"],
 )
-def test_what_cannot_be_drawn_sample_by_sample_is_named(module, message):
-    network, (inputs, targets) = nn.Sequential(nn.Linear(FEATURES, 3), module).double(), classified(11)
-    with pytest.raises(InvalidInput, match=f"local.solver: 'gauss-newton' .*{message}.* choose kfac"):
+def test_what_cannot_be_differentiated_sample_by_sample(monkeypatch, make, at_once):
+    monkeypatch.setattr("apts_mpi.dense.OUTPUTS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    network, (inputs, targets) = make().double(), classified(11)
+    parameters = list(network.parameters())
+    torch.manual_seed(5)
+    expected = dense_curvature(cross_entropy, network(inputs), targets, parameters)
+    torch.manual_seed(5)
+    rows = rows_of(network, inputs, targets, cross_entropy)
+    torch.testing.assert_close(rows.T @ rows, expected, rtol=1e-10, atol=1e-13)
+
+
+class Unbatched(torch.autograd.Function):
+    """Without a rule for several backward passes at once."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(gradient.sum() * 0.0 + 1.0)
+
+
+def test_outputs_that_cannot_be_differentiated_one_by_one_are_named():
+    class Module(nn.Linear):
+        def forward(self, inputs):
+            return Unbatched.apply(super().forward(inputs))
+
+    network, (inputs, targets) = Module(FEATURES, CLASSES).double(), classified(11)
+    with pytest.raises(InvalidInput, match="local.solver: 'gauss-newton' .*each output .* choose kfac"):
         rows_of(network, inputs, targets, cross_entropy)
 
 

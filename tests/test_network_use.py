@@ -7,7 +7,7 @@ import torch
 from networks import classified, classifier, cross_entropy, flat, loss_and_gradient, make_solver, options, squared_error
 from torch import nn
 
-from apts_mpi import APTS, InvalidInput
+from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions
 
 
 def run(world, between, steps=3, **changes):
@@ -214,6 +214,34 @@ def test_forward_function_of_the_users(world):
     losses = [solver.step((inputs, inputs.cos())).schwarz.loss for _ in range(15)]
     assert losses[0] == pytest.approx(expected, rel=1e-13)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def as_most_programs(network, inputs):
+    """The same without a thought of what happens around it."""
+    inputs.requires_grad_()
+    return torch.autograd.grad(network(inputs).sum(), inputs, create_graph=True)[0]
+
+
+def by_transforms(network, inputs):
+    """The same, which the solver can differentiate sample by sample and in forward mode."""
+    return torch.func.grad(lambda points: network(points).sum())(inputs)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("solver", ["auto", "tr", "lsr1", "steihaug"])
+@pytest.mark.parametrize("forward", [derivative, as_most_programs])
+def test_derivatives_by_autograd_are_as_good_as_those_by_transforms(world, forward, solver):
+    """With the coarse level on, and dense Gauss-Newton as the automatic local solver."""
+    inputs = classified()[0][:, :3]
+    losses = []
+    for function in (forward, by_transforms):
+        chosen = APTSOptions(subdomains=2, local=LocalOptions(solver=solver))
+        own = inputs.clone()
+        network = APTS(potential(), squared_error, comm=world, options=chosen, forward=function)
+        losses.append([network.step((own, inputs.cos())).schwarz.loss for _ in range(4)])
+        assert torch.equal(own, inputs) and not own.requires_grad
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)  # rounding, magnified by the last small eigenvalues
+    assert losses[0][-1] < 0.7 * losses[0][0]
 
 
 @pytest.mark.mpi

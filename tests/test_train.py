@@ -16,7 +16,7 @@ from networks import classified, classifier, cross_entropy, problem
 from torch import nn
 
 from apts_mpi.iteration import Judged
-from apts_mpi.problems import build
+from apts_mpi.problems import Problem, build
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.train import main, make_parser, parse, spell
 from apts_mpi.training import RETRIES, Training, dimension_of_classes, why_not_accepted
@@ -342,6 +342,34 @@ def test_warning_at_the_end_of_a_run_without_success(world, capfd, arguments, wa
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(lines) == (bool(warning) and world.rank == 0)
     assert not lines or re.match("warning: " + warning, lines[0])
+
+
+def sine():
+    """A differential equation whose residual is differentiated by `torch.autograd.grad`."""
+
+    def residual(network, x):
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+
+    x = torch.linspace(0.0, 3.0, 40, dtype=torch.float64)[:, None]
+    network = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    samples = (x, -x.sin())
+    return Problem(
+        name="sine", network=network, loss=nn.functional.mse_loss, train=samples, test=samples, forward=residual
+    )
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
+@pytest.mark.parametrize("optimizer", ["apts", "adam", "lbfgs"])
+def test_residuals_by_autograd(world, directory, optimizer):
+    common = "--problem=test_train:sine --dtype=float64 --device=cpu --epochs=5 --learning-rate=1e-2 --run-dir=run"
+    main([*common.split(), f"--optimizer={optimizer}"])
+    if world.rank == 0:
+        _, epochs = history(directory / "run")
+        assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+        assert epochs[-1]["train_loss"] == pytest.approx(epochs[-1]["test_loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,40 @@ class Step(nn.Module):
         return (inputs > 0.0).to(inputs)
 
 
+class Sine(torch.autograd.Function):
+    """With neither forward mode nor a rule for `torch.func`."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        return inputs.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inputs,) = ctx.saved_tensors
+        return gradient * inputs.cos()
+
+
+class SineLinear(nn.Linear):
+    def forward(self, inputs):
+        return Sine.apply(super().forward(inputs))
+
+
+class Slope(nn.Module):
+    """Values, and their derivatives by the inputs as most programs compute them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1))
+
+    def forward(self, inputs):
+        with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_()
+            values = self.layers(inputs)
+            (slope,) = torch.autograd.grad(values.sum(), inputs, create_graph=True)
+            return torch.cat([values, slope], dim=1)
+
+
 class BentInPlace(nn.Module):
     def forward(self, inputs):
         return inputs.relu_()
@@ -98,6 +132,8 @@ NETWORKS = {
         nn.Linear(12, CLASSES),
     ],
     "fused attention": lambda: [Attention(), nn.Linear(40, CLASSES)],
+    "custom function": lambda: [nn.Linear(FEATURES, 8), SineLinear(8, 8), SineLinear(8, CLASSES)],
+    "autograd.grad within": lambda: [Slope(), nn.Linear(FEATURES + 1, CLASSES)],
     "step function": lambda: [nn.Linear(FEATURES, 8), Step(), nn.Linear(8, CLASSES)],
 }
 
@@ -203,6 +239,7 @@ def test_what_cannot_be_differentiated_is_a_named_error(world):
             return 2.0 * inputs
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx, gradient):
             return 2.0 * gradient
 

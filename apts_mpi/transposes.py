@@ -1,0 +1,90 @@
+"""Tangents by reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from apts_mpi.bundle import Bundle, detached, differentiable
+
+
+def by_transposes(
+    run: Callable[[Sequence[torch.Tensor]], Bundle],
+    point: Sequence[torch.Tensor],
+    tangents: Sequence[torch.Tensor],
+    compare: bool,
+) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+    """What ``run`` returns at a point, and its tangents along those of the point.
+
+    They are the derivative of ``v -> J^T v``, transposed: reverse mode alone, which every operation has.
+
+    Parameters
+    ----------
+    run
+        Function of tensors.
+    point
+        Its arguments.
+    tangents
+        For each argument, shape (columns, ...).
+    compare
+        Whether to make sure that the backward pass has a derivative; reads numbers from the device.
+
+    Returns
+    -------
+    outputs : Tensor or tuple of Tensor
+    tangents : tuple of Tensor
+        Of each differentiable output, shape (columns, ...).
+
+    Raises
+    ------
+    RuntimeError
+        Where the backward pass has no derivative.
+    """
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in point]
+        outputs = run(leaves)
+        moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
+        weights = [tensor.detach().clone().requires_grad_() for tensor in moving]
+        pulled = torch.autograd.grad(moving, leaves, weights, create_graph=True, allow_unused=True) if moving else ()
+        pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
+        found = _times_tangents([pair for pair in pairs if pair[0].requires_grad], weights, len(tangents[0]))
+    if compare:
+        _compare_with_transposes(pairs, list(zip(weights, found, strict=True)))
+    moved = iter(found)
+    return detached(outputs), tuple(
+        next(moved) if tensor.requires_grad else tensor.new_zeros(len(tangents[0]), *tensor.shape)
+        for tensor in differentiable(outputs)
+    )
+
+
+def _compare_with_transposes(
+    pulled: Sequence[tuple[torch.Tensor, torch.Tensor]], moved: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Raise unless ``<J^T v, t> = <v, J t>`` up to rounding, for pairs of J^T v and t, and of v and J t.
+
+    A backward pass that is not made of torch's operations (``once_differentiable``) has no derivative, of which
+    autograd says nothing: tangents would be zero.
+    """
+    products, bounds = [], []
+    for pairs in (pulled, moved):
+        each = [(part.detach().double(), tangent.double()) for part, tangent in pairs]
+        products.append(sum(float((part * tangent).sum()) for part, tangent in each))
+        bounds.append(sum(float(part.norm() * tangent.norm()) for part, tangent in each))
+    tolerance = max((torch.finfo(part.dtype).eps ** 0.5 for part, _ in moved), default=0.0)
+    if abs(products[0] - products[1]) > tolerance * max(bounds):
+        raise RuntimeError("a backward pass of the network's cannot be differentiated")
+
+
+def _times_tangents(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[torch.Tensor], columns: int
+) -> list[torch.Tensor]:
+    """Derivatives by ``weights`` of what was pulled back with them, times the tangents; zero where there is none."""
+    found: Sequence[torch.Tensor | None] = [None] * len(weights)
+    if pairs:
+        parts, tangents = zip(*pairs, strict=True)
+        found = torch.autograd.grad(parts, weights, tangents, is_grads_batched=True, allow_unused=True)
+    return [
+        weight.new_zeros(columns, *weight.shape) if part is None else part
+        for part, weight in zip(found, weights, strict=True)
+    ]
