@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from apts_mpi.dense import gram
-from apts_mpi.recorder import LayerRecord
+from apts_mpi.recorder import UNCALLED, LayerRecord
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -76,16 +76,23 @@ class KroneckerFactors:
         ``nn.Linear``, or a convolution without groups.
     """
 
-    def __init__(self, module: nn.Linear | Convolution) -> None:
+    # What its parameters are called.
+    names = ("weight", "bias")
+
+    def __init__(self, module: nn.Linear | Convolution | nn.MultiheadAttention) -> None:
         self._module = module
-        self._rows = module.weight.shape[0]
-        self._has_bias = module.bias is not None
+        self._rows = self._weight.shape[0]
+        self._has_bias = getattr(module, self.names[1]) is not None
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        return getattr(self._module, self.names[0])
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `Curvature`."""
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
-        none = self._module.weight.detach().flatten(1)[:0]
+        none = self._weight.detach().flatten(1)[:0]
         activations = torch.cat([none, *(self._unfold(record.inputs) for record in records)])
         gradients = torch.cat([none.new_empty(0, self._rows), *(self._rows_of(record.gradient) for record in records)])
         if self._has_bias:
@@ -100,7 +107,7 @@ class KroneckerFactors:
     def _unfold(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the weights of one output are multiplied by, as rows, one a sample and position."""
         module = self._module
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, Convolution):
             return inputs.reshape(-1, inputs.shape[-1])
         patches = _padded(_batched(inputs, module.weight.dim()), module)
         places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
@@ -110,8 +117,8 @@ class KroneckerFactors:
 
     def _rows_of(self, gradient: torch.Tensor) -> torch.Tensor:
         """Output gradients as rows of the same order."""
-        if not isinstance(self._module, nn.Linear):
-            gradient = _batched(gradient, self._module.weight.dim()).movedim(1, -1)
+        if isinstance(self._module, Convolution):
+            gradient = _batched(gradient, self._weight.dim()).movedim(1, -1)
         return gradient.reshape(-1, self._rows)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
@@ -120,13 +127,23 @@ class KroneckerFactors:
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
-        weights = gradient[: self._module.weight.numel()].view(self._rows, -1)
+        size = self._weight.numel()
+        weights = gradient[:size].view(self._rows, -1)
         if self._has_bias:
-            weights = torch.cat([weights, gradient[self._module.weight.numel() :, None]], dim=1)
+            weights = torch.cat([weights, gradient[size:, None]], dim=1)
         solved = -(self._inverse_outputs @ weights @ self._inverse_inputs)
         if self._has_bias:
             return torch.cat([solved[:, :-1].flatten(), solved[:, -1]])
         return solved.flatten()
+
+
+class AttentionFactors(KroneckerFactors):
+    """K-FAC of an ``nn.MultiheadAttention`` of one input: its projections to queries, keys and values as one matrix.
+
+    The projection of what is attended to is a layer of its own.
+    """
+
+    names = ("in_proj_weight", "in_proj_bias")
 
 
 class EmbeddingFactors:
@@ -236,7 +253,8 @@ TINY = 1e-30
 
 # For exactly these types: a subclass may compute something else.
 KINDS: dict[type[nn.Module], Callable[[Any], Curvature]] = {
-    **dict.fromkeys([nn.Linear, *get_args(Convolution)], KroneckerFactors),
+    **dict.fromkeys([nn.Linear, *UNCALLED, *get_args(Convolution)], KroneckerFactors),
+    nn.MultiheadAttention: AttentionFactors,
     nn.Embedding: EmbeddingFactors,
     **dict.fromkeys(get_args(Normalisation), NormalisationDiagonal),
 }
@@ -246,21 +264,23 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     """The curvature that suits a layer of which ``size`` parameters are trained.
 
     `GradientDiagonal` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``, ``nn.EmbeddingBag``,
-    ``nn.SyncBatchNorm``, attention, recurrent layers, activations with parameters, subclasses and parametrised layers;
-    and for convolutions with groups, embeddings with ``scale_grad_by_freq``, and layers that are partly frozen.
+    ``nn.SyncBatchNorm``, recurrent layers, activations with parameters, subclasses and parametrised layers; and for
+    convolutions with groups, attention with weights apart or further biases, embeddings with ``scale_grad_by_freq``,
+    and layers that are partly frozen.
     """
     kind = KINDS.get(type(module))
-    if kind is None or not _is_usual(module, size):
+    names = getattr(kind, "names", ("weight", "bias"))
+    if kind is None or not _is_usual(module, size, names):
         return GradientDiagonal()
     return kind(module)
 
 
-def _is_usual(module: nn.Module, size: int) -> bool:
+def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
     """Whether a layer has nothing but a weight and perhaps a bias, all trained, and uses them as its type does."""
     parameters = dict(module.named_parameters(recurse=False))
-    if list(parameters) not in (["weight"], ["weight", "bias"]):  # others, such as of the old weight_norm, make these
+    if list(parameters) not in ([*names[:1]], [*names]):  # others, such as of the old weight_norm, make these
         return False
-    weight, bias = parameters["weight"], parameters.get("bias")
+    weight, bias = parameters[names[0]], parameters.get(names[1])
     of_bias = weight.shape if isinstance(module, Normalisation) else weight.shape[:1]
     return (
         size == sum(parameter.numel() for parameter in parameters.values())

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
+
+# Layers that an ``nn.MultiheadAttention`` holds and does not call.
+UNCALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
 
 
 @dataclass
@@ -20,13 +25,13 @@ class LayerRecord:
     module : nn.Module
         The layer.
     inputs : Tensor
-        What it was given; samples in the first dimension. In a stage what `apts_mpi.bundle.store` makes of it.
+        What it was given, of any order of samples and positions. In a stage what `apts_mpi.bundle.store` makes of it.
     gradient : Tensor or None
         Gradient of the mean loss of the pass with respect to what the layer returned, kept as the inputs are; None
         where the loss does not depend on it.
     """
 
-    module: torch.nn.Module
+    module: nn.Module
     inputs: Any
     gradient: Any = None
 
@@ -49,7 +54,8 @@ class LayerRecorder:
     """Records calls of chosen layers, by hooks that do nothing outside of `recording`.
 
     Calls with anything but one tensor, or that return anything else, are not recorded; nor are those that a network
-    differentiates by ``torch.func``, whose tensors mean nothing outside.
+    differentiates by ``torch.func``, whose tensors mean nothing outside. Of ``nn.MultiheadAttention``, which calls no
+    layers, the products with its weights are recorded.
 
     Parameters
     ----------
@@ -57,26 +63,33 @@ class LayerRecorder:
         The layers.
     """
 
-    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._records: list[LayerRecord] | None = None
+        self._multiplied: list[tuple[nn.Module, str]] = []
         # The hooks stay with the network; they must not keep this object alive.
         hook = _Hook(weakref.ref(self))
         for module in modules:
-            # The first of the hooks: others may return something else than the layer did.
-            module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            if isinstance(module, nn.MultiheadAttention):
+                self._multiplied.append((module, "in_proj_weight"))
+            elif isinstance(module, UNCALLED):
+                self._multiplied.append((module, "weight"))
+            else:
+                # The first of the hooks: others may return something else than the layer did.
+                module.register_forward_hook(hook, prepend=True, with_kwargs=True)
 
     @contextmanager
     def recording(self) -> Iterator[list[LayerRecord]]:
         """Record all calls in the block that take part in a graph."""
         records = self._records = []
         try:
-            yield records
+            with _products_seen_by(self._see_product) if self._multiplied else nullcontext():
+                yield records
         finally:
             self._records = None
         for record in records:
             record.gradient = None  # of a derivative that the network itself took
 
-    def see(self, module: torch.nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
+    def see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
         """A layer was called with ``given``, by position or by keyword."""
         if self._records is None or len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
             return
@@ -87,6 +100,32 @@ class LayerRecorder:
             record = LayerRecord(module, inputs)
             record.follow(outputs)
             self._records.append(record)
+
+    def _see_product(self, inputs: torch.Tensor, weight: torch.Tensor, outputs: torch.Tensor) -> None:
+        """A weight was multiplied by."""
+        for module, name in self._multiplied:
+            if getattr(module, name) is weight:
+                self.see(module, (inputs,), outputs)
+
+
+@contextmanager
+def _products_seen_by(see: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Tell of each ``linear(inputs, weight)`` of ``torch.nn.functional`` in the block.
+
+    torch hands the whole of attention to its function modes as one call, in which they are off.
+    """
+    linear = functional.linear
+
+    def told(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        outputs = linear(input, weight, bias)
+        see(input, weight, outputs)
+        return outputs
+
+    functional.linear = told
+    try:
+        yield
+    finally:
+        functional.linear = linear
 
 
 class _Hook:
@@ -103,9 +142,7 @@ class _Hook:
     def __init__(self, recorder: weakref.ref[LayerRecorder]) -> None:
         self._recorder = recorder
 
-    def __call__(
-        self, module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: torch.Tensor
-    ) -> None:
+    def __call__(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: torch.Tensor) -> None:
         alive = self._recorder()
         if alive is not None:
             alive.see(module, (*given, *named.values()), outputs)
@@ -124,6 +161,6 @@ def _whole(outputs: torch.Tensor) -> torch.Tensor:
     return outputs if base is None else base
 
 
-def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+def _dtype_of(module: nn.Module) -> torch.dtype:
     """Of its parameters; under autocast it computes in another one, in which statistics would be summed up badly."""
     return next(module.parameters()).dtype

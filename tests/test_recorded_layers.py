@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from apts_mpi import APTS, APTSOptions, LocalOptions, StagedAPTS
 from apts_mpi.curvature import (
+    AttentionFactors,
     EmbeddingFactors,
     GradientDiagonal,
     KroneckerFactors,
@@ -320,7 +321,11 @@ def with_one_bias(layer):
         (nn.Bilinear(2, 2, 2), GradientDiagonal),
         (nn.EmbeddingBag(5, 2), GradientDiagonal),
         (nn.SyncBatchNorm(3), GradientDiagonal),
-        (nn.MultiheadAttention(4, 2), GradientDiagonal),
+        (nn.MultiheadAttention(4, 2), AttentionFactors),
+        (nn.MultiheadAttention(4, 2, bias=False), AttentionFactors),
+        (nn.MultiheadAttention(4, 2).out_proj, KroneckerFactors),
+        (nn.MultiheadAttention(4, 2, kdim=3), GradientDiagonal),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), GradientDiagonal),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value.__name__,
 )
@@ -339,12 +344,68 @@ class ByKeyword(nn.Module):
 
 
 class Attended(nn.Module):
-    def __init__(self):
+    def __init__(self, bias=True):
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True)
 
     def forward(self, inputs):
         return inputs + self.attention(inputs, inputs, inputs)[0]
+
+
+class Crossed(Attended):
+    def forward(self, inputs):
+        others = inputs.sin()
+        return inputs + self.attention(inputs, others, others)[0]
+
+
+class Spelled(nn.Module):
+    """What `Attended` computes, with a layer for each product."""
+
+    def __init__(self, attended):
+        super().__init__()
+        own, bias = attended.attention, attended.attention.in_proj_bias is not None
+        self.projection, self.last = nn.Linear(8, 24, bias=bias), nn.Linear(8, 8, bias=bias)
+        values = [own.in_proj_weight, own.in_proj_bias, own.out_proj.weight, own.out_proj.bias]
+        for parameter, value in zip(self.parameters(), filter(lambda v: v is not None, values), strict=True):
+            parameter.data = value.detach().clone()
+
+    def forward(self, inputs):
+        query, key, value = self.projection(inputs).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        attended = (query @ key.transpose(-1, -2) / 2.0).softmax(dim=-1) @ value
+        return inputs + self.last(attended.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_equals_its_products_spelled_out(bias):
+    torch.manual_seed(0)
+    attended = Attended(bias).double()
+    for parameter in attended.parameters():
+        parameter.data.normal_()
+    spelled = Spelled(attended).double()
+    inputs = torch.randn(SAMPLES, 3, 8, dtype=torch.float64)
+    linear = nn.functional.linear
+    own = attended.attention
+    for layer, other in [(own, spelled.projection), (own.out_proj, spelled.last)]:
+        found = []
+        for network, module in [(attended, layer), (spelled, other)]:
+            records, _ = recorded(module, inputs, network)
+            assert len(records) == 1
+            curvature = make_curvature(module, sum(p.numel() for p in module.parameters(recurse=False)))
+            gradient = torch.cat([p.grad.flatten() / 3.0 for p in module.parameters(recurse=False)])
+            statistics = curvature.measure(batch_of(records, gradient, SAMPLES))
+            curvature.refresh(statistics, 1e-2)
+            found.append([gradient, *statistics, curvature.direction(gradient)])
+        for value, expected in zip(*found, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    assert nn.functional.linear is linear
+
+
+def test_products_are_seen_no_more_after_an_error():
+    linear = nn.functional.linear
+    recorder = LayerRecorder([Attended().attention])
+    with pytest.raises(ZeroDivisionError), recorder.recording():
+        raise ZeroDivisionError
+    assert nn.functional.linear is linear
 
 
 class Recurrent(nn.Module):
@@ -369,8 +430,12 @@ class Slope(nn.Module):
 
 
 MIDDLES = {
-    "attention": (Attended, {GradientDiagonal}),
-    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True), None),
+    "attention": (Attended, {AttentionFactors, KroneckerFactors}),
+    "attention to others": (Crossed, {GradientDiagonal, KroneckerFactors}),
+    "transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True),
+        {AttentionFactors, KroneckerFactors, NormalisationDiagonal},
+    ),
     "lstm": (lambda: Recurrent(nn.LSTM), {GradientDiagonal}),
     "gru": (lambda: Recurrent(nn.GRU), {GradientDiagonal}),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), {GradientDiagonal}),
