@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.func import functional_call, jacrev, vjp, vmap
 
 from apts_mpi.bundle import Bundle, differentiable, map_tensors, with_differentiable
 from apts_mpi.environment import random_state, set_random_state
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import named_failures
 from apts_mpi.events import BACKWARD, FORWARD
 from apts_mpi.objective import Loss
 
@@ -23,6 +22,12 @@ SAMPLES_AT_ONCE = 1024
 
 # The same where every one of these takes the memory of a backward pass of all samples.
 OUTPUTS_AT_ONCE = 32
+
+# What is said where outputs cannot be differentiated.
+WITHOUT_ROWS = (
+    "local.solver: 'gauss-newton' cannot be used: it differentiates each output by all parameters",
+    "choose kfac or another one",
+)
 
 
 class BlockJacobian:
@@ -107,7 +112,7 @@ class BlockJacobian:
             values = outputs.flatten()
         rows = []
         for units in torch.eye(len(values), dtype=values.dtype, device=values.device).split(OUTPUTS_AT_ONCE):
-            with _named_failures():
+            with named_failures(*WITHOUT_ROWS):
                 parts = torch.autograd.grad(
                     values,
                     self._parameters,
@@ -141,21 +146,6 @@ def _is_close(own: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether two results of the same operations differ by no more than rounding."""
     tolerance = torch.finfo(own.dtype).eps ** 0.5
     return bool((own - others).abs().max() <= tolerance * others.abs().max())
-
-
-@contextmanager
-def _named_failures() -> Iterator[None]:
-    """Name what has to be chosen instead, where outputs cannot be differentiated one by one."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidInput(
-            "local.solver: 'gauss-newton' cannot be used: it differentiates each output by all parameters, "
-            f"which failed ({reason}); choose kfac or another one"
-        ) from error
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
@@ -259,6 +249,6 @@ def pull_rows(
         return vmap(lambda *of_row: pull(of_row))(*rows)
 
     in_dims = (0, *[1] * len(rows))
-    with _named_failures():
+    with named_failures(*WITHOUT_ROWS):
         derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(inputs, *rows)
     return _joined(derivatives, names).flatten(0, 1), tuple(part.transpose(0, 1) for part in by_inputs)

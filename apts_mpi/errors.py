@@ -1,5 +1,10 @@
 """The error that a user can mend: it names the option, the bad value and the remedy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 
 class InvalidInput(ValueError):
     """Input that cannot be used; the message alone, without a traceback, is enough to mend it."""
@@ -19,3 +24,26 @@ class StallError(RuntimeError):
 
 class StageError(RuntimeError):
     """Something failed in a stage of a pipeline; the message names the stage, the cause is the error itself."""
+
+
+@contextmanager
+def named_failures(words: str, remedy: str) -> Iterator[None]:
+    """Name what has to be chosen instead, where torch cannot differentiate.
+
+    Parameters
+    ----------
+    words, remedy
+        What the message says before and after torch's reason.
+
+    Raises
+    ------
+    InvalidInput
+        For an error of torch's, except for a lack of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidInput(f"{words}, which failed ({reason}); {remedy}") from error

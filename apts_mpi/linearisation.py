@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from apts_mpi.buffers import Buffers
 from apts_mpi.bundle import Bundle, differentiable, tensors_of, with_differentiable
 from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.objective import Loss, Pass
 from apts_mpi.segments import SegmentedNetwork
@@ -28,6 +28,12 @@ Bilinear = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 # Batch and instance normalisation.
 NORMALISING = nn.modules.batchnorm._NormBase
+
+# What is said where these derivatives do not exist.
+WITHOUT_TANGENTS = (
+    "coarse.model: 'gauss-newton' differentiates the network and the loss twice",
+    "choose --coarse none, or a network and a loss of operations that have second derivatives",
+)
 
 T = TypeVar("T")
 
@@ -93,7 +99,7 @@ class Linearisation:
         InvalidInput
             Where the network or the loss has no derivatives of the kinds that this takes.
         """
-        with self.drawing(part), _named_failures():
+        with self.drawing(part), named_failures(*WITHOUT_TANGENTS):
             outputs, tangents = self.tangents(part.inputs, columns)
             if not isinstance(outputs, torch.Tensor):
                 raise InvalidInput(
@@ -302,21 +308,6 @@ def _merge(
             along_inputs = torch.cat([along_inputs, new])
         merged.append(along_inputs)
     return joined + [moving[place] for place in fresh], tuple(merged)
-
-
-@contextmanager
-def _named_failures() -> Iterator[None]:
-    """Name what has to be chosen instead, where the network or the loss cannot be differentiated so."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidInput(
-            f"coarse.model: 'gauss-newton' differentiates the network and the loss twice, which failed ({reason}); "
-            "choose --coarse none, or a network and a loss of operations that have second derivatives"
-        ) from error
 
 
 @contextmanager

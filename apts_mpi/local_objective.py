@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.bundle import Bundle, inner_product
 from apts_mpi.comm import Communicator
@@ -222,7 +223,8 @@ class LocalObjective:
             ``hessian``, or ``gauss-newton``, which is zero for an objective that is linear in its outputs (inexact).
         """
         own: list[Product] = []
-        with torch.enable_grad():
+        # The fused kernels of attention have no second derivatives.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for cache in self._parts:
                 outputs = self._outputs(cache)
                 if kind == "hessian":

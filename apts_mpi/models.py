@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from apts_mpi.errors import named_failures
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.objective import Loss
 from apts_mpi.trust_region import Dots, minimise_in_ball, steihaug
@@ -29,6 +30,12 @@ CG_ITERATIONS = 10
 # A pair is left out where the denominator of its update is below this share of its factors (Nocedal and Wright,
 # Numerical Optimization, 6.26).
 SKIP = 1e-8
+
+# What is said where there are no second derivatives.
+WITHOUT_PRODUCTS = (
+    "local.solver and global_step.model: 'steihaug' differentiates the network and the loss twice",
+    "choose others",
+)
 
 
 class Model(Protocol):
@@ -206,7 +213,8 @@ class HessianProducts:
 
     def __init__(self, value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
-        slopes = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+        with named_failures(*WITHOUT_PRODUCTS):
+            slopes = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
         self._slope = torch.cat([slope.flatten() for slope in slopes])
 
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
@@ -236,7 +244,8 @@ class GaussNewtonProducts:
         self._outputs = outputs
         self._parameters = parameters
         self._weights = torch.zeros_like(outputs, requires_grad=True)
-        parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
+        with named_failures(*WITHOUT_PRODUCTS):
+            parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
         self._pulled = torch.cat([part.flatten() for part in parts])
         self._curved = LossHessian(outputs, targets, loss)
 
@@ -259,7 +268,8 @@ class LossHessian:
 
     def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss) -> None:
         self._point = outputs.detach().requires_grad_()
-        (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
+        with named_failures(*WITHOUT_PRODUCTS):
+            (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
 
     def __call__(self, tangent: torch.Tensor) -> torch.Tensor:
         """The Hessian times ``tangent``, both of the shape of the outputs."""
@@ -270,7 +280,8 @@ def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights
     """The transposed derivative of ``values`` times ``weights``, flat; zero where there is nothing to differentiate."""
     if not values.requires_grad:
         return torch.cat([torch.zeros_like(variable).flatten() for variable in variables]).detach()
-    parts = torch.autograd.grad(values, variables, weights, retain_graph=True, materialize_grads=True)
+    with named_failures(*WITHOUT_PRODUCTS):
+        parts = torch.autograd.grad(values, variables, weights, retain_graph=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 

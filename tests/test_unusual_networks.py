@@ -1,6 +1,7 @@
 """Networks whose modules do more than compute their outputs: hooks, dropout within, statistics, work in place."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,16 @@ from mpi4py import MPI
 from networks import CLASSES, FEATURES, classified, cross_entropy, flat
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi import (
+    APTS,
+    APTSOptions,
+    CoarseOptions,
+    GlobalStepOptions,
+    InvalidInput,
+    LocalOptions,
+    SchwarzOptions,
+    TrustRegionOptions,
+)
 from apts_mpi.buffers import Buffers
 from apts_mpi.comm import Communicator
 from apts_mpi.environment import seed_stream
@@ -254,6 +264,27 @@ def test_what_cannot_be_differentiated_is_a_named_error(world):
         train(world, network())
     _, results = train(world, network(), coarse=CoarseOptions(model="none"), steps=1)
     assert results[0].accepted
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "options",
+    [{"local": LocalOptions(solver="steihaug")}, {"global_step": GlobalStepOptions(model="steihaug")}],
+    ids=["local", "global"],
+)
+@pytest.mark.parametrize("product", ["gauss-newton", "hessian"])
+def test_second_order_steps_without_second_derivatives(world, options, product):
+    """Fused attention has other kernels that have them; torch's bags of embeddings have none at all."""
+    options = {name: replace(group, product=product) for name, group in options.items()}
+    plain = {"coarse": CoarseOptions(model="none"), "subdomains": 2}
+    _, results = train(world, nn.Sequential(Attention(), nn.Linear(40, CLASSES)).double(), **plain, **options)
+    assert results[-1].schwarz.loss < results[0].schwarz.loss
+
+    bags = nn.Sequential(nn.EmbeddingBag(6, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+    solver = APTS(bags, cross_entropy, comm=world, options=APTSOptions(**plain, **options))
+    inputs, targets = classified()
+    with pytest.raises(InvalidInput, match=r"'steihaug' differentiates .*_embedding_bag_backward.*; choose others"):
+        solver.step(((3.0 * inputs).long().clamp(0, 5), targets))
 
 
 @pytest.mark.mpi
