@@ -10,61 +10,22 @@ loss's scale, of the samples' positions, and falls with the loss: against it an 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from apts_mpi.dense import gram
-from apts_mpi.recorder import UNCALLED, LayerRecord
+from apts_mpi.factors import Curvature, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.recorder import UNCALLED
+from apts_mpi.signed_factors import signed_factors
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 Normalisation = (
     nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | InstanceNorm
 )
-
-
-@dataclass
-class LayerBatch:
-    """What is known of a layer in one batch.
-
-    Attributes
-    ----------
-    records : sequence of LayerRecord
-        Calls of the layer on this rank's samples.
-    samples : int
-        Number of this rank's samples.
-    gradient : Tensor, shape (size,)
-        Gradient of the whole batch with respect to the layer's parameters.
-    batch_size : int
-        Number of samples of the whole batch.
-    """
-
-    records: Sequence[LayerRecord]
-    samples: int
-    gradient: torch.Tensor
-    batch_size: int
-
-    @property
-    def reached(self) -> list[LayerRecord]:
-        """The calls that the loss depends on."""
-        return [record for record in self.records if record.gradient is not None]
-
-
-class Curvature(Protocol):
-    """Approximate curvature of one layer, a running mean of what `measure` returns."""
-
-    def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """Statistics of one batch."""
-
-    def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """Factorise the running means, damped."""
-
-    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Minus the inverse curvature times a gradient, both of shape (size,)."""
 
 
 class KroneckerFactors:
@@ -123,7 +84,7 @@ class KroneckerFactors:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
-        self._inverse_inputs, self._inverse_outputs = (_damped_inverse(factor, damping**0.5) for factor in statistics)
+        self._inverse_inputs, self._inverse_outputs = (damped_inverse(factor, damping**0.5) for factor in statistics)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
@@ -167,8 +128,8 @@ class EmbeddingFactors:
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
         inputs, outputs = statistics
-        self._inverse_inputs = _damped_reciprocal(inputs, damping**0.5)
-        self._inverse_outputs = _damped_inverse(outputs, damping**0.5)
+        self._inverse_inputs = damped_reciprocal(inputs, damping**0.5)
+        self._inverse_outputs = damped_inverse(outputs, damping**0.5)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
@@ -192,7 +153,7 @@ class NormalisationDiagonal:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `Curvature`."""
-        total = torch.zeros_like(batch.gradient)
+        total = torch.cat([torch.zeros_like(value).flatten() for value in self._module.parameters()])
         for record in batch.reached:
             inputs, gradient = (_batched(part, self._dimensions) for part in (record.inputs, record.gradient))
             of_weight, of_bias = gradient * self._normalise(inputs), gradient
@@ -224,31 +185,11 @@ class NormalisationDiagonal:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `Curvature`."""
-        self._inverse = _damped_reciprocal(statistics[0], damping)
+        self._inverse = damped_reciprocal(statistics[0], damping)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `Curvature`."""
         return -gradient * self._inverse
-
-
-class GradientDiagonal:
-    """For layers of unknown kind: samples times the squared mean gradient, the Fisher diagonal where noise prevails."""
-
-    def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `Curvature`."""
-        return [batch.gradient.square() * batch.batch_size]
-
-    def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `Curvature`."""
-        self._inverse = _damped_reciprocal(statistics[0], damping)
-
-    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `Curvature`."""
-        return -gradient * self._inverse
-
-
-# Least damping, for layers whose gradients vanish.
-TINY = 1e-30
 
 
 # For exactly these types: a subclass may compute something else.
@@ -263,7 +204,7 @@ KINDS: dict[type[nn.Module], Callable[[Any], Curvature]] = {
 def make_curvature(module: nn.Module, size: int) -> Curvature:
     """The curvature that suits a layer of which ``size`` parameters are trained.
 
-    `GradientDiagonal` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``, ``nn.EmbeddingBag``,
+    `SignedFactors` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``, ``nn.EmbeddingBag``,
     ``nn.SyncBatchNorm``, recurrent layers, activations with parameters, subclasses and parametrised layers; and for
     convolutions with groups, attention with weights apart or further biases, embeddings with ``scale_grad_by_freq``,
     and layers that are partly frozen.
@@ -271,7 +212,7 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     kind = KINDS.get(type(module))
     names = getattr(kind, "names", ("weight", "bias"))
     if kind is None or not _is_usual(module, size, names):
-        return GradientDiagonal()
+        return signed_factors(module, size)
     return kind(module)
 
 
@@ -289,19 +230,6 @@ def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
         and not getattr(module, "scale_grad_by_freq", False)
         and "forward" not in vars(module)
     )
-
-
-def _damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Inverse of a positive semi-definite matrix plus ``damping`` times its mean eigenvalue, by Cholesky."""
-    damped = matrix.clone()
-    damped.diagonal().add_((damping * matrix.diagonal().mean()).clamp_min(TINY))
-    factor, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_inverse(factor)
-
-
-def _damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
-    """The same of a diagonal matrix."""
-    return 1.0 / (diagonal + (damping * diagonal.mean()).clamp_min(TINY))
 
 
 def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:

@@ -13,14 +13,15 @@ from typing import Protocol
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.curvature import TINY, Curvature, GradientDiagonal, LayerBatch
 from apts_mpi.dense import LARGEST_DENSE, gram, of_rows, uses_rows
 from apts_mpi.errors import InvalidInput
+from apts_mpi.factors import TINY, Curvature, LayerBatch
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.local_state import LayerState, LocalState, Memoryless
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.recorder import LayerRecord
+from apts_mpi.signed_factors import DRAWS, SignedFactors, signed_factors
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import NormKind, euclidean_radius, newton_in_ball, steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
@@ -101,7 +102,8 @@ class KFAC:
     """Steps along the natural gradient by Kronecker-factored curvature of each layer, clipped to the ball.
 
     Costs no evaluation and no communication: it uses the inputs and output gradients recorded while the global
-    gradient was evaluated. See `apts_mpi.curvature`.
+    gradient was evaluated. Only layers of unknown kind need a few gradients of the local objective an update. See
+    `apts_mpi.curvature`.
 
     Parameters
     ----------
@@ -164,9 +166,9 @@ class KFAC:
         self.count, self.updates = state.numbers["count"], state.numbers["updates"]
         self.statistics = [layer.tensors for layer in state.layers]
         if state.layers:
-            unseen = [layer.kind == GradientDiagonal.__name__ for layer in state.layers]
+            unseen = [layer.kind == SignedFactors.__name__ for layer in state.layers]
             self._layers = [
-                (GradientDiagonal() if replaced else curvature, module, part)
+                (signed_factors(module, part.stop - part.start) if replaced else curvature, module, part)
                 for (curvature, module, part), replaced in zip(self._layers, unseen, strict=True)
             ]
         for means, (curvature, _, _) in zip(self.statistics, self._layers, strict=False):
@@ -176,6 +178,7 @@ class KFAC:
         """Take in the statistics of this batch, and factorise."""
         if not self.statistics:
             self._replace_unseen(local.records)
+        signed = self._signed_gradients(local)
         fresh = [
             [
                 # What is not finite leads to a rejected step; it must not stay in the running means.
@@ -184,8 +187,8 @@ class KFAC:
                     LayerBatch(
                         [record for record in local.records if record.module is module],
                         local.samples,
-                        local.gradient[part],
-                        local.batch_size,
+                        [gradient[part] for gradient in signed],
+                        round(local.samples / local.weight),
                     )
                 )
             ]
@@ -201,11 +204,17 @@ class KFAC:
                 mean.lerp_(statistic, 1.0 - keep)
             curvature.refresh(means, self._damping)
 
+    def _signed_gradients(self, local: LocalObjective) -> list[torch.Tensor]:
+        """What layers of unknown kind are measured by; empty without such. Collective over the team."""
+        if not any(isinstance(curvature, SignedFactors) for curvature, _, _ in self._layers):
+            return []
+        return local.signed_gradients(DRAWS, key=self.updates)
+
     def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
-        """A layer whose weights are used without calling it has nothing to measure but its gradient."""
+        """A layer whose weights are used without calling it has nothing to measure but its gradients."""
         called = {id(record.module) for record in records if record.gradient is not None}
         self._layers = [
-            (curvature if id(module) in called else GradientDiagonal(), module, part)
+            (curvature if id(module) in called else signed_factors(module, part.stop - part.start), module, part)
             for curvature, module, part in self._layers
         ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apts_mpi.bundle import Bundle, inner_product
+from apts_mpi.bundle import Bundle, differentiable, inner_product, map_tensors, tensors_of
 from apts_mpi.comm import Communicator
 from apts_mpi.dense import BlockJacobian
 from apts_mpi.environment import preserved_random_state, set_random_state
@@ -196,6 +196,58 @@ class LocalObjective:
             _, value = self._over_team(self._block_gradient[:0], value)
         return value + self._first_order()
 
+    def signed_gradients(self, count: int, key: int) -> list[torch.Tensor]:
+        """Gradients at theta_k of f_d with a random sign for each sample. Collective over the team.
+
+        Parameters
+        ----------
+        count
+            How many; they share a forward pass.
+        key
+            What the signs are drawn with: those of a sample depend on its place among the team's.
+
+        Returns
+        -------
+        list of Tensor, shape (stop - start,)
+        """
+        stop = self._cache.position + self.samples
+        generator = torch.Generator().manual_seed(key)
+        signs = 2.0 * torch.randint(2, (stop, count), generator=generator)[self._cache.position :].T - 1.0
+        found = [torch.zeros_like(self._accumulated) for _ in range(count)]
+        first = 0
+        for cache in self._parts:
+            last = first + len(cache.targets)
+            with torch.enable_grad():
+                outputs = self._outputs(cache)
+            slopes = self._slopes(cache, outputs)
+            for total, own in zip(found, signs[:, first:last].to(self.block), strict=True):
+                total += self._pulled(outputs, [_with_signs(slope, own) for slope in slopes])
+            first = last
+        self._count(FORWARD + count * BACKWARD)
+        inside = [total[self._inside] for total in found]
+        return list(self._over_team(torch.cat(inside), self.block.new_zeros(()))[0].split(len(self.block)))
+
+    def _slopes(self, cache: Cache, outputs: Bundle) -> tuple[torch.Tensor, ...]:
+        """Gradients of f_d with respect to the differentiable outputs of its last segment."""
+        if cache.output_gradient is not None:
+            return tensors_of(self._objective.load(cache.output_gradient))
+        with torch.enable_grad():
+            point = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)
+            value = self._objective.loss(point, cache.targets) * cache.share
+        return torch.autograd.grad(value, differentiable(point), allow_unused=True, materialize_grads=True)
+
+    def _pulled(self, outputs: Bundle, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The outputs' derivatives by the touched parameters, transposed, times ``weights``; keeps the graph."""
+        pairs = zip(differentiable(outputs), weights, strict=True)
+        moving = [(tensor, weight) for tensor, weight in pairs if tensor.requires_grad]
+        if not moving:
+            return torch.zeros_like(self._accumulated)
+        tensors, weights = zip(*moving, strict=True)
+        parts = torch.autograd.grad(
+            tensors, self._parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([part.flatten() for part in parts])
+
     def gauss_newton_rows(self) -> torch.Tensor:
         """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start).
 
@@ -283,3 +335,10 @@ class LocalObjective:
         packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self.weight))
         self._team.sum(packed)
         return packed.tensor[:-1], packed.tensor[-1].double()
+
+
+def _with_signs(slope: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """A sign for each sample; as it is where the samples are not in the first dimension."""
+    if slope.dim() == 0 or len(slope) != len(signs):
+        return slope
+    return slope * signs.view(-1, *[1] * (slope.dim() - 1))

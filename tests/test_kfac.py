@@ -13,13 +13,13 @@ from torch.func import functional_call, grad, vmap
 from apts_mpi import CoarseOptions, LocalOptions
 from apts_mpi.curvature import (
     EmbeddingFactors,
-    GradientDiagonal,
     KroneckerFactors,
-    LayerBatch,
     NormalisationDiagonal,
     make_curvature,
 )
+from apts_mpi.factors import LayerBatch
 from apts_mpi.recorder import LayerRecorder
+from apts_mpi.signed_factors import SignedFactors
 
 
 def recorded(network, layer, inputs, targets, loss):
@@ -47,7 +47,7 @@ def per_sample_gradients(network, layer, inputs, targets, loss):
 
 
 def batch_of(records, gradient, samples):
-    return LayerBatch(records, samples, gradient, samples)
+    return LayerBatch(records, samples, [gradient], samples)
 
 
 def inverse_of(curvature, size):
@@ -166,11 +166,11 @@ def test_kinds_of_layers():
 
     assert kind(nn.Linear(2, 3)) is KroneckerFactors
     assert kind(nn.Conv2d(2, 4, 3)) is KroneckerFactors
-    assert kind(nn.Conv2d(2, 4, 3, groups=2)) is GradientDiagonal
+    assert kind(nn.Conv2d(2, 4, 3, groups=2)) is SignedFactors
     assert kind(nn.Embedding(3, 2)) is EmbeddingFactors
     assert kind(nn.BatchNorm2d(3)) is NormalisationDiagonal
-    assert kind(nn.PReLU()) is GradientDiagonal
-    assert kind(nn.Linear(2, 3), size=6) is GradientDiagonal  # a frozen bias
+    assert kind(nn.PReLU()) is SignedFactors
+    assert kind(nn.Linear(2, 3), size=6) is SignedFactors  # a frozen bias
 
 
 def kfac(**changes):
@@ -231,7 +231,7 @@ def test_weights_used_without_calling_their_layer_fall_back_to_the_gradient():
     solver = networks.make_solver(MPI.COMM_SELF, kfac(subdomains=2), network)
     results = [solver.step(networks.classified()) for _ in range(5)]
     kinds = [type(layer[0]) for layer in solver.schwarz.solvers[0]._layers]
-    assert kinds == [GradientDiagonal]
+    assert kinds == [SignedFactors]
     assert results[-1].schwarz.loss < results[0].schwarz.loss
 
 

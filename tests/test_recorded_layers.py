@@ -16,12 +16,12 @@ from apts_mpi import APTS, APTSOptions, LocalOptions, StagedAPTS
 from apts_mpi.curvature import (
     AttentionFactors,
     EmbeddingFactors,
-    GradientDiagonal,
     KroneckerFactors,
     NormalisationDiagonal,
     make_curvature,
 )
 from apts_mpi.recorder import LayerRecorder
+from apts_mpi.signed_factors import SignedFactors
 
 SAMPLES = 5
 
@@ -309,23 +309,23 @@ def with_one_bias(layer):
         (nn.Conv2d(2, 4, 3, padding="same"), KroneckerFactors),
         (nn.Embedding(5, 2, padding_idx=0), EmbeddingFactors),
         (nn.RMSNorm(4), NormalisationDiagonal),
-        (Bent(3, 2), GradientDiagonal),
-        (normed(nn.utils.weight_norm), GradientDiagonal),
-        (normed(nn.utils.spectral_norm), GradientDiagonal),
-        (normed(parametrizations.weight_norm), GradientDiagonal),
-        (with_forward(nn.Linear(3, 3)), GradientDiagonal),
-        (with_one_bias(nn.Linear(3, 4)), GradientDiagonal),
-        (nn.Embedding(5, 2, scale_grad_by_freq=True), GradientDiagonal),
-        (nn.ConvTranspose2d(2, 3, 3), GradientDiagonal),
-        (nn.Conv1d(2, 4, 3, groups=2), GradientDiagonal),
-        (nn.Bilinear(2, 2, 2), GradientDiagonal),
-        (nn.EmbeddingBag(5, 2), GradientDiagonal),
-        (nn.SyncBatchNorm(3), GradientDiagonal),
+        (Bent(3, 2), SignedFactors),
+        (normed(nn.utils.weight_norm), SignedFactors),
+        (normed(nn.utils.spectral_norm), SignedFactors),
+        (normed(parametrizations.weight_norm), SignedFactors),
+        (with_forward(nn.Linear(3, 3)), SignedFactors),
+        (with_one_bias(nn.Linear(3, 4)), SignedFactors),
+        (nn.Embedding(5, 2, scale_grad_by_freq=True), SignedFactors),
+        (nn.ConvTranspose2d(2, 3, 3), SignedFactors),
+        (nn.Conv1d(2, 4, 3, groups=2), SignedFactors),
+        (nn.Bilinear(2, 2, 2), SignedFactors),
+        (nn.EmbeddingBag(5, 2), SignedFactors),
+        (nn.SyncBatchNorm(3), SignedFactors),
         (nn.MultiheadAttention(4, 2), AttentionFactors),
         (nn.MultiheadAttention(4, 2, bias=False), AttentionFactors),
         (nn.MultiheadAttention(4, 2).out_proj, KroneckerFactors),
-        (nn.MultiheadAttention(4, 2, kdim=3), GradientDiagonal),
-        (nn.MultiheadAttention(4, 2, add_bias_kv=True), GradientDiagonal),
+        (nn.MultiheadAttention(4, 2, kdim=3), SignedFactors),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), SignedFactors),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value.__name__,
 )
@@ -431,19 +431,19 @@ class Slope(nn.Module):
 
 MIDDLES = {
     "attention": (Attended, {AttentionFactors, KroneckerFactors}),
-    "attention to others": (Crossed, {GradientDiagonal, KroneckerFactors}),
+    "attention to others": (Crossed, {SignedFactors, KroneckerFactors}),
     "transformer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True),
         {AttentionFactors, KroneckerFactors, NormalisationDiagonal},
     ),
-    "lstm": (lambda: Recurrent(nn.LSTM), {GradientDiagonal}),
-    "gru": (lambda: Recurrent(nn.GRU), {GradientDiagonal}),
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), {GradientDiagonal}),
-    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), {GradientDiagonal}),
-    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), {GradientDiagonal}),
-    "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), {GradientDiagonal}),
-    "derivatives": (Slope, {GradientDiagonal}),
-    "subclass": (lambda: Bent(8, 8), {GradientDiagonal}),
+    "lstm": (lambda: Recurrent(nn.LSTM), {SignedFactors}),
+    "gru": (lambda: Recurrent(nn.GRU), {SignedFactors}),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(8, 8)), {SignedFactors}),
+    "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(8, 8)), {SignedFactors}),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(8, 8)), {SignedFactors}),
+    "old weight norm": (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), {SignedFactors}),
+    "derivatives": (Slope, {SignedFactors}),
+    "subclass": (lambda: Bent(8, 8), {SignedFactors}),
 }
 
 

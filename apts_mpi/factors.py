@@ -1,0 +1,67 @@
+"""What the curvatures of all kinds of layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from apts_mpi.recorder import LayerRecord
+
+# Least damping, for layers whose gradients vanish.
+TINY = 1e-30
+
+
+@dataclass
+class LayerBatch:
+    """What is known of a layer in one batch.
+
+    Attributes
+    ----------
+    records : sequence of LayerRecord
+        Calls of the layer on this rank's samples.
+    samples : int
+        Number of this rank's samples.
+    signed : sequence of Tensor, shape (size,)
+        Gradients of the mean loss of the team's samples, with random signs of the samples; for those who need them.
+    team_samples : int
+        Number of these samples.
+    """
+
+    records: Sequence[LayerRecord]
+    samples: int
+    signed: Sequence[torch.Tensor] = ()
+    team_samples: int = 0
+
+    @property
+    def reached(self) -> list[LayerRecord]:
+        """The calls that the loss depends on."""
+        return [record for record in self.records if record.gradient is not None]
+
+
+class Curvature(Protocol):
+    """Approximate curvature of one layer, a running mean of what `measure` returns."""
+
+    def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
+        """Statistics of one batch."""
+
+    def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
+        """Factorise the running means, damped."""
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Minus the inverse curvature times a gradient, both of shape (size,)."""
+
+
+def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
+    """Inverse of a positive semi-definite matrix plus ``damping`` times its mean eigenvalue, by Cholesky."""
+    damped = matrix.clone()
+    damped.diagonal().add_((damping * matrix.diagonal().mean()).clamp_min(TINY))
+    factor, _ = torch.linalg.cholesky_ex(damped)
+    return torch.cholesky_inverse(factor)
+
+
+def damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
+    """The same of a diagonal matrix."""
+    return 1.0 / (diagonal + (damping * diagonal.mean()).clamp_min(TINY))
