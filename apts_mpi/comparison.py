@@ -47,6 +47,8 @@ class ComparisonOptions:
         Number of seeds: of initial networks and orders of the samples, the same for all methods.
     epochs
         Passes over the training samples. null: the problem's own number.
+    max_seconds
+        Stop each run after that many seconds of iterations, whatever the epochs: give many of these.
     baseline_epochs_factor
         Give the baselines that many times the epochs, where epochs of equal number are no fair measure.
     batch_size
@@ -71,6 +73,7 @@ class ComparisonOptions:
     out: str = "comparisons"
     seeds: int = 3
     epochs: int | None = None
+    max_seconds: float | None = None
     baseline_epochs_factor: int = 1
     batch_size: int | None = None
     train_samples: int | None = None
@@ -87,6 +90,8 @@ class ComparisonOptions:
         for name in ("epochs", "subdomains"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
+        limit = self.max_seconds
+        require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +307,7 @@ class Plan:
             "optimizer": setting.method,
             "seed": seed,
             "epochs": self.epochs,
+            "max_seconds": options.max_seconds,
             "batch_size": options.batch_size,
             "train_samples": options.train_samples,
             "data_dir": options.data_dir,

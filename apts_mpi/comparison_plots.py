@@ -75,7 +75,7 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
 
 
 def _curve(axes: Axes, row: Row, name: str) -> None:
-    losses = list(zip(*(history.column("train_loss") for history in row.histories), strict=True))
+    losses = list(zip(*(history.column("train_loss") for history in row.histories), strict=False))
     style = STYLES[row.setting.method]
     label = METHODS[row.setting.method]
     if row.setting.learning_rate is not None:

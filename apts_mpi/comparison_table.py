@@ -38,9 +38,9 @@ class Row:
         return [history.column(name)[-1] for history in self.histories]
 
     def mean(self, name: str) -> list[float]:
-        """The mean over the runs, one value an epoch."""
+        """The mean over the runs, one value an epoch, as far as all runs came."""
         columns = [history.column(name) for history in self.histories]
-        return [statistics.fmean(values) for values in zip(*columns, strict=True)]
+        return [statistics.fmean(values) for values in zip(*columns, strict=False)]
 
     @property
     def rank(self) -> float:
@@ -91,9 +91,10 @@ class Comparison:
     def note(self) -> str:
         """What the numbers of the table mean."""
         options, epochs = self.plan.options, self.plan.epochs
+        limit = f", but no more than {number(options.max_seconds)} s" if options.max_seconds is not None else ""
         return (
-            f"{epochs} epochs of APTS, {epochs * options.baseline_epochs_factor} of the baselines; {options.ranks} "
-            f"rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at the end. "
+            f"{epochs} epochs of APTS, {epochs * options.baseline_epochs_factor} of the baselines{limit}; "
+            f"{options.ranks} rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at the end. "
             "Gradient evaluations are those on the critical path. A step size is best by its training loss."
         )
 
@@ -120,7 +121,10 @@ class Comparison:
             return "APTS and the baselines cannot be compared: too many runs failed or diverged."
         rival = min(best.values(), key=lambda row: row.rank)
         name = f"{METHODS[rival.setting.method]} at {rival.setting.step_size}"
-        end = f"{number(rival.mean('gradient_evaluations')[-1])} evaluations and {number(rival.mean('seconds')[-1])} s"
+        evaluations, seconds = (
+            number(statistics.fmean(rival.final(name))) for name in ("gradient_evaluations", "seconds")
+        )
+        end = f"{evaluations} evaluations and {seconds} s"
         target = f"the final training loss of the best baseline ({name}: {number(rival.rank)} after {end})"
         passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
         if not passed:

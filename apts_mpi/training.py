@@ -102,6 +102,7 @@ class Training:
         self.comm: Communicator = self.solver.comm
         self.progress = Progress()
         self._resumed = False
+        self._is_out_of_time = False
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
 
@@ -160,9 +161,11 @@ class Training:
     def _run(self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool]) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
+        self._look_at_the_time()
         while not self.done:
             self.problem.network.train()
             record(self._note(self._step()))
+            self._look_at_the_time()
             metrics = None
             if progress.batch == self.batches:
                 metrics = self._end_epoch(record)
@@ -175,11 +178,18 @@ class Training:
             metrics = self._end_epoch(record) if progress.within_epoch else self.metrics()
         return metrics
 
+    def _look_at_the_time(self) -> None:
+        """Stop all ranks where rank 0's seconds are over. Collective."""
+        limit = self.options.max_seconds
+        if limit is not None:
+            self._is_out_of_time = bool(self.comm.decide(lambda: [self.progress.seconds >= limit])[0])
+
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
         progress = self.progress
-        return progress.epoch > self.epochs or progress.iteration >= (self.options.max_iterations or math.inf)
+        last = progress.iteration >= (self.options.max_iterations or math.inf)
+        return progress.epoch > self.epochs or last or self._is_out_of_time
 
     def _rows(self) -> torch.Tensor | None:
         """Samples of the present batch; None is the full batch."""

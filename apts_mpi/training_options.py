@@ -35,6 +35,8 @@ class TrainingOptions:
         Passes over the training samples. null: the problem's own number.
     max_iterations
         Stop after that many iterations, whatever the epochs.
+    max_seconds
+        Stop after that many seconds of iterations, whatever the epochs; metrics and checkpoints do not count.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
     seed
@@ -105,6 +107,7 @@ class TrainingOptions:
     train_samples: int | None = None
     epochs: int | None = None
     max_iterations: int | None = None
+    max_seconds: float | None = None
     batch_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
@@ -142,6 +145,8 @@ class TrainingOptions:
         for name in ("train_samples", "epochs", "max_iterations", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
+        limit = self.max_seconds
+        require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
         require_choice("dtype", self.dtype, ("float32", "float64"))
         require_choice("autocast", self.autocast, ("none", "bfloat16"))
         both = self.autocast == "none" or self.dtype == "float32"

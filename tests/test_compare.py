@@ -221,6 +221,22 @@ def test_verdict(written):
     assert list(comparison.best()) == ["apts", "adam"]
 
 
+def test_runs_that_ended_in_different_epochs(written, tmp_path):
+    """As those with a limit of seconds do: lines are as long as the shortest, the table has the ends."""
+    comparison = written(LOSSES | {"apts": [[2.0, 1.0, 0.4, 0.1, 0.05], [2.0, 1.0, 0.8, 0.15]]})
+    assert "epoch 3 of 4, after 90 gradient evaluations" in comparison.verdict()
+    assert comparison.table()[0][2] == "0.1 ± 0.071"
+    plot_losses(comparison, tmp_path)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_limit_of_seconds(tmp_path):
+    options = ComparisonOptions(problems=("digits",), out=str(tmp_path), epochs=1000, max_seconds=1.5)
+    assert all("--max_seconds=1.5" in run.arguments for run in Plan("digits", options).runs)
+    with pytest.raises(InvalidInput, match="max_seconds: 0.0"):
+        ComparisonOptions(problems=("digits",), max_seconds=0.0)
+
+
 def test_verdict_if_apts_does_not_pass(written):
     comparison = written(LOSSES | {"apts": [[2.0, 1.0, 1.0, 0.8], [2.0, 1.0, 1.0, 1.0]]})
     assert "does not pass" in comparison.verdict() and "its own is 0.9" in comparison.verdict()

@@ -434,6 +434,21 @@ def test_limit_of_iterations(world, limit, radius):
     assert "train_loss" in records[-1]
 
 
+@pytest.mark.mpi
+@pytest.mark.parametrize("optimizer", ["apts", "adam"])
+def test_limit_of_seconds(world, optimizer):
+    """Each rank has a clock of its own; rank 0's counts, also for a run that goes on after it."""
+    records, training = train(world, "--max-seconds=1e-9", f"--optimizer={optimizer}")
+    assert training.progress.iteration == 1 and training.done
+    assert "train_loss" in records[-1]
+    training.run(records.append)
+    assert training.progress.iteration == 1
+    training.options = replace(training.options, max_seconds=1e9, epochs=3)
+    training.epochs = 3
+    training.run(records.append)
+    assert training.progress.epoch == 4
+
+
 # What is refused.
 
 
