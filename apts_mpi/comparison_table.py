@@ -94,8 +94,8 @@ class Comparison:
         limit = f", but no more than {number(options.max_seconds)} s" if options.max_seconds is not None else ""
         return (
             f"{epochs} epochs of APTS, {epochs * options.baseline_epochs_factor} of the baselines{limit}; "
-            f"{options.ranks} rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at the end. "
-            "Gradient evaluations are those on the critical path. A step size is best by its training loss."
+            f"{options.ranks} rank(s); mean ± sample standard deviation over {options.seeds} seed(s) of the values at "
+            "the end. Gradient evaluations are those on the critical path. A step size is best by its training loss."
         )
 
     def header(self) -> list[str]:

@@ -173,6 +173,14 @@ class LocalObjective:
         self.start_value = value
         self._correction = self.gradient - own
 
+    def gradients(self, iterations: int) -> Iterator[torch.Tensor]:
+        """Gradients at the block's present values, ``iterations`` times; the first is the global one, at no cost."""
+        if iterations > 1:
+            self.begin()
+        yield self.gradient
+        for _ in range(iterations - 1):
+            yield self.value_and_gradient()[1]
+
     def value_and_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Local objective and gradient at the block's present values. Collective over the team.
 

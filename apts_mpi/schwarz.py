@@ -10,8 +10,9 @@ import torch
 from apts_mpi.comm import Communicator
 from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.events import Events
+from apts_mpi.kfac import KFAC
 from apts_mpi.linearisation import Column
-from apts_mpi.local import KFAC, ensure_descent, make_local_solver
+from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
