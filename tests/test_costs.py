@@ -135,8 +135,9 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
         solver = make_solver(world, options(subdomains=2, partition="index"), network)
         solver.events.clear()
         solver.step(classified())
-        # In the first step on the loss as well; ranks that share a subdomain agree on their shares of its samples.
-        assert solver.events.operations.pop("collect").messages == 3 + (solver._team.size > 1)
+        # In the first step on the loss and the local solvers as well; ranks that share a subdomain agree on their
+        # shares of its samples.
+        assert solver.events.operations.pop("collect").messages == 4 + (solver._team.size > 1)
         return {name: event.messages for name, event in solver.events.operations.items()}
 
     found = messages(1)

@@ -178,7 +178,7 @@ def test_an_iteration_by_hand(world):
     assert found == {
         "data": (3, 0),  # whether all ranks can use the batch, the network, and in the first step the loss
         "global evaluation": (1, 8 * count),
-        "local solves": (0, 0),
+        "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
         # Six numbers of each rank, and eleven that rank 0 decides.
         "judge": (2, 8 * 6 + 8 * 11),
@@ -191,8 +191,9 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the three of the batch and the two of the verdict block.
-    assert table["wait"]["calls"] == 7 and table["judge"]["calls"] == 1
+    # Reduction and assembly are completed, the three of the batch, the one of local solves and the two of the verdict
+    # block.
+    assert table["wait"]["calls"] == 8 and table["judge"]["calls"] == 1
 
 
 @pytest.mark.mpi
