@@ -65,7 +65,10 @@ NOT_RUN = {
 }
 
 # Words in capitals that a reader replaces.
-PLACEHOLDERS = {"RATE": "1e-2", "ITERATIONS": "10", "STEPS": "10", "PROBLEM": "digits", "RUN…": "run", "NAME": "name"}
+PLACEHOLDERS = {
+    **{"RATE": "1e-2", "ITERATIONS": "10", "STEPS": "10", "SECONDS": "10", "SEED": "0", "N": "2"},
+    **{"PROBLEM": "digits", "RUN…": "run", "NAME": "name"},
+}
 
 # Of languages that are not run.
 SHOWN = {"text", "yaml", "{toctree}", "{eval-rst}", "{math}"}
