@@ -181,7 +181,7 @@ def test_a_loss_linear_in_the_outputs_has_no_curvature(name):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("samples", [4, 100])
+@pytest.mark.parametrize("samples", [8, 100])
 def test_without_curvature_the_step_goes_down_the_gradient_to_the_ball(world, samples):
     """Deep Ritz: the outputs are the density of an energy, and the loss is their mean."""
 
