@@ -127,11 +127,14 @@ class Comparison:
         end = f"{evaluations} evaluations and {seconds} s"
         target = f"the final training loss of the best baseline ({name}: {number(rival.rank)} after {end})"
         passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
+        if not passed and apts.rank < rival.rank:  # runs of one limit of seconds have different numbers of epochs
+            return f"APTS passes {target} at the end, with {number(apts.rank)}."
         if not passed:
             return f"APTS does not pass {target}; its own is {number(apts.rank)}."
         first = passed[0]
+        of_all = f" of {self.plan.epochs}" if self.plan.options.max_seconds is None else ""
         return (
-            f"APTS first passes {target} in epoch {first + 1} of {self.plan.epochs}, after "
+            f"APTS first passes {target} in epoch {first + 1}{of_all}, after "
             f"{number(apts.mean('gradient_evaluations')[first])} gradient evaluations and "
             f"{number(apts.mean('seconds')[first])} s."
         )

@@ -73,7 +73,7 @@ class BlockJacobian:
             outputs = self._chain(inputs)
             random = not torch.equal(before, random_state(inputs.device))
             set_random_state(before, inputs.device)
-            jacobian = self._of_samples(inputs, outputs.flatten(1), random)
+            jacobian = self._of_samples(inputs, outputs.reshape(len(outputs), -1), random)
             if jacobian is None:
                 set_random_state(before, inputs.device)
                 jacobian = self._of_outputs(inputs)
@@ -111,7 +111,8 @@ class BlockJacobian:
             outputs = self._chain(inputs)
             values = outputs.flatten()
         rows = []
-        for units in torch.eye(len(values), dtype=values.dtype, device=values.device).split(OUTPUTS_AT_ONCE):
+        for places in torch.arange(len(values), device=values.device).split(OUTPUTS_AT_ONCE):
+            units = nn.functional.one_hot(places, len(values)).to(values.dtype)
             with named_failures(*WITHOUT_ROWS):
                 parts = torch.autograd.grad(
                     values,

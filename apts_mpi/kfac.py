@@ -130,11 +130,17 @@ class KFAC:
         return local.signed_gradients(DRAWS, key=self.updates)
 
     def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
-        """A layer whose weights are used without calling it has nothing to measure but its gradients."""
+        """A layer whose weights are used without calling it has nothing to measure but its gradients.
+
+        Collective over the team, of which one rank's samples may not reach what those of another do.
+        """
         called = {id(record.module) for record in records if record.gradient is not None}
+        seen = [[id(module) in called for _, module, _ in self._layers]]
+        if self._team.size > 1:
+            seen = self._team.collect(seen[0])
         self._layers = [
-            (curvature if id(module) in called else signed_factors(module, part.stop - part.start), module, part)
-            for curvature, module, part in self._layers
+            (curvature if any(reached) else signed_factors(module, part.stop - part.start), module, part)
+            for reached, (curvature, module, part) in zip(zip(*seen, strict=True), self._layers, strict=True)
         ]
 
     def _sum_over_team(self, fresh: list[list[torch.Tensor]]) -> None:

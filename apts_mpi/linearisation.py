@@ -79,7 +79,6 @@ class Linearisation:
         self._loss = loss
         self._events = events
         self._without_forward_mode: set[int] = set()
-        self._compared: set[tuple[int, str]] = set()
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
         self._own: list[dict[str, Entry]] = [
             {name: entries[id(value)] for name, value in segment.named_parameters() if id(value) in entries}
@@ -203,8 +202,7 @@ class Linearisation:
             def run(values: Sequence[torch.Tensor]) -> Bundle:
                 return outputs(dict(zip(parameters, values, strict=True)))
 
-            compare = self._is_first(index, "parameters")
-            return by_transposes(run, tuple(parameters.values()), tuple(directions.values()), compare)[1]
+            return by_transposes(run, tuple(parameters.values()), tuple(directions.values()))[1]
 
         return self._either(index, forwards, backwards, tensors_of(activations)[0].device)
 
@@ -234,7 +232,7 @@ class Linearisation:
             return segment(activations), moved
 
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-            return by_transposes(outputs, point, tangents, self._is_first(index, "inputs"))
+            return by_transposes(outputs, point, tangents)
 
         # For activation functions and the like forward mode would do as well, but its first use imports for seconds,
         # and it runs the segment once more.
@@ -254,12 +252,6 @@ class Linearisation:
                 self._without_forward_mode.add(index)
                 set_random_state(state, device)
         return backwards()
-
-    def _is_first(self, index: int, variables: str) -> bool:
-        """Whether a segment has not been differentiated by these before."""
-        known = (index, variables) in self._compared
-        self._compared.add((index, variables))
-        return not known
 
 
 def _import_what_torch_imports_late() -> None:

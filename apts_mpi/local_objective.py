@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from apts_mpi.bundle import Bundle, differentiable, inner_product, map_tensors, tensors_of
+from apts_mpi.bundle import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.comm import Communicator
 from apts_mpi.dense import BlockJacobian
 from apts_mpi.environment import preserved_random_state, set_random_state
@@ -107,8 +109,6 @@ class LocalObjective:
         The ranks that share the subdomain's samples.
     weight
         This rank's share of the team's samples.
-    batch_size
-        Number of samples of the whole batch.
     events
         Where work is counted.
     rows : GaussNewtonRows, optional
@@ -131,7 +131,6 @@ class LocalObjective:
         gradient: torch.Tensor,
         team: Communicator,
         weight: float,
-        batch_size: int,
         events: Events,
         rows: GaussNewtonRows | None = None,
     ) -> None:
@@ -144,7 +143,6 @@ class LocalObjective:
         self._parts = cache.micro_batches or [cache]
         self._team = team
         self.weight = weight
-        self.batch_size = batch_size
         self.samples = sum(len(part.targets) for part in self._parts)
         self._events = events
         self._rows = rows
@@ -218,9 +216,7 @@ class LocalObjective:
         -------
         list of Tensor, shape (stop - start,)
         """
-        stop = self._cache.position + self.samples
-        generator = torch.Generator().manual_seed(key)
-        signs = 2.0 * torch.randint(2, (stop, count), generator=generator)[self._cache.position :].T - 1.0
+        signs = self._signs(count, key)
         found = [torch.zeros_like(self._accumulated) for _ in range(count)]
         first = 0
         for cache in self._parts:
@@ -235,18 +231,24 @@ class LocalObjective:
         inside = [total[self._inside] for total in found]
         return list(self._over_team(torch.cat(inside), self.block.new_zeros(()))[0].split(len(self.block)))
 
-    def _slopes(self, cache: Cache, outputs: Bundle) -> tuple[torch.Tensor, ...]:
+    def _signs(self, count: int, key: int) -> torch.Tensor:
+        """Signs of this rank's samples, shape (count, samples). Collective over the team."""
+        before = sum(self._team.collect(self.samples)[: self._team.rank]) if self._team.size > 1 else 0
+        drawn = torch.randint(2, (before + self.samples, count), generator=torch.Generator().manual_seed(key))
+        return 2.0 * drawn[before:].T - 1.0
+
+    def _slopes(self, cache: Cache, outputs: Any) -> Sequence[torch.Tensor]:
         """Gradients of f_d with respect to the differentiable outputs of its last segment."""
         if cache.output_gradient is not None:
             return tensors_of(self._objective.load(cache.output_gradient))
         with torch.enable_grad():
-            point = map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), outputs)
+            point = tree_map_only(torch.Tensor, _as_point, outputs)
             value = self._objective.loss(point, cache.targets) * cache.share
-        return torch.autograd.grad(value, differentiable(point), allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(value, _leaves(point), allow_unused=True, materialize_grads=True)
 
-    def _pulled(self, outputs: Bundle, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _pulled(self, outputs: Any, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """The outputs' derivatives by the touched parameters, transposed, times ``weights``; keeps the graph."""
-        pairs = zip(differentiable(outputs), weights, strict=True)
+        pairs = zip(_leaves(outputs), weights, strict=True)
         moving = [(tensor, weight) for tensor, weight in pairs if tensor.requires_grad]
         if not moving:
             return torch.zeros_like(self._accumulated)
@@ -254,7 +256,8 @@ class LocalObjective:
         parts = torch.autograd.grad(
             tensors, self._parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return torch.cat([part.flatten() for part in parts])
+        # Embeddings may give sparse ones.
+        return torch.cat([(part.to_dense() if part.is_sparse else part).flatten() for part in parts])
 
     def gauss_newton_rows(self) -> torch.Tensor:
         """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start).
@@ -345,8 +348,21 @@ class LocalObjective:
         return packed.tensor[:-1], packed.tensor[-1].double()
 
 
+def _leaves(outputs: Any) -> list[torch.Tensor]:
+    """The differentiable tensors of what a network returns, which may be nested."""
+    return list(differentiable(tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))))
+
+
+def _as_point(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
 def _with_signs(slope: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    """A sign for each sample; as it is where the samples are not in the first dimension."""
-    if slope.dim() == 0 or len(slope) != len(signs):
+    """The same with a sign for each sample, which may be several rows.
+
+    Without signs where rows are not of samples: the curvature is then taken for more than it is.
+    """
+    rows = len(slope) // len(signs) if slope.dim() else 0
+    if rows * len(signs) != slope.shape[:1].numel() or rows == 0:
         return slope
-    return slope * signs.view(-1, *[1] * (slope.dim() - 1))
+    return slope * signs.repeat_interleave(rows).view(-1, *[1] * (slope.dim() - 1))

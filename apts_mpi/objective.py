@@ -52,8 +52,6 @@ class Cache:
         Factor of the true loss of these samples in the local objective.
     micro_batches : list of Cache
         What the local objective runs over, where the samples are in several parts; empty: this cache itself.
-    position : int
-        Where the samples begin among those of the team.
     """
 
     subdomain: Subdomain
@@ -67,7 +65,6 @@ class Cache:
     records: list[LayerRecord] = field(default_factory=list)
     share: float = 1.0
     micro_batches: list[Cache] = field(default_factory=list)
-    position: int = 0
 
 
 @dataclass
@@ -220,13 +217,7 @@ class Objective:
         for index, segment in enumerate(self.segmented.segments):
             if cached:
                 caches += [
-                    Cache(
-                        subdomain,
-                        detached(activations),
-                        random_state(self._device),
-                        part.targets,
-                        position=part.position,
-                    )
+                    Cache(subdomain, detached(activations), random_state(self._device), part.targets)
                     for subdomain in part.subdomains
                     if subdomain.first_segment == index
                 ]

@@ -159,7 +159,7 @@ class AdditiveSchwarz:
         with self._events.timed("local solves"), nullcontext() if tried else self.comm.shared_refusals():
             for weight, of_pass, rows in zip(samples, caches, self.rows, strict=True):
                 for cache in of_pass:
-                    self._solve(cache, rows, weight, batch_size, gradient, local_radius)
+                    self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
 
@@ -172,7 +172,6 @@ class AdditiveSchwarz:
         cache: Cache,
         rows: GaussNewtonRows,
         weight: float,
-        batch_size: int,
         gradient: torch.Tensor,
         radius: float,
     ) -> None:
@@ -183,7 +182,6 @@ class AdditiveSchwarz:
             gradient[subdomain.start : subdomain.stop],
             self._team,
             weight,
-            batch_size,
             self._events,
             rows,
         )

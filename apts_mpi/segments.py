@@ -172,6 +172,8 @@ class CalledNetwork(torch.nn.Module):
             state = random_state(inputs.device)
             try:
                 return self._function(self.network, inputs)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # if for another reason, it comes again
                 self._needs_graph = True
                 set_random_state(state, inputs.device)

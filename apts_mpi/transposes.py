@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.function import BackwardCFunction
 
 from apts_mpi.bundle import Bundle, detached, differentiable
 
@@ -13,7 +15,6 @@ def by_transposes(
     run: Callable[[Sequence[torch.Tensor]], Bundle],
     point: Sequence[torch.Tensor],
     tangents: Sequence[torch.Tensor],
-    compare: bool,
 ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
     """What ``run`` returns at a point, and its tangents along those of the point.
 
@@ -27,8 +28,6 @@ def by_transposes(
         Its arguments.
     tangents
         For each argument, shape (columns, ...).
-    compare
-        Whether to make sure that the backward pass has a derivative; reads numbers from the device.
 
     Returns
     -------
@@ -39,18 +38,22 @@ def by_transposes(
     Raises
     ------
     RuntimeError
-        Where the backward pass has no derivative.
+        Where a backward pass of the user's has no derivative.
     """
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in point]
         outputs = run(leaves)
         moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
-        weights = [tensor.detach().clone().requires_grad_() for tensor in moving]
+        of_users = _has_functions_of_users(moving)
+        weights = [_waves_like(tensor) if of_users else torch.zeros_like(tensor) for tensor in moving]
+        weights = [weight.requires_grad_() for weight in weights]
         pulled = torch.autograd.grad(moving, leaves, weights, create_graph=True, allow_unused=True) if moving else ()
         pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
         found = _times_tangents([pair for pair in pairs if pair[0].requires_grad], weights, len(tangents[0]))
-    if compare:
-        _compare_with_transposes(pairs, list(zip(weights, found, strict=True)))
+    if of_users:
+        sizes = [math.hypot(*(float(tensor.norm()) for tensor in tensors)) for tensors in (moving, leaves)]
+        scale = sizes[0] / max(sizes[1], torch.finfo(torch.float64).tiny)
+        _compare_with_transposes(pairs, list(zip(weights, found, strict=True)), tangents, scale)
     moved = iter(found)
     return detached(outputs), tuple(
         next(moved) if tensor.requires_grad else tensor.new_zeros(len(tangents[0]), *tensor.shape)
@@ -58,19 +61,46 @@ def by_transposes(
     )
 
 
+def _waves_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers between -1 and 1 that nothing sums up to zero by design."""
+    places = torch.arange(1, tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return places.square().sin().view(tensor.shape)
+
+
+def _has_functions_of_users(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ``torch.autograd.Function`` has a part in the graph of tensors: all of torch's own have derivatives."""
+    waiting = [tensor.grad_fn for tensor in tensors]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction":
+            return True
+        fresh = (
+            {before for before, _ in node.next_functions if before is not None} - seen if node is not None else set()
+        )
+        seen |= fresh
+        waiting += fresh
+    return False
+
+
 def _compare_with_transposes(
-    pulled: Sequence[tuple[torch.Tensor, torch.Tensor]], moved: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    pulled: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    moved: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    tangents: Sequence[torch.Tensor],
+    scale: float,
 ) -> None:
     """Raise unless ``<J^T v, t> = <v, J t>`` up to rounding, for pairs of J^T v and t, and of v and J t.
 
     A backward pass that is not made of torch's operations (``once_differentiable``) has no derivative, of which
-    autograd says nothing: tangents would be zero.
+    autograd says nothing: tangents would be zero. ``scale`` is a size of J that does not vanish with it.
     """
     products, bounds = [], []
     for pairs in (pulled, moved):
         each = [(part.detach().double(), tangent.double()) for part, tangent in pairs]
         products.append(sum(float((part * tangent).sum()) for part, tangent in each))
         bounds.append(sum(float(part.norm() * tangent.norm()) for part, tangent in each))
+    weights, along = ([float(part.norm()) for part in parts] for parts in ([part for part, _ in moved], tangents))
+    bounds.append(math.hypot(*weights) * math.hypot(*along) * scale)
     tolerance = max((torch.finfo(part.dtype).eps ** 0.5 for part, _ in moved), default=0.0)
     if abs(products[0] - products[1]) > tolerance * max(bounds):
         raise RuntimeError("a backward pass of the network's cannot be differentiated")

@@ -332,6 +332,14 @@ def test_what_cannot_be_differentiated_sample_by_sample(monkeypatch, make, at_on
     torch.testing.assert_close(rows.T @ rows, expected, rtol=1e-10, atol=1e-13)
 
 
+def test_one_number_a_sample_without_a_dimension_of_its_own():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(FEATURES, 1), nn.Flatten(0)).double()
+    inputs, targets = normal(7, FEATURES), normal(7, seed=1)
+    jacobian = dense_jacobian(network(inputs), list(network.parameters()))
+    torch.testing.assert_close(rows_of(network, inputs, targets), jacobian * (2.0 / 7.0) ** 0.5, rtol=1e-10, atol=1e-13)
+
+
 class Unbatched(torch.autograd.Function):
     """Without a rule for several backward passes at once."""
 

@@ -10,7 +10,7 @@ from staged_networks import staged
 from test_dense import Looking
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions, LocalOptions, SchwarzOptions, StagedAPTS
+from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, StagedAPTS
 from apts_mpi.factors import LayerBatch
 from apts_mpi.partition import split
 from apts_mpi.signed_factors import LARGEST_FACTOR, SignedFactors, signed_factors
@@ -117,6 +117,62 @@ def test_signed_gradients_are_sums_over_the_samples(world, variant, local_data, 
     looking = solver.schwarz.solvers[index] = Looking(solver.schwarz.solvers[index], look)
     solver.step((inputs, targets))
     assert looking.seen == 1
+
+
+@pytest.mark.mpi
+def test_signs_are_independent_where_every_rank_gives_its_own_samples(world):
+    counts = [3 + rank for rank in range(world.size)]
+    inputs, targets = classified(sum(counts))
+    first = sum(counts[: world.rank])
+    own = slice(first, first + counts[world.rank])
+    network = classifier()
+    solver = make_solver(world, options(subdomains=1, variant="exact", batch="shard"), network)
+    signs = 2.0 * torch.randint(2, (len(inputs), 1), generator=torch.Generator().manual_seed(3)).double()[:, 0] - 1.0
+    losses = nn.functional.cross_entropy(network(inputs), targets, reduction="none")
+    parts = torch.autograd.grad((signs * losses).mean(), list(network.parameters()))
+
+    def look(local):
+        (found,) = local.signed_gradients(1, key=3)
+        expected = torch.cat([part.flatten() for part in parts])
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+
+    looking = solver.schwarz.solvers[0] = Looking(solver.schwarz.solvers[0], look)
+    solver.step((inputs[own], targets[own]))
+    assert looking.seen == 1
+
+
+class Named(nn.Module):
+    """Returns tensors with names; its loss takes several rows of a sample apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.last = nn.GRU(2, 4, batch_first=True), nn.Linear(4, CLASSES)
+
+    def forward(self, inputs):
+        states, last = self.cells(inputs.unflatten(1, (FEATURES // 2, 2)))
+        return {"scores": self.last(states).flatten(0, 1), "other": (last, torch.arange(2))}
+
+
+def scores(outputs, targets):
+    return cross_entropy(outputs["scores"], targets.repeat_interleave(FEATURES // 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "tokens"),
+    [
+        (Named, scores, False),
+        (lambda: nn.Sequential(nn.EmbeddingBag(6, 4, sparse=True), nn.Linear(4, CLASSES)), cross_entropy, True),
+    ],
+    ids=["nested outputs", "sparse gradients"],
+)
+def test_networks_that_only_the_plain_sum_can_take(make, loss, tokens):
+    torch.manual_seed(0)
+    chosen = APTSOptions(subdomains=1, local=LocalOptions(solver="kfac"), coarse=CoarseOptions(model="none"))
+    solver = APTS(make().double(), loss, comm=MPI.COMM_SELF, options=chosen)
+    inputs, targets = classified()
+    inputs = (3.0 * inputs).long().clamp(0, 5) if tokens else inputs
+    losses = [solver.step((inputs, targets)).schwarz.loss for _ in range(5)]
+    assert losses[-1] < losses[0]
 
 
 class Recurrent(nn.Module):

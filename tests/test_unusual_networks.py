@@ -266,6 +266,48 @@ def test_what_cannot_be_differentiated_is_a_named_error(world):
     assert results[0].accepted
 
 
+class Opaque(torch.autograd.Function):
+    """With a backward pass that autograd cannot see through."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        return inputs.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.no_grad():
+            return gradient * ctx.saved_tensors[0].cos()
+
+
+class OpaqueHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+        self.last.weight.data.zero_()
+
+    def forward(self, inputs):
+        return self.last(Opaque.apply(self.first(inputs)))
+
+
+def test_a_backward_pass_without_derivative_shows_when_it_has_an_effect():
+    """Behind weights that are zero at first nothing flows back."""
+    with pytest.raises(InvalidInput, match=r"coarse.model: .*a backward pass .* cannot be differentiated"):
+        train(MPI.COMM_SELF, nn.Sequential(OpaqueHead()).double(), steps=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("middle", [lambda: nn.Softmax(1), lambda: nn.LayerNorm(2, elementwise_affine=False)])
+def test_derivatives_at_the_level_of_rounding_are_no_error(middle, dtype):
+    """Of activations that are saturated, as those of inputs that are not scaled are."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(FEATURES, 2), middle(), nn.Linear(2, CLASSES)).to(dtype)
+        solver = APTS(network, cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions())
+        inputs, targets = classified()
+        assert solver.step((255.0 * inputs.abs().to(dtype), targets)).schwarz.predicted_reduction > 0.0
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     "options",
