@@ -93,6 +93,9 @@ class Hosts:
             run(*host.on("ip", "addr", "add", f"{address}/24", "dev", INTERFACE))
             run(*host.on("ip", "link", "set", "lo", "up"))
             run(*host.on("ip", "link", "set", INTERFACE, "up"))
+        # The system takes up to a second to see that both ends are; in a network without a running interface MPI_Init
+        # fails on one rank, for which the others wait.
+        assert all(wait_until(lambda host=host: self._link(host)["operstate"] == "UP", LIMIT) for host in self.hosts)
         places = zip(ADDRESSES, self.hosts, strict=True)
         cases = "\n".join(f"{address}) process={host.process} ;;" for address, host in places)
         self._shell = directory / "remote_shell"
@@ -122,8 +125,12 @@ class Hosts:
 
     def sent(self):
         """Bytes that the first host has put on the cable."""
-        (link,) = json.loads(run(*self.hosts[0].on("ip", "-s", "-j", "link", "show", INTERFACE)))
-        return link["stats64"]["tx"]["bytes"]
+        return self._link(self.hosts[0])["stats64"]["tx"]["bytes"]
+
+    def _link(self, host):
+        """What the system knows of a host's end of the cable."""
+        (link,) = json.loads(run(*host.on("ip", "-s", "-j", "link", "show", INTERFACE)))
+        return link
 
     def cut(self):
         """Take the cable away for good."""
