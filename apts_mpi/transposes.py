@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import BackwardCFunction
@@ -70,16 +71,15 @@ def _waves_like(tensor: torch.Tensor) -> torch.Tensor:
 def _has_functions_of_users(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``torch.autograd.Function`` has a part in the graph of tensors: all of torch's own have derivatives."""
     waiting = [tensor.grad_fn for tensor in tensors]
-    seen = set(waiting)
+    seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
+        if node is None or node in seen:  # None: of a tensor that the outputs are
+            continue
+        seen.add(node)
         if isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction":
             return True
-        fresh = (
-            {before for before, _ in node.next_functions if before is not None} - seen if node is not None else set()
-        )
-        seen |= fresh
-        waiting += fresh
+        waiting += [before for before, _ in node.next_functions]
     return False
 
 
