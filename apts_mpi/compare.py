@@ -11,16 +11,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan, Run, check_launcher, execute, missing
+from apts_mpi.command import FILE_WIDTH, INTERRUPTED, USAGE
+from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan, Run, execute, missing
 from apts_mpi.comparison_table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.train import USAGE, spell
-
-# Exit status after Ctrl-C, as shells have it.
-INTERRUPTED = 130
-
-# Columns of a table that goes to a file: enough for its cells to stay on one line.
-FILE_WIDTH = 160
+from apts_mpi.jobs import check_can_start
+from apts_mpi.train import spell
 
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:
@@ -57,7 +53,7 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     """
     from apts_mpi.comparison_plots import plot_losses, plot_robustness
 
-    check_launcher(options.ranks)
+    check_can_start(options.ranks, "apts_mpi.compare")
     comparisons = []
     for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
         failures = run_all([*plan.runs, *plan.sweep], options.jobs, console)

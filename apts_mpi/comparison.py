@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from collections import deque
@@ -18,8 +17,8 @@ from typing import Any, Literal
 import torch
 
 from apts_mpi import environment
-from apts_mpi.errors import InvalidInput
-from apts_mpi.options import TrustRegionOptions, require
+from apts_mpi.errors import InvalidInput, require
+from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
 from apts_mpi.records import CONFIG, HISTORY, SUMMARY
 from apts_mpi.train import parse
@@ -332,15 +331,6 @@ def failure_in(output: Path) -> str:
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
     errors = [line.strip() for line in lines if re.search(r"error\b", line, re.IGNORECASE)]
     return (errors or lines or ["it printed nothing"])[-1]
-
-
-def check_launcher(ranks: int, program: str = "apts_mpi.compare") -> None:
-    """Raise `InvalidInput` if ``program`` cannot start runs with that many ranks from this process."""
-    launched = environment.launcher()
-    if launched is not None and launched[0] > 1:
-        raise InvalidInput(f"{program} starts mpirun itself; start it as one process, and give --ranks")
-    can_start = ranks == 1 or shutil.which("mpirun") is not None
-    require(can_start, "ranks", ranks, "mpirun is not in PATH; add it, or give 1")
 
 
 def missing(runs: Iterable[Run]) -> list[Run]:

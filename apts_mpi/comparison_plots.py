@@ -4,38 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from apts_mpi.comparison_table import METHODS, Comparison, Row
-from apts_mpi.errors import InvalidInput
-
-try:
-    from matplotlib import rc_context
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-except ModuleNotFoundError as error:
-    raise InvalidInput("the plots need matplotlib, which is not installed; pip install apts_mpi[plot]") from error
-
-# For the other plots too, so that one place tells that matplotlib is missing.
-__all__ = [
-    "STYLES",
-    "Axes",
-    "Figure",
-    "NullFormatter",
-    "ScalarFormatter",
-    "plot_losses",
-    "plot_robustness",
-    "rc_context",
-]
-
-# Colours of Okabe and Ito, which the colour-blind can tell apart; line styles and markers for prints without colour.
-STYLES: dict[str, dict[str, Any]] = {
-    "apts": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "adam": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "sgd": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-    "lbfgs": {"color": "#CC79A7", "linestyle": ":", "marker": "D"},
-}
+from apts_mpi.figure import STYLES, Axes, Figure, save
+from apts_mpi.plot_files import files_of
 
 AXES = {
     "epoch": "epochs",
@@ -114,5 +86,4 @@ def _finish(figure: Figure, panels: Iterable[Axes], title: str, path: Path) -> N
     # Below the panels, where it hides no curve.
     figure.legend(handles=lines, loc="outside lower center", ncols=len(METHODS), frameon=False, handlelength=3.0)
     figure.suptitle(title)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".svg"))
+    save(figure, files_of(path), "out", dpi=150)

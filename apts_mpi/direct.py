@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from apts_mpi import environment
 from apts_mpi.comm import Communicator
+from apts_mpi.jobs import run_apart
 
-# Seconds for a process that tries what may hang, and for a launcher to say its version.
-PROBE_LIMIT, VERSION_LIMIT = 60.0, 10.0
-
-
-def find_launcher() -> tuple[str, str]:
-    """Path of the ``mpirun`` in PATH and what it says of itself; both empty without one. Not collective."""
-    path = shutil.which("mpirun") or shutil.which("mpiexec")
-    if path is None:
-        return "", ""
-    return path, run_apart([path, "--version"], VERSION_LIMIT)[1]
-
-
-def run_apart(command: Sequence[str], limit: float) -> tuple[str, str]:
-    """Run a command that may crash or hang, as if no launcher had started this process. Not collective.
-
-    Returns
-    -------
-    failure, output
-        What went wrong, empty if nothing; and what was printed.
-    """
-    process = subprocess.Popen(
-        command,
-        env=environment.outside_job(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        # The whole group: a launcher that is killed alone leaves its ranks.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return f"no end after {limit:g} s", ""
-    status = process.returncode
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}", output
-    return f"exit status {status}" if status else "", output
+# Seconds for a process that tries what may hang.
+PROBE_LIMIT = 60.0
 
 
 def try_direct(comm: Communicator, kind: str, limit: float = PROBE_LIMIT) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table
 from apts_mpi import environment, probes
 from apts_mpi.checkpoint import hdf5_versions
 from apts_mpi.comm import Communicator
+from apts_mpi.command import FAILED, FILE_WIDTH
 from apts_mpi.diagnosis import (
     ASYNCHRONOUS_PROGRESS,
     Row,
@@ -34,16 +35,13 @@ from apts_mpi.diagnosis import (
     judge_versions,
     worst,
 )
-from apts_mpi.direct import find_launcher, try_direct
+from apts_mpi.direct import try_direct
 from apts_mpi.events import Events
-from apts_mpi.train import launcher_mismatch, mpi_version
+from apts_mpi.jobs import find_launcher
+from apts_mpi.launcher import launcher_mismatch, mpi_version
 from apts_mpi.transport import TRANSPORTS, choose_device
-from apts_mpi.watch import FAILED
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-
-# Columns of a table that goes to a file.
-FILE_WIDTH = 160
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

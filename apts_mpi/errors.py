@@ -47,3 +47,14 @@ def named_failures(words: str, remedy: str) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInput(f"{words}, which failed ({reason}); {remedy}") from error
+
+
+def require(condition: bool, option: str, value: object, remedy: str) -> None:
+    """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
+    if not condition:
+        raise InvalidInput(f"{option}: {value!r} is not allowed; {remedy}")
+
+
+def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
+    require(value in choices, option, value, "choose one of " + ", ".join(choices))

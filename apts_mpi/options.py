@@ -8,20 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import require, require_choice
 
 LocalData = Literal["auto", "shard", "full"]
-
-
-def require(condition: bool, option: str, value: object, remedy: str) -> None:
-    """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
-    if not condition:
-        raise InvalidInput(f"{option}: {value!r} is not allowed; {remedy}")
-
-
-def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
-    require(value in choices, option, value, "choose one of " + ", ".join(choices))
 
 
 def lower_precision(autocast: str) -> torch.dtype | None:

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from apts_mpi.command import USAGE
 from apts_mpi.errors import InvalidInput
+from apts_mpi.plot_files import files_of
 from apts_mpi.run_records import group, read_run
-from apts_mpi.train import USAGE
-
-FORMATS = (".png", ".svg")
 
 # Those of `apts_mpi.run_plots.ROWS`, which needs matplotlib.
 ROWS = ("loss", "accuracy", "rho", "radius")
@@ -33,22 +32,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="what to plot (default: all that there is)")
     return parser.parse_args(arguments)
-
-
-def files_of(out: Path) -> list[Path]:
-    """The files to write.
-
-    Raises
-    ------
-    InvalidInput
-        For a format that is not known.
-    """
-    if out.suffix in FORMATS:
-        return [out]
-    # What follows a dot is a format if it could be one, and part of a name such as run-0.01 if not.
-    if out.suffix[1:].isalpha():
-        raise InvalidInput(f"out: {str(out)!r} is in a format that is not known; end it in .png or .svg, or in neither")
-    return [out.with_name(out.name + end) for end in FORMATS]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

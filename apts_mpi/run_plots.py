@@ -10,24 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apts_mpi.comparison_plots import STYLES, Axes, Figure, rc_context
 from apts_mpi.errors import InvalidInput
+from apts_mpi.figure import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH, Axes, Figure, rc_context, save
 from apts_mpi.run_records import Group
 
 # What lies on the horizontal axes.
 COLUMNS = {"iteration": "iterations", "gradient_evaluations": "gradient evaluations", "seconds": "seconds"}
 
-# The colours and line styles of the other plots, and three more colours of Okabe and Ito. As 7 and 4 have no common
-# divisor, the pairs repeat only after 28.
-COLORS = (*(style["color"] for style in STYLES.values()), "#E69F00", "#56B4E9", "#000000")
-LINE_STYLES = tuple(style["linestyle"] for style in STYLES.values())
+# How many groups can be told apart.
 MOST_GROUPS = len(COLORS) * len(LINE_STYLES)
 
-# Inches, for the width of a printed page without scaling, and points of the text.
-WIDTH, ROW_HEIGHT, TEXT = 7.2, 1.9, 8.0
-
-# Widths of lines in points, and the opacity of what lies behind the others.
-THICK, MIDDLE, THIN, FAINT = 1.6, 0.9, 0.6, 0.4
+# Inches of a row of panels, and the opacity of what lies behind the others.
+ROW_HEIGHT, FAINT = 1.9, 0.4
 
 # Within this range ρ is drawn linearly, beyond it by its logarithm: steps far too long have values in the thousands.
 LINEAR_RHO = 2.0
@@ -83,11 +77,7 @@ def plot_runs(groups: Sequence[Group], files: Sequence[Path], rows: Sequence[str
                         row.draw(axes, group, name, {"color": color, "linestyle": line_style})
         _label(shown, panels)
         _legends(figure, groups, styles)
-        for file in files:
-            try:
-                figure.savefig(file, dpi=300)
-            except OSError as error:
-                raise InvalidInput(f"out: {str(file)!r} cannot be written ({error}); give another --out") from error
+        save(figure, files, "out")
 
 
 def _label(rows: Sequence[Row], panels: Any) -> None:

@@ -7,11 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apts_mpi.comparison_plots import Axes, Figure, NullFormatter, ScalarFormatter, rc_context
 from apts_mpi.cost_fit import Point, predicted
 from apts_mpi.cost_model import Shape
-from apts_mpi.errors import InvalidInput
-from apts_mpi.run_plots import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH
+from apts_mpi.figure import (
+    COLORS,
+    LINE_STYLES,
+    MIDDLE,
+    TEXT,
+    THICK,
+    THIN,
+    WIDTH,
+    Axes,
+    Figure,
+    NullFormatter,
+    ScalarFormatter,
+    rc_context,
+    save,
+)
 
 # Beside the colours, for prints without any.
 HATCHES = ("", "///", "...", "xxx")
@@ -55,7 +67,7 @@ def plot_report(tables: Mapping[str, Sequence[dict[str, Any]]], files: Sequence[
         speed_up.yaxis.set_major_formatter(ScalarFormatter())
         upper.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
         _draw_shares(lower, tables)
-        _save(figure, files)
+        save(figure, files, "plot")
 
 
 def _label_ranks(axes: Axes, sizes: Sequence[int]) -> None:
@@ -129,7 +141,7 @@ def plot_prediction(
             axes.set_ylabel("seconds an iteration")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, handlelength=3.5)
-        _save(figure, files)
+        save(figure, files, "plot")
 
 
 def _seen(part: Mapping[str, float]) -> list[str]:
@@ -144,11 +156,3 @@ def _mark(axes: Axes, points: Sequence[Point]) -> None:
         own = [point for point in points if (point.shape.sharing > 1.0) == shared]
         places = [point.shape.ranks for point in own]
         axes.plot(places, [point.seconds / point.shape.sharing for point in own], label=label, fillstyle=fill, **style)
-
-
-def _save(figure: Figure, files: Sequence[Path]) -> None:
-    for file in files:
-        try:
-            figure.savefig(file, dpi=300)
-        except OSError as error:
-            raise InvalidInput(f"plot: {str(file)!r} cannot be written ({error}); give another --plot") from error

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from apts_mpi import environment
-from apts_mpi.comparison import OUTPUT, check_launcher, failure_in
-from apts_mpi.errors import InvalidInput
-from apts_mpi.options import require
+from apts_mpi.comparison import OUTPUT, failure_in
+from apts_mpi.errors import InvalidInput, require
+from apts_mpi.jobs import check_can_start
 from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
 from apts_mpi.train import parse, spell
 
@@ -64,7 +64,7 @@ class Study:
         for argument in spell(self.arguments):
             if argument.startswith(OWN):
                 raise InvalidInput(f"{argument}: the study sets this option itself; leave it out")
-        check_launcher(max(self.ranks), "apts_mpi.scaling")
+        check_can_start(max(self.ranks), "apts_mpi.scaling")
 
     def arguments_of(self, ranks: int) -> list[str]:
         """Arguments of the run with so many ranks: one problem in a strong study, more samples in a weak one."""

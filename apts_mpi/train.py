@@ -23,11 +23,12 @@ from rich.progress import Progress
 from apts_mpi import environment
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
+from apts_mpi.command import FAILED, REQUEUE, USAGE
 from apts_mpi.direct import PROBE_LIMIT, choose_transport
-from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
+from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError, require, require_choice
 from apts_mpi.events import Events
+from apts_mpi.launcher import check_launcher, mpi_version
 from apts_mpi.log_view import event_table, print_events
-from apts_mpi.options import require, require_choice
 from apts_mpi.problems import build
 from apts_mpi.records import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
@@ -48,11 +49,7 @@ from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
 from apts_mpi.transport import choose_device, use_transport
-from apts_mpi.watch import FAILED, Watch, end_job, turn
-
-# Exit status after input that cannot be used, as shells and argparse have it, and where the run is to go on later
-# (EX_TEMPFAIL of sysexits.h).
-USAGE, REQUEUE = 2, 75
+from apts_mpi.watch import Watch, end_job, turn
 
 # Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
 STALL_TIMEOUT = 600.0
@@ -139,30 +136,6 @@ def _refuse_value(message: str) -> None:
         names = get_args(get_args(kind)[0])
         remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
         require(False, option, value, remedy)
-
-
-def launcher_mismatch(world: MPI.Intracomm) -> str:
-    """What is wrong if the launcher started more processes than MPI knows of, and the remedy; empty if it did not."""
-    launched = environment.launcher()
-    if launched is None or launched[0] == world.size:
-        return ""
-    return (
-        f"the launcher started {launched[0]} processes, but MPI has {world.size}: mpirun belongs to another MPI than "
-        f"the library in use ({mpi_version()}); call the mpirun of that library (its full path), or choose the "
-        "library of the launcher by MPI4PY_MPIABI=mpich or openmpi"
-    )
-
-
-def check_launcher(world: MPI.Intracomm) -> None:
-    """End the process with a message if the launcher started more processes than MPI knows of.
-
-    Every process then takes itself for rank 0 of 1, and would train by itself.
-    """
-    mismatch, launched = launcher_mismatch(world), environment.launcher()
-    if mismatch:
-        if launched is not None and launched[1] == 0:
-            print(f"apts_mpi.train: error: {mismatch}", file=sys.stderr, flush=True)
-        sys.exit(USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -323,11 +296,6 @@ def make_training(options: TrainingOptions, comm: Communicator, world: MPI.Intra
     if problem is None:
         return StagedTraining(build_staged_problem(make, options, world), options, device, world)
     return Training(problem, options, device, world)
-
-
-def mpi_version() -> str:
-    """First line of what the MPI library says of itself."""
-    return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0").split())
 
 
 class Reporter:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from apts_mpi.errors import require, require_choice
 from apts_mpi.options import (
     APTSOptions,
     CoarseOptions,
@@ -14,8 +15,6 @@ from apts_mpi.options import (
     PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
-    require,
-    require_choice,
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import direct, doctor, probes
+from apts_mpi import direct, doctor, jobs, probes
 from apts_mpi.comm import Communicator
 from apts_mpi.events import Events
 
@@ -234,7 +234,7 @@ def test_a_lock_is_seen_by_the_others(world, mpi_tmp_path):
     ],
 )
 def test_process_that_may_crash(code, failure):
-    assert direct.run_apart([sys.executable, "-c", code], 1.0 if "sleep" in code else LIMIT)[0] == failure
+    assert jobs.run_apart([sys.executable, "-c", code], 1.0 if "sleep" in code else LIMIT)[0] == failure
 
 
 def test_process_that_hangs_leaves_none_behind(tmp_path):
@@ -243,7 +243,7 @@ def test_process_that_hangs_leaves_none_behind(tmp_path):
     code = (
         f"import subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(child)!r}, 'w'), flush=True)"
     )
-    direct.run_apart([sys.executable, "-c", code + "; import time; time.sleep(60)"], 5.0)
+    jobs.run_apart([sys.executable, "-c", code + "; import time; time.sleep(60)"], 5.0)
     state = Path(f"/proc/{child.read_text().strip()}/stat")
     assert not state.exists() or state.read_text().split(")")[-1].split()[0] == "Z"
 

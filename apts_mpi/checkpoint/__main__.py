@@ -21,6 +21,7 @@ from apts_mpi.checkpoint.directory import resolve
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.writers import write_file
+from apts_mpi.command import FILE_WIDTH
 from apts_mpi.errors import InvalidInput
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
@@ -29,8 +30,8 @@ FOUND, ERROR = 1, 2
 # What of a checkpoint makes the `state_dict` of a network.
 STATE = ("parameters/", "buffers/")
 
-# Characters of one metadata value that are shown, and columns of a table that goes to a file.
-SHOWN, FILE_WIDTH = 60, 160
+# Characters of one metadata value that are shown.
+SHOWN = 60
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

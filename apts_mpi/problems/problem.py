@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from apts_mpi.errors import InvalidInput
-from apts_mpi.options import require
+from apts_mpi.errors import InvalidInput, require
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -1,0 +1,39 @@
+"""The launcher of this job and the MPI library: whether they belong together."""
+
+from __future__ import annotations
+
+import sys
+
+from mpi4py import MPI
+
+from apts_mpi import environment
+from apts_mpi.command import USAGE
+
+
+def mpi_version() -> str:
+    """First line of what the MPI library says of itself."""
+    return " ".join(MPI.Get_library_version().split("\n")[0].strip("\0").split())
+
+
+def launcher_mismatch(world: MPI.Intracomm) -> str:
+    """What is wrong if the launcher started more processes than MPI knows of, and the remedy; empty if it did not."""
+    launched = environment.launcher()
+    if launched is None or launched[0] == world.size:
+        return ""
+    return (
+        f"the launcher started {launched[0]} processes, but MPI has {world.size}: mpirun belongs to another MPI than "
+        f"the library in use ({mpi_version()}); call the mpirun of that library (its full path), or choose the "
+        "library of the launcher by MPI4PY_MPIABI=mpich or openmpi"
+    )
+
+
+def check_launcher(world: MPI.Intracomm) -> None:
+    """End the process with a message if the launcher started more processes than MPI knows of.
+
+    Every process then takes itself for rank 0 of 1, and would train by itself.
+    """
+    mismatch, launched = launcher_mismatch(world), environment.launcher()
+    if mismatch:
+        if launched is not None and launched[1] == 0:
+            print(f"apts_mpi.train: error: {mismatch}", file=sys.stderr, flush=True)
+        sys.exit(USAGE)
