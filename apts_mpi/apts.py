@@ -15,8 +15,6 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
-from apts_mpi.environment import seconds
-from apts_mpi.events import Events
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.initial_radius import cauchy_length
 from apts_mpi.inner_products import InnerProducts
@@ -31,6 +29,8 @@ from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.solver_state import load_solver, save_solver
+from apts_mpi.tools.environment import seconds
+from apts_mpi.tools.events import Events
 from apts_mpi.vector import FlatParameters
 
 

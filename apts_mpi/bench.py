@@ -22,9 +22,9 @@ from apts_mpi.apts import APTS
 from apts_mpi.bench_checkpoint import checkpoint
 from apts_mpi.bench_events import events
 from apts_mpi.bench_pipeline import memory, pipeline
-from apts_mpi.command import FAILED
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.tools.command import FAILED
 
 BATCH = 2000
 WIDTHS = (784, 128, 128, 128, 128, 128, 10)

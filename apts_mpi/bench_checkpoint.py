@@ -22,9 +22,9 @@ from rich.table import Table
 from apts_mpi.checkpoint import Array, CheckpointDirectory, split_evenly
 from apts_mpi.checkpoint.writers import choose_writer
 from apts_mpi.comm import Communicator
-from apts_mpi.environment import pause
-from apts_mpi.events import Events
 from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.tools.environment import pause
+from apts_mpi.tools.events import Events
 
 SIZES = (1, 2, 4)
 LAYERS, ROWS = 16, 1024

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.command import FILE_WIDTH, INTERRUPTED, USAGE
 from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan, Run, execute, missing
 from apts_mpi.comparison_table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.jobs import check_can_start
+from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE
+from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.train import spell
 
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 
-from apts_mpi import environment
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
 from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+from apts_mpi.tools import environment
 from apts_mpi.train import parse
 
 # What a run printed, in its directory.

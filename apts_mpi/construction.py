@@ -19,8 +19,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apts_mpi.environment import preserved_random_state
 from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.environment import preserved_random_state
 
 Made = TypeVar("Made")
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
 from apts_mpi.bundle import Bundle, differentiable, map_tensors, with_differentiable
-from apts_mpi.environment import random_state, set_random_state
 from apts_mpi.errors import named_failures
-from apts_mpi.events import BACKWARD, FORWARD
 from apts_mpi.objective import Loss
+from apts_mpi.tools.environment import random_state, set_random_state
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE = 4096
@@ -48,7 +48,7 @@ class BlockJacobian:
     Attributes
     ----------
     cost : float
-        Of the last rows, in units of `apts_mpi.events`, for all samples.
+        Of the last rows, in units of `apts_mpi.tools.events`, for all samples.
     """
 
     cost = 0.0

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.comm import Communicator
-from apts_mpi.events import Events
+from apts_mpi.tools.events import Events
 from apts_mpi.transport import ADMITTED_DTYPES, Bytes, Mirror, choose_device, use_transport
 
 # Elements of each operation: more than what libraries send with the first packet.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.jobs import run_apart
+from apts_mpi.tools.jobs import run_apart
 
 # Seconds for a process that tries what may hang.
 PROBE_LIMIT = 60.0

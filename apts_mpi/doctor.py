@@ -16,10 +16,9 @@ from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
 
-from apts_mpi import environment, probes
+from apts_mpi import probes
 from apts_mpi.checkpoint import hdf5_versions
 from apts_mpi.comm import Communicator
-from apts_mpi.command import FAILED, FILE_WIDTH
 from apts_mpi.diagnosis import (
     ASYNCHRONOUS_PROGRESS,
     Row,
@@ -36,9 +35,11 @@ from apts_mpi.diagnosis import (
     worst,
 )
 from apts_mpi.direct import try_direct
-from apts_mpi.events import Events
-from apts_mpi.jobs import find_launcher
 from apts_mpi.launcher import launcher_mismatch, mpi_version
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import FAILED, FILE_WIDTH
+from apts_mpi.tools.events import Events
+from apts_mpi.tools.jobs import find_launcher
 from apts_mpi.transport import TRANSPORTS, choose_device
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.bundle import Bundle
 from apts_mpi.comm import Communicator
-from apts_mpi.environment import preserved_random_state, seed_stream
-from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.tools.environment import preserved_random_state, seed_stream
+from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.transport import Mirror
+
+
+class Preconditioner(Protocol):
+    """An approximate inverse of the curvature over all parameters."""
+
+    def precondition(self, residual: torch.Tensor, solved: Mirror) -> None:
+        """Put the approximate inverse times ``residual`` into ``solved``. Collective."""
 
 
 class GlobalStep:
@@ -51,7 +57,7 @@ class GlobalStep:
         *,
         options: GlobalStepOptions,
         objective: Objective,
-        schwarz: AdditiveSchwarz | None,
+        schwarz: Preconditioner | None,
         comm: Communicator,
         events: Events,
         products: InnerProducts,

@@ -6,8 +6,8 @@ import sys
 
 from mpi4py import MPI
 
-from apts_mpi import environment
-from apts_mpi.command import USAGE
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import USAGE
 
 
 def mpi_version() -> str:

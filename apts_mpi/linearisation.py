@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.buffers import Buffers
 from apts_mpi.bundle import Bundle, differentiable, tensors_of, with_differentiable
-from apts_mpi.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.events import BACKWARD, FORWARD, Events
 from apts_mpi.objective import Loss, Pass
 from apts_mpi.segments import SegmentedNetwork
+from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
+from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.transposes import by_transposes
 from apts_mpi.vector import Entry, FlatParameters
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apts_mpi.comm import Communicator
-from apts_mpi.events import OTHER, Event, Events
+from apts_mpi.tools.events import OTHER, Event, Events
 
 # In the order in which an iteration comes to them. A rank's time is in one of them only.
 NAMES = (

@@ -12,11 +12,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.comm import Communicator
-from apts_mpi.environment import preserved_random_state
 from apts_mpi.errors import InvalidInput
 from apts_mpi.objective import Loss, Objective, Pass
 from apts_mpi.partition import split
-from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.tools.environment import preserved_random_state
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
 MOST, FEWEST = 64, 4
@@ -53,44 +52,6 @@ def check_objective(
     with comm.shared_refusals(), preserved_random_state(inputs.device), objective.buffers.copied(), torch.enable_grad():
         outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
         check_loss(objective.loss, outputs, sample.targets)
-
-
-def check_staged_objective(
-    objective: StagedObjective,
-    part: Pass,
-    batch: tuple[torch.Tensor | None, torch.Tensor | None],
-    rows: torch.Tensor | None,
-    count: int,
-    replica: int,
-    comm: Communicator,
-) -> None:
-    """`check_objective` where each rank has a stage. Collective.
-
-    Parameters
-    ----------
-    objective, part, batch, rows
-        As there; the first stage has inputs and the last one targets.
-    count
-        Number of samples that the ranks of this replica were given.
-    replica
-        Number of this replica.
-    comm
-        All ranks.
-    """
-    inputs, targets = batch
-    few = some_rows(count, rows, part.samples, replica)
-    entering = inputs[few] if objective.pipeline.is_first and inputs is not None else few
-    found: list[Any] = []
-    with preserved_random_state(part.inputs.device), objective.buffers.copied():
-        objective.infer([entering], lambda _, outputs: found.append(outputs))
-    with comm.shared_refusals(), torch.enable_grad():
-        for outputs in found:  # on the last stage
-            assert targets is not None
-            check_loss(objective.loss, tree_map_only(torch.Tensor, _as_point, outputs), targets[few])
-
-
-def _as_point(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
 
 
 def some_rows(count: int, rows: torch.Tensor | None, samples: int, key: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from apts_mpi.environment import pause, seconds
 from apts_mpi.errors import StallError
+from apts_mpi.tools.environment import pause, seconds
 
 # Of the notes that ranks send each other; messages of the pipeline have lower ones.
 TAG = 1000

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
-from apts_mpi.environment import pause, seconds
-from apts_mpi.events import Events
 from apts_mpi.patience import NAP, Patience
+from apts_mpi.tools.environment import pause, seconds
+from apts_mpi.tools.events import Events
 from apts_mpi.transport import Event
 
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from apts_mpi.command import USAGE
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot_files import files_of
 from apts_mpi.run_records import group, read_run
+from apts_mpi.tools.command import USAGE
 
 # Those of `apts_mpi.run_plots.ROWS`, which needs matplotlib.
 ROWS = ("loss", "accuracy", "rho", "radius")

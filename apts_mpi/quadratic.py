@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from apts_mpi.environment import preserved_random_state
+from apts_mpi.tools.environment import preserved_random_state
 
 
 def is_quadratic(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from apts_mpi.command import FAILED, FILE_WIDTH, USAGE
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot_files import files_of
 from apts_mpi.records import SUMMARY
 from apts_mpi.scaling_records import add_runs, read_studies
 from apts_mpi.scaling_report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling_runs import Study, run_study
+from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,7 +9,6 @@ import torch
 
 from apts_mpi.comm import Communicator
 from apts_mpi.curvature import Curvature, make_curvature
-from apts_mpi.events import Events
 from apts_mpi.kfac import KFAC
 from apts_mpi.linearisation import Column
 from apts_mpi.local import ensure_descent, make_local_solver
@@ -19,6 +18,7 @@ from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.partition import Layer, Layout, Subdomain, layers_between, multiplicity
 from apts_mpi.pending import Pending
 from apts_mpi.reduction import BUCKET_BYTES
+from apts_mpi.tools.events import Events
 from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import subdomain_radius
 

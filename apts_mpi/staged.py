@@ -15,12 +15,9 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
-from apts_mpi.environment import process
 from apts_mpi.errors import InvalidInput
-from apts_mpi.events import Events
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
-from apts_mpi.loss_check import check_staged_objective
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss
@@ -30,10 +27,13 @@ from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
 from apts_mpi.staged_global_step import StagedGlobalStep
+from apts_mpi.staged_loss_check import check_staged_objective
 from apts_mpi.staged_objective import StagedObjective
 from apts_mpi.staged_rows import StagedGaussNewtonRows
 from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
+from apts_mpi.tools.environment import process
+from apts_mpi.tools.events import Events
 from apts_mpi.vector import FlatParameters
 
 Made = TypeVar("Made")

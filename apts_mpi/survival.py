@@ -11,9 +11,9 @@ import numpy as np
 from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
 from apts_mpi.comm import Communicator
 from apts_mpi.drift import check_shared
-from apts_mpi.environment import seconds, since_start
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.signals import StopSignals, name_of
+from apts_mpi.tools.environment import seconds, since_start
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions, as_seconds
 

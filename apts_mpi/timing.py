@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from apts_mpi.environment import pause, seconds
+from apts_mpi.tools.environment import pause, seconds
 
 
 @dataclass

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from apts_mpi.comm import Communicator
-from apts_mpi.environment import host, seconds
 from apts_mpi.errors import InvalidInput
-from apts_mpi.events import OTHER, Events, Spans
+from apts_mpi.tools.environment import host, seconds
+from apts_mpi.tools.events import OTHER, Events, Spans
 
 # Events of a rank that are kept, from the first on: some thousands of iterations, 2 MB of memory and 10 MB of the file.
 # Perfetto in a browser opens files up to about a gigabyte.

@@ -20,13 +20,10 @@ from mpi4py import MPI
 from rich.console import Console
 from rich.progress import Progress
 
-from apts_mpi import environment
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.comm import Communicator
-from apts_mpi.command import FAILED, REQUEUE, USAGE
 from apts_mpi.direct import PROBE_LIMIT, choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError, require, require_choice
-from apts_mpi.events import Events
 from apts_mpi.launcher import check_launcher, mpi_version
 from apts_mpi.log_view import event_table, print_events
 from apts_mpi.problems import build
@@ -45,6 +42,9 @@ from apts_mpi.signals import StopSignals
 from apts_mpi.staged_training import StagedTraining, build_staged_problem
 from apts_mpi.survival import Survival
 from apts_mpi.tensorboard import ScalarWriter, check_tensorboard
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import FAILED, REQUEUE, USAGE
+from apts_mpi.tools.events import Events
 from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions

@@ -16,11 +16,11 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.events import OTHER
 from apts_mpi.iteration import Judged, StepResult
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.segments import CalledNetwork
+from apts_mpi.tools.events import OTHER
 from apts_mpi.training_options import TrainingOptions
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -11,9 +11,9 @@ import threading
 
 from mpi4py import MPI
 
-from apts_mpi.command import FAILED
-from apts_mpi.environment import end_after, host, pause
 from apts_mpi.pending import WAITING
+from apts_mpi.tools.command import FAILED
+from apts_mpi.tools.environment import end_after, host, pause
 
 # Seconds for the launcher to print a message before the job ends; between rank 0, rank 1 and all others, as who is
 # first ends the rest, so that there is one message; and for an end that waits for a network that is lost.

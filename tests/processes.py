@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apts_mpi.environment import outside_job
+from apts_mpi.tools.environment import outside_job
 
 TESTS = Path(__file__).parent
 LIMIT = 100  # seconds; a run takes a few, most of them to import torch

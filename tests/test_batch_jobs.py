@@ -13,7 +13,7 @@ import sys
 import pytest
 from processes import TESTS
 
-from apts_mpi.environment import outside_job
+from apts_mpi.tools.environment import outside_job
 
 JOBS = TESTS.parent / "jobs"
 

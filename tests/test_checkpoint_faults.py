@@ -26,7 +26,7 @@ from mpi4py import MPI
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid, saving, split_evenly
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
-from apts_mpi.events import Events
+from apts_mpi.tools.events import Events
 
 directory, writer = Path(sys.argv[1]), sys.argv[2]
 comm = Communicator(MPI.COMM_WORLD, Events())

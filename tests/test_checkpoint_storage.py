@@ -31,7 +31,7 @@ from apts_mpi.checkpoint import (
 )
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.events import Events
+from apts_mpi.tools.events import Events
 
 # A single rank has nothing to write together, so there they are the same.
 WRITERS = (

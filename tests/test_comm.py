@@ -10,7 +10,7 @@ from mpi4py import MPI
 from apts_mpi import InvalidInput
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import SharedInvalidInput
-from apts_mpi.events import Events
+from apts_mpi.tools.events import Events
 from apts_mpi.transport import Mirror
 
 

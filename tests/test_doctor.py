@@ -14,9 +14,10 @@ import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import direct, doctor, jobs, probes
+from apts_mpi import direct, doctor, probes
 from apts_mpi.comm import Communicator
-from apts_mpi.events import Events
+from apts_mpi.tools import jobs
+from apts_mpi.tools.events import Events
 
 under_mpirun = functools.partial(start, ranks=2, module="apts_mpi.doctor")
 

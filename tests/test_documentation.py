@@ -22,7 +22,7 @@ import pytest
 from processes import find_mpirun, needs_mpirun
 
 from apts_mpi import train
-from apts_mpi.environment import outside_job
+from apts_mpi.tools.environment import outside_job
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

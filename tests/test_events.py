@@ -9,13 +9,13 @@ from networks import classified, classifier, cross_entropy, make_solver, options
 from staged_networks import NETWORKS, built, staged
 
 from apts_mpi import comm as comm_module
-from apts_mpi import events as events_module
 from apts_mpi import pending as pending_module
 from apts_mpi.baselines import DataParallel
 from apts_mpi.comm import Communicator
-from apts_mpi.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.log_view import event_table
 from apts_mpi.staged import StagedAPTS
+from apts_mpi.tools import events as events_module
+from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.transport import HostStreams
 
 KEYS = {

@@ -1,7 +1,8 @@
 """The package is a stack: a file imports only what lies below it, and each outside library has its place."""
 
 import ast
-import itertools
+import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -10,51 +11,125 @@ import apts_mpi
 
 ROOT = Path(apts_mpi.__file__).parent
 
-# From the bottom up; a file imports only files before its own, in its row or in the rows above.
-LEVELS = (
-    ("environment", "errors", "signals", "options", "events", "training_options", "schedules"),
-    ("transport", "patience", "pending", "comm", "checkpoint"),
-    ("partition", "vector", "buffers", "bundle", "quadratic", "pipeline", "network_state", "drift"),
-    ("segments", "reduction", "recorder", "objective", "dense", "transposes", "linearisation"),
-    ("factors", "signed_factors", "curvature", "trust_region"),
-    ("inner_products", "initial_radius", "models", "local_objective", "local_state", "kfac"),
-    ("local_second_order", "local"),
-    ("batch", "micro_batches", "construction", "stages", "staged_objective", "loss_check", "iteration", "composition"),
-    ("staged_rows", "schwarz", "coarse", "staged_coarse", "global_step", "staged_global_step"),
-    ("schwarz_state", "solver_state", "staged_state"),
-    ("apts", "staged", "__init__"),
-    ("problems", "baselines"),
-    ("watch", "direct", "records", "log_view", "trace", "tensorboard", "training", "staged_training", "survival"),
-    ("resume", "train", "timing"),
-    ("bench_checkpoint", "bench_events", "bench_pipeline", "bench"),
-    ("comparison", "comparison_table", "comparison_plots", "compare"),
-    ("diagnosis", "probes", "device_probe", "doctor", "run_records", "run_plots", "plot"),
-    ("cost_model", "cost_fit", "scaling_records", "scaling_runs", "scaling_report"),
-    ("scaling_predict", "scaling_plots", "scaling"),
-)
-ORDER = tuple(itertools.chain.from_iterable(LEVELS))
+# The packages of the list, in its order: a file imports only from its own and from those before it.
+PAGE = ROOT.parent / "docs" / "changing.md"
+ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+# Files that are to move into a package.
+UNMOVED = {
+    "comm": "parallel",
+    "pending": "parallel",
+    "patience": "parallel",
+    "transport": "parallel",
+    "direct": "parallel",
+    "device_probe": "parallel",
+    "watch": "parallel",
+    "timing": "parallel",
+    "vector": "network",
+    "bundle": "network",
+    "segments": "network",
+    "partition": "network",
+    "buffers": "network",
+    "recorder": "network",
+    "objective": "objective",
+    "batch": "objective",
+    "reduction": "objective",
+    "loss_check": "objective",
+    "factors": "curvature",
+    "curvature": "curvature",
+    "signed_factors": "curvature",
+    "dense": "curvature",
+    "linearisation": "curvature",
+    "transposes": "curvature",
+    "quadratic": "curvature",
+    "trust_region": "trust_region",
+    "iteration": "trust_region",
+    "inner_products": "trust_region",
+    "models": "trust_region",
+    "initial_radius": "trust_region",
+    "global_step": "trust_region",
+    "local": "local",
+    "local_objective": "local",
+    "kfac": "local",
+    "local_second_order": "local",
+    "local_state": "local",
+    "schwarz": "schwarz",
+    "coarse": "schwarz",
+    "network_state": "state",
+    "schwarz_state": "state",
+    "solver_state": "state",
+    "staged": "staged",
+    "staged_objective": "staged",
+    "staged_coarse": "staged",
+    "staged_global_step": "staged",
+    "staged_rows": "staged",
+    "staged_state": "staged",
+    "stages": "staged",
+    "construction": "staged",
+    "micro_batches": "staged",
+    "pipeline": "staged",
+    "schedules": "staged",
+    "composition": "defaults",
+    "records": "records",
+    "run_records": "records",
+    "train": "train",
+    "training": "train",
+    "training_options": "train",
+    "staged_training": "train",
+    "baselines": "train",
+    "survival": "train",
+    "resume": "train",
+    "signals": "train",
+    "drift": "train",
+    "log_view": "train",
+    "trace": "train",
+    "tensorboard": "train",
+    "plot": "plot",
+    "run_plots": "plot",
+    "compare": "compare",
+    "comparison": "compare",
+    "comparison_table": "compare",
+    "comparison_plots": "compare",
+    "scaling": "scaling",
+    "scaling_records": "scaling",
+    "scaling_runs": "scaling",
+    "scaling_report": "scaling",
+    "scaling_predict": "scaling",
+    "scaling_plots": "scaling",
+    "cost_model": "scaling",
+    "cost_fit": "scaling",
+    "bench": "bench",
+    "bench_checkpoint": "bench",
+    "bench_events": "bench",
+    "bench_pipeline": "bench",
+    "doctor": "doctor",
+    "diagnosis": "doctor",
+    "probes": "doctor",
+    "launcher": "parallel",
+    "figure": "plot",
+    "plot_files": "plot",
+    "staged_loss_check": "staged",
+}
+
+# Modules that one imports after another, at most.
+LONGEST_CHAIN = 24
 
 # What the package imports from outside, where few files may.
 PLACES = {
-    "mpi4py": {
-        *("patience", "pending", "comm", "apts", "staged", "baselines", "training", "staged_training", "train"),
-        *("watch", "timing", "bench_checkpoint", "bench_events", "bench_pipeline", "bench", "device_probe", "doctor"),
-    },
-    "time": {"environment"},
+    "mpi4py": {"parallel", "apts", "staged", "train", "bench", "doctor"},
+    "time": {"tools"},
     "jsonargparse": {"train", "compare"},
-    "rich": {
-        *("records", "train", "scaling", "scaling_report", "scaling_predict", "compare"),
-        *("bench", "bench_checkpoint", "bench_events", "bench_pipeline", "checkpoint", "doctor", "log_view"),
-    },
-    "h5py": {"checkpoint", "scaling_records"},
+    "rich": {"records", "train", "scaling", "compare", "bench", "checkpoint", "doctor"},
+    "h5py": {"checkpoint", "scaling"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def file_of(path):
-    """Name of a file in `ORDER`; the files of a folder share the folder's."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def package_of(path):
+    """Name in `ORDER` of the package that a file is in, or of the file itself beside them."""
+    name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return UNMOVED.get(name, name) if name.endswith(".py") or not (ROOT / name).is_dir() else name
 
 
 def imports(path):
@@ -67,30 +142,56 @@ def imports(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
+def file_of(name):
+    """The file of this package that an imported name is, or is in; None for a name of another package."""
+    parts = name.split(".")
+    if parts[0] != "apts_mpi":
+        return None
+    while parts:
+        place = ROOT.parent.joinpath(*parts)
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.exists():
+                return file
+        parts.pop()
+    raise AssertionError(f"there is no {name}")
+
+
+@functools.cache
 def own_imports(path):
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "apts_mpi":
-            yield parts[1] if parts[1] in ORDER else "__init__"
+    return sorted({file for file in map(file_of, imports(path)) if file not in (None, path)})
 
 
-def test_the_files_are_those_of_the_list():
-    assert {file_of(path) for path in FILES} == set(ORDER)
+def test_the_packages_are_those_of_the_list():
+    assert {package_of(path) for path in FILES} == set(ORDER)
     assert len(ORDER) == len(set(ORDER))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_downwards(path):
-    own = file_of(path)
-    for name in own_imports(path):
-        inside = name == own and path.parent != ROOT
-        assert inside or ORDER.index(name) < ORDER.index(own), f"{own} imports {name}, which is above it"
+def test_imports_go_one_way(path):
+    own = package_of(path)
+    for file in own_imports(path):
+        other = package_of(file)
+        assert ORDER.index(other) <= ORDER.index(own), f"{path} imports {other}, which is behind it in the list"
+
+
+@functools.cache
+def chain(path):
+    """The longest chain of files that starts with this one, each of which imports the next."""
+    longest = max((chain(file) for file in own_imports(path)), key=len, default=())
+    return (path, *longest)
+
+
+def test_no_chain_of_imports_is_long():
+    """Nor is there a cycle, in which `chain` would not come to an end."""
+    longest = max(map(chain, FILES), key=len)
+    assert len(longest) <= LONGEST_CHAIN, "\n".join(map(str, longest))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_outside_libraries_have_their_places(path):
+    own = package_of(path)
     for library in {name.split(".")[0] for name in imports(path)}:
-        assert file_of(path) in PLACES.get(library, {file_of(path)}), f"{library} is imported in {path.name}"
+        assert own in PLACES.get(library, {own}), f"{library} is imported in {path.name}"
 
 
 def attributes(path):
@@ -103,22 +204,36 @@ def attributes(path):
 @pytest.mark.parametrize(
     ("names", "places"),
     [
-        ({"torch.cuda"}, {"transport", "environment"}),
-        ({"os.environ", "os.getenv", "os.putenv"}, {"environment"}),
-        ({"torch.get_rng_state", "torch.set_rng_state", "torch.default_generator"}, {"environment"}),
+        ({"torch.cuda"}, {"parallel/transport", "transport", "tools/environment"}),
+        ({"os.environ", "os.getenv", "os.putenv"}, {"tools/environment"}),
+        ({"torch.get_rng_state", "torch.set_rng_state", "torch.default_generator"}, {"tools/environment"}),
     ],
     ids=["CUDA", "process environment", "random state"],
 )
 def test_one_place_for_the_state_of_the_machine(names, places):
-    users = {file_of(path): names & set(attributes(path)) for path in FILES}
+    users = {str(path.relative_to(ROOT)).removesuffix(".py"): names & set(attributes(path)) for path in FILES}
     assert {file for file, used in users.items() if used} <= places
     assert any(users.values())  # the names are spelled as the package spells them
+
+
+CORE = {
+    "network",
+    "objective",
+    "curvature",
+    "trust_region",
+    "local",
+    "schwarz",
+    "state",
+    "replicated",
+    "apts",
+    "staged",
+}
 
 
 def test_the_core_knows_no_problem():
     """Solver files read no data and print nothing."""
     for path in FILES:
-        if file_of(path) in ORDER[: ORDER.index("__init__")]:
+        if package_of(path) in CORE:
             calls = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
                      if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
             assert not calls & {"print", "open", "input"}, path.name

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from apts_mpi.comm import Communicator
-from apts_mpi.events import Events
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1
+from apts_mpi.tools.events import Events
 
 COLUMNS = 4
 

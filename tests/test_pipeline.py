@@ -12,10 +12,10 @@ from apts_mpi import StagedAPTS
 from apts_mpi.bundle import store
 from apts_mpi.comm import Communicator
 from apts_mpi.errors import StageError, StallError
-from apts_mpi.events import Events
 from apts_mpi.partition import split
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schedules import SCHEDULES, forwards
+from apts_mpi.tools.events import Events
 
 
 def gradient_in_parts(network, batch, micro_batches):

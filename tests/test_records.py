@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from apts_mpi import InvalidInput, environment
-from apts_mpi.events import Events
+from apts_mpi import InvalidInput
 from apts_mpi.records import RunDirectory, finite, print_summary
+from apts_mpi.tools import environment
+from apts_mpi.tools.events import Events
 
 
 def test_records_are_lines_of_json(tmp_path):

@@ -11,8 +11,8 @@ from apts_mpi import APTS, CoarseOptions, GlobalStepOptions, InvalidInput, Local
 from apts_mpi.baselines import DataParallel
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid
 from apts_mpi.comm import Communicator
-from apts_mpi.events import Events
 from apts_mpi.options import APTSOptions, TrustRegionOptions
+from apts_mpi.tools.events import Events
 
 # Steps, and after which of them a checkpoint is made.
 STEPS, CUTS = 5, (1, 3)

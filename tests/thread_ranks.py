@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from apts_mpi.comm import Communicator
-from apts_mpi.events import Events
+from apts_mpi.tools.events import Events
 
 
 class ThreadRank:

@@ -21,8 +21,8 @@ from apts_mpi.checkpoint.directory import resolve
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.writers import write_file
-from apts_mpi.command import FILE_WIDTH
 from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.command import FILE_WIDTH
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
 FOUND, ERROR = 1, 2

@@ -5,10 +5,10 @@ import functools
 
 import torch
 
-from apts_mpi import environment
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
 from apts_mpi.problems.problem import ALL, Problem, Wanted
+from apts_mpi.tools import environment
 
 __all__ = ["Problem", "Wanted", "build", "names"]
 

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from processes import TESTS, find_mpirun, needs_mpirun
 
 from apts_mpi.checkpoint import Checkpoint
-from apts_mpi.environment import outside_job
+from apts_mpi.tools.environment import outside_job
 
 pytestmark = [pytest.mark.slurm, needs_mpirun]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from apts_mpi.environment import seconds
+from apts_mpi.tools.environment import seconds
 
 # A backward pass costs about twice its forward pass; together they are one gradient evaluation.
 FORWARD = 1.0 / 3.0

@@ -8,8 +8,8 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from apts_mpi import environment
 from apts_mpi.errors import InvalidInput, require
+from apts_mpi.tools import environment
 
 # Seconds for a launcher to say its version.
 VERSION_LIMIT = 10.0

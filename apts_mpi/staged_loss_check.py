@@ -1,0 +1,52 @@
+"""The check of a loss where each rank has a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from apts_mpi.comm import Communicator
+from apts_mpi.loss_check import check_loss, some_rows
+from apts_mpi.objective import Pass
+from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.tools.environment import preserved_random_state
+
+
+def check_staged_objective(
+    objective: StagedObjective,
+    part: Pass,
+    batch: tuple[torch.Tensor | None, torch.Tensor | None],
+    rows: torch.Tensor | None,
+    count: int,
+    replica: int,
+    comm: Communicator,
+) -> None:
+    """`check_objective` where each rank has a stage. Collective.
+
+    Parameters
+    ----------
+    objective, part, batch, rows
+        As there; the first stage has inputs and the last one targets.
+    count
+        Number of samples that the ranks of this replica were given.
+    replica
+        Number of this replica.
+    comm
+        All ranks.
+    """
+    inputs, targets = batch
+    few = some_rows(count, rows, part.samples, replica)
+    entering = inputs[few] if objective.pipeline.is_first and inputs is not None else few
+    found: list[Any] = []
+    with preserved_random_state(part.inputs.device), objective.buffers.copied():
+        objective.infer([entering], lambda _, outputs: found.append(outputs))
+    with comm.shared_refusals(), torch.enable_grad():
+        for outputs in found:  # on the last stage
+            assert targets is not None
+            check_loss(objective.loss, tree_map_only(torch.Tensor, _as_point, outputs), targets[few])
+
+
+def _as_point(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
