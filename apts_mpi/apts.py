@@ -13,7 +13,6 @@ from mpi4py import MPI
 from apts_mpi.batch import passes_of_batch, samples_of_pass, team_shares
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
-from apts_mpi.comm import Communicator
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.initial_radius import cauchy_length
@@ -25,6 +24,7 @@ from apts_mpi.loss_check import check_objective
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.segments import Forward, SegmentedNetwork

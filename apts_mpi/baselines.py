@@ -11,7 +11,6 @@ from mpi4py import MPI
 
 from apts_mpi.batch import passes_of_batch, samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.comm import Communicator
 from apts_mpi.loss_check import check_objective
 from apts_mpi.network_state import (
     load_network,
@@ -23,6 +22,7 @@ from apts_mpi.network_state import (
 )
 from apts_mpi.objective import Loss, Objective
 from apts_mpi.options import lower_precision
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Layout, Subdomain
 from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.tools.environment import seconds

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
 from apts_mpi.objective import Pass
 from apts_mpi.options import LocalData
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Layout, Subdomain, split
 
 

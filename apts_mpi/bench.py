@@ -23,7 +23,7 @@ from apts_mpi.bench_checkpoint import checkpoint
 from apts_mpi.bench_events import events
 from apts_mpi.bench_pipeline import memory, pipeline
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
-from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.tools.command import FAILED
 
 BATCH = 2000

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from apts_mpi.checkpoint import Array, CheckpointDirectory, split_evenly
 from apts_mpi.checkpoint.writers import choose_writer
-from apts_mpi.comm import Communicator
-from apts_mpi.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.tools.environment import pause
 from apts_mpi.tools.events import Events
 

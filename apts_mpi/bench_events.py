@@ -13,13 +13,13 @@ from torch import nn
 from apts_mpi.apts import APTS
 from apts_mpi.baselines import DataParallel
 from apts_mpi.options import APTSOptions
-from apts_mpi.pending import Pending, Starts
+from apts_mpi.parallel.nonblocking import Pending, Starts
+from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.problems import build
 from apts_mpi.staged import StagedAPTS
-from apts_mpi.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events, Spans
-from apts_mpi.transport import HostStreams
 
 # Notes of each kind in a series, and series, of which the median counts.
 NOTES, SERIES = 10_000, 5

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from apts_mpi.comm import Communicator
-from apts_mpi.transport import Mirror
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import Mirror
 
 
 class Buffers:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Subdomain
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region import NormKind, euclidean_radius, minimise_in_ball

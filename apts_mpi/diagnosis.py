@@ -91,7 +91,8 @@ def judge_launcher(mismatch: str, library: str, launcher: str, said: str, ranks:
     Parameters
     ----------
     mismatch
-        What is wrong with the processes that are there, from `apts_mpi.launcher.launcher_mismatch`; empty if nothing.
+        What is wrong with the processes that are there, from `apts_mpi.parallel.launcher.launcher_mismatch`; empty if
+        nothing.
     library
         What the library says of itself.
     launcher, said

@@ -18,7 +18,6 @@ from rich.table import Table
 
 from apts_mpi import probes
 from apts_mpi.checkpoint import hdf5_versions
-from apts_mpi.comm import Communicator
 from apts_mpi.diagnosis import (
     ASYNCHRONOUS_PROGRESS,
     Row,
@@ -34,13 +33,14 @@ from apts_mpi.diagnosis import (
     judge_versions,
     worst,
 )
-from apts_mpi.direct import try_direct
-from apts_mpi.launcher import launcher_mismatch, mpi_version
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.gpu_direct import try_direct
+from apts_mpi.parallel.launcher import launcher_mismatch, mpi_version
+from apts_mpi.parallel.transport import TRANSPORTS, choose_device
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import FAILED, FILE_WIDTH
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.jobs import find_launcher
-from apts_mpi.transport import TRANSPORTS, choose_device
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -9,14 +9,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.bundle import Bundle
-from apts_mpi.comm import Communicator
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.environment import preserved_random_state, seed_stream
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.transport import Mirror
 
 
 class Preconditioner(Protocol):

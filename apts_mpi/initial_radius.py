@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.objective import Objective, Pass
 from apts_mpi.options import TrustRegionOptions
+from apts_mpi.parallel.communicator import Communicator
 
 
 def cauchy_length(

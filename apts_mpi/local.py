@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.dense import LARGEST_DENSE, gram, of_rows, uses_rows
 from apts_mpi.errors import InvalidInput
 from apts_mpi.factors import TINY, Curvature
@@ -21,7 +20,8 @@ from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.local_state import LocalState, Memoryless
 from apts_mpi.options import LocalOptions, TrustRegionOptions
-from apts_mpi.transport import Mirror
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import Mirror
 from apts_mpi.trust_region import NormKind, euclidean_radius, newton_in_ball, steepest_descent
 from apts_mpi.vector import clip_to_ball, norm
 

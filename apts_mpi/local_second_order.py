@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_state import LocalState, Memoryless
 from apts_mpi.models import LSR1, Model, ProductKind, ProductModel
 from apts_mpi.options import TrustRegionOptions
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.trust_region import NormKind, euclidean_radius, judge
 from apts_mpi.vector import clip_to_ball, norm
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import OTHER, Event, Events
 
 # In the order in which an iteration comes to them. A rank's time is in one of them only.

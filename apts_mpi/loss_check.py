@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
 from apts_mpi.objective import Loss, Objective, Pass
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import split
 from apts_mpi.tools.environment import preserved_random_state
 

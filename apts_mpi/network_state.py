@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint, split_evenly
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
 
 PARAMETERS, BUFFERS = "parameters/", "buffers/"
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from apts_mpi.bundle import Bundle, detached, tensors_of
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import StageError, StallError
-from apts_mpi.pending import Pending
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.nonblocking import Pending
+from apts_mpi.parallel.transport import Bytes
 from apts_mpi.schedules import Action, Direction
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Bytes
 
 TAGS: dict[Direction, int] = {"forward": 1, "backward": 2}
 DESCRIPTION = 3

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint import Array, CheckpointDirectory, Slab, open_checkpoint
-from apts_mpi.comm import Communicator
 from apts_mpi.diagnosis import RankFacts
 from apts_mpi.errors import SharedInvalidInput
-from apts_mpi.timing import time_in_turn
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.timing import time_in_turn
+from apts_mpi.parallel.transport import ADMITTED_DTYPES, Mirror, identity_of
 from apts_mpi.tools import environment
-from apts_mpi.transport import ADMITTED_DTYPES, Mirror, identity_of
 
 # Numbers of elements that are summed: MPI libraries take other algorithms for short and for long messages.
 SIZES = (8, 2**18)

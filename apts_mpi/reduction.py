@@ -6,9 +6,9 @@ import weakref
 
 import torch
 
-from apts_mpi.comm import Communicator
-from apts_mpi.pending import Pending
-from apts_mpi.transport import Mirror
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.nonblocking import Pending
+from apts_mpi.parallel.transport import Mirror
 from apts_mpi.vector import FlatParameters
 
 # Large enough for bandwidth, small enough that the first sum starts early in the backward pass.

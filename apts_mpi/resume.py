@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.survival import saved_history
 from apts_mpi.tools import environment
 from apts_mpi.training_options import TrainingOptions

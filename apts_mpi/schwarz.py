@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.curvature import Curvature, make_curvature
 from apts_mpi.kfac import KFAC
 from apts_mpi.linearisation import Column
@@ -15,11 +14,12 @@ from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.nonblocking import Pending
+from apts_mpi.parallel.transport import Mirror
 from apts_mpi.partition import Layer, Layout, Subdomain, layers_between, multiplicity
-from apts_mpi.pending import Pending
 from apts_mpi.reduction import BUCKET_BYTES
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Mirror
 from apts_mpi.trust_region import subdomain_radius
 
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.comm import Communicator
 from apts_mpi.network_state import (
     load_network,
     named_tensors,
@@ -17,6 +16,7 @@ from apts_mpi.network_state import (
     replicated_arrays,
     take_tensors,
 )
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.schwarz_state import load_local_solvers, save_local_solvers
 

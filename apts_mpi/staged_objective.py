@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from apts_mpi.bundle import Bundle, differentiable, gradient_of, store, tensors_of
-from apts_mpi.comm import Communicator
 from apts_mpi.objective import Cache, Loss, Objective, Pass, Run
 from apts_mpi.options import PipelineOptions
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Subdomain
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.recorder import LayerRecord

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.micro_batches import placeholder
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import Layout, split
 from apts_mpi.problems import Problem, Wanted
 from apts_mpi.staged import StagedAPTS, build_stage

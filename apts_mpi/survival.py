@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
-from apts_mpi.comm import Communicator
 from apts_mpi.drift import check_shared
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.signals import StopSignals, name_of
 from apts_mpi.tools.environment import seconds, since_start
 from apts_mpi.training import Training

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import host, seconds
 from apts_mpi.tools.events import OTHER, Events, Spans
 

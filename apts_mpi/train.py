@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apts_mpi.checkpoint import CheckpointDirectory
-from apts_mpi.comm import Communicator
-from apts_mpi.direct import PROBE_LIMIT, choose_transport
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError, require, require_choice
-from apts_mpi.launcher import check_launcher, mpi_version
 from apts_mpi.log_view import event_table, print_events
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.gpu_direct import PROBE_LIMIT, choose_transport
+from apts_mpi.parallel.launcher import check_launcher, mpi_version
+from apts_mpi.parallel.transport import choose_device, use_transport
+from apts_mpi.parallel.watchdog import Watch, end_job, turn
 from apts_mpi.problems import build
 from apts_mpi.records import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
@@ -48,8 +50,6 @@ from apts_mpi.tools.events import Events
 from apts_mpi.trace import Trace
 from apts_mpi.training import Training
 from apts_mpi.training_options import TrainingOptions
-from apts_mpi.transport import choose_device, use_transport
-from apts_mpi.watch import Watch, end_job, turn
 
 # Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
 STALL_TIMEOUT = 600.0

@@ -13,10 +13,10 @@ from mpi4py import MPI
 from apts_mpi.apts import APTS
 from apts_mpi.baselines import BaselineResult, DataParallel
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.comm import Communicator
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.iteration import Judged, StepResult
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import split
 from apts_mpi.problems import Problem
 from apts_mpi.segments import CalledNetwork

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.transport import ADMITTED_DTYPES
+from apts_mpi.parallel.transport import ADMITTED_DTYPES
 
 
 def norm(vector: torch.Tensor, kind: Literal["2", "inf"]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid, saving, split_evenly
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.events import Events
 

@@ -29,8 +29,8 @@ from apts_mpi.checkpoint import (
     split_evenly,
     writers,
 )
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 
 # A single rank has nothing to write together, so there they are the same.

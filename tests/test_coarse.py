@@ -12,9 +12,9 @@ from torch import nn
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.buffers import Buffers
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
-from apts_mpi.comm import Communicator
 from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.objective import Pass
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region import minimise_in_ball

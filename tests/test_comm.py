@@ -8,10 +8,10 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi import InvalidInput
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Mirror
 
 
 @pytest.fixture

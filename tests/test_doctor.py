@@ -14,8 +14,9 @@ import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import direct, doctor, probes
-from apts_mpi.comm import Communicator
+from apts_mpi import doctor, probes
+from apts_mpi.parallel import gpu_direct as direct
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools import jobs
 from apts_mpi.tools.events import Events
 
@@ -252,7 +253,7 @@ def test_process_that_hangs_leaves_none_behind(tmp_path):
 @needs_mpirun
 def test_direct_sums_in_processes_of_their_own(tmp_path):
     """On CPU tensors, which every library sums; a device that is not there is no crash of the doctor."""
-    run = start(tmp_path, 2, ["cpu"], module="apts_mpi.device_probe")
+    run = start(tmp_path, 2, ["cpu"], module="apts_mpi.parallel.gpu_probe")
     assert run.returncode == 0, run.stderr
     comm = Communicator(MPI.COMM_SELF, Events())
     if not torch.cuda.is_available():

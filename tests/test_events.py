@@ -8,15 +8,15 @@ from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, make_solver, options
 from staged_networks import NETWORKS, built, staged
 
-from apts_mpi import comm as comm_module
-from apts_mpi import pending as pending_module
 from apts_mpi.baselines import DataParallel
-from apts_mpi.comm import Communicator
 from apts_mpi.log_view import event_table
+from apts_mpi.parallel import communicator as comm_module
+from apts_mpi.parallel import nonblocking as pending_module
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.staged import StagedAPTS
 from apts_mpi.tools import events as events_module
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
-from apts_mpi.transport import HostStreams
 
 KEYS = {
     "calls", "seconds_max", "seconds_min", "ratio", "messages", "bytes", "gradient_evaluations", "share", "overlap",

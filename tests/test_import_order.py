@@ -17,14 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "comm": "parallel",
-    "pending": "parallel",
-    "patience": "parallel",
-    "transport": "parallel",
-    "direct": "parallel",
-    "device_probe": "parallel",
-    "watch": "parallel",
-    "timing": "parallel",
     "vector": "network",
     "bundle": "network",
     "segments": "network",
@@ -105,7 +97,6 @@ UNMOVED = {
     "doctor": "doctor",
     "diagnosis": "doctor",
     "probes": "doctor",
-    "launcher": "parallel",
     "figure": "plot",
     "plot_files": "plot",
     "staged_loss_check": "staged",
@@ -204,7 +195,7 @@ def attributes(path):
 @pytest.mark.parametrize(
     ("names", "places"),
     [
-        ({"torch.cuda"}, {"parallel/transport", "transport", "tools/environment"}),
+        ({"torch.cuda"}, {"parallel/transport", "tools/environment"}),
         ({"os.environ", "os.getenv", "os.putenv"}, {"tools/environment"}),
         ({"torch.get_rng_state", "torch.set_rng_state", "torch.default_generator"}, {"tools/environment"}),
     ],

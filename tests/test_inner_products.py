@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from apts_mpi.comm import Communicator
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 
 COLUMNS = 4

@@ -10,8 +10,8 @@ from torch import nn
 
 from apts_mpi import StagedAPTS
 from apts_mpi.bundle import store
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import StageError, StallError
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.partition import split
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schedules import SCHEDULES, forwards

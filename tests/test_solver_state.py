@@ -10,8 +10,8 @@ from torch import nn
 from apts_mpi import APTS, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions, SchwarzOptions
 from apts_mpi.baselines import DataParallel
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid
-from apts_mpi.comm import Communicator
 from apts_mpi.options import APTSOptions, TrustRegionOptions
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 
 # Steps, and after which of them a checkpoint is made.

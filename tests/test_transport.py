@@ -8,10 +8,10 @@ from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
 
 from apts_mpi import APTS, APTSOptions, GlobalStepOptions, LocalOptions, SchwarzOptions
-from apts_mpi.comm import Communicator
-from apts_mpi.pending import Pending, Starts
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.nonblocking import Pending, Starts
+from apts_mpi.parallel.transport import Bytes, Mirror, Staging, Transport, use_transport
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Bytes, Mirror, Staging, Transport, use_transport
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ from apts_mpi import (
     TrustRegionOptions,
 )
 from apts_mpi.buffers import Buffers
-from apts_mpi.comm import Communicator
 from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.objective import Pass
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.environment import seed_stream
 from apts_mpi.tools.events import Events

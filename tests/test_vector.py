@@ -5,7 +5,7 @@ import torch
 from networks import classifier, flat
 
 from apts_mpi import InvalidInput
-from apts_mpi.transport import Mirror, choose_device
+from apts_mpi.parallel.transport import Mirror, choose_device
 from apts_mpi.vector import FlatParameters, norm
 
 

@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 
 

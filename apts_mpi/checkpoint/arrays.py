@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 
 
 @dataclass(frozen=True)

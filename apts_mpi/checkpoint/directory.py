@@ -21,8 +21,8 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
 from apts_mpi.checkpoint.saving import LATEST, Saving, explained, file_name
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import pause
 
 LOCK = ".lock"

@@ -19,7 +19,7 @@ import numpy as np
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.seals import SealedFile, damaged
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 
 GROUP = "checkpoint"
 INDEX, METADATA = f"{GROUP}/index", f"{GROUP}/metadata"

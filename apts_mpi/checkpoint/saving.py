@@ -27,8 +27,8 @@ from apts_mpi.checkpoint.writers import (
     write_part,
     write_together,
 )
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
 
 LATEST = "latest"
 

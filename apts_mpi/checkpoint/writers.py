@@ -21,8 +21,8 @@ import numpy as np
 from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.format import GROUP, INDEX, METADATA, Checkpoint, describe, part_name
 from apts_mpi.checkpoint.seals import Region, Written, read_back, seal
-from apts_mpi.comm import Communicator
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
 
 Writer = Literal["mpio", "parts"]
 

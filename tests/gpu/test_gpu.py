@@ -12,10 +12,10 @@ from processes import needs_mpirun, start
 from test_survival import arrays, history
 
 from apts_mpi import APTS, APTSOptions, LocalOptions
-from apts_mpi.comm import Communicator
-from apts_mpi.direct import try_direct
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.gpu_direct import try_direct
+from apts_mpi.parallel.transport import Mirror, Staging, choose_device, transport_of
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Mirror, Staging, choose_device, transport_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -11,11 +11,11 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.patience import Patience
-from apts_mpi.pending import WAITING, Pending, Starts
+from apts_mpi.parallel.nonblocking import WAITING, Pending, Starts
+from apts_mpi.parallel.stall import Patience
+from apts_mpi.parallel.transport import Bytes, Mirror
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Bytes, Mirror
 
 # Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
 CLOCK, TURN = 900, 901

@@ -38,12 +38,12 @@ class HostStreams:
             """Let what comes now begin after what is in ``stream`` by now."""
 
     class Event:
-        """See `apts_mpi.transport.Event`."""
+        """See `apts_mpi.parallel.transport.Event`."""
 
         def record(self, stream: Any) -> None: ...
 
         def query(self) -> bool:
-            """See `apts_mpi.transport.Event`."""
+            """See `apts_mpi.parallel.transport.Event`."""
             return True
 
         def synchronize(self) -> None: ...

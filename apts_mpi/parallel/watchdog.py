@@ -1,7 +1,7 @@
 """An end to every wait for other ranks: a thread that ends the job when one takes too long.
 
-MPI libraries wait for ever for a host that the network no longer reaches. ``apts_mpi.patience`` finds out who stands
-still where ranks give signs, but cannot leave a blocking call; this leaves everything, the process with it.
+MPI libraries wait for ever for a host that the network no longer reaches. ``apts_mpi.parallel.stall`` finds out who
+stands still where ranks give signs, but cannot leave a blocking call; this leaves everything, the process with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 
 from mpi4py import MPI
 
-from apts_mpi.pending import WAITING
+from apts_mpi.parallel.nonblocking import WAITING
 from apts_mpi.tools.command import FAILED
 from apts_mpi.tools.environment import end_after, host, pause
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 from mpi4py import MPI
 
-from apts_mpi.patience import NAP, Patience
+from apts_mpi.parallel.stall import NAP, Patience
+from apts_mpi.parallel.transport import Event
 from apts_mpi.tools.environment import pause, seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import Event
 
 
 class Waiting:
-    """The wait for other ranks without a limit in which this process is at the moment, for `apts_mpi.watch`."""
+    """The wait for other ranks without a limit in which this process is, for `apts_mpi.parallel.watchdog`."""
 
     def __init__(self) -> None:
         self._since: float | None = None

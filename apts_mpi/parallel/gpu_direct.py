@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.jobs import run_apart
 
 # Seconds for a process that tries what may hang.
@@ -21,7 +21,7 @@ def try_direct(comm: Communicator, kind: str, limit: float = PROBE_LIMIT) -> str
     Parameters
     ----------
     kind
-        Of devices, as for `apts_mpi.transport.choose_device`.
+        Of devices, as for `apts_mpi.parallel.transport.choose_device`.
     limit
         Seconds that it may take, in which the other ranks wait.
 
@@ -35,7 +35,7 @@ def try_direct(comm: Communicator, kind: str, limit: float = PROBE_LIMIT) -> str
         launcher = shutil.which("mpirun") or shutil.which("mpiexec")
         failure = "no mpirun in PATH, which would try it"
         if launcher is not None:
-            command = [launcher, "-n", "2", sys.executable, "-m", "apts_mpi.device_probe", kind]
+            command = [launcher, "-n", "2", sys.executable, "-m", "apts_mpi.parallel.gpu_probe", kind]
             failure, _ = run_apart(command, limit)
     return comm.agree_on_text(failure)
 

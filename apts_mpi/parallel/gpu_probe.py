@@ -1,6 +1,6 @@
-"""``python -m apts_mpi.device_probe KIND``: whether MPI works on device memory, for `apts_mpi.direct` to start.
+"""``python -m apts_mpi.parallel.gpu_probe KIND``: whether MPI works on device memory.
 
-A process of its own, as MPI libraries crash on it, or never return. Exit status 0 if all is right.
+`apts_mpi.parallel.gpu_direct` starts it. A process of its own, as MPI libraries crash on it, or never return. Exit status 0 if all is right.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 import torch
 from mpi4py import MPI
 
-from apts_mpi.comm import Communicator
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.transport import ADMITTED_DTYPES, Bytes, Mirror, choose_device, use_transport
 from apts_mpi.tools.events import Events
-from apts_mpi.transport import ADMITTED_DTYPES, Bytes, Mirror, choose_device, use_transport
 
 # Elements of each operation: more than what libraries send with the first packet.
 ELEMENTS = 2**20
