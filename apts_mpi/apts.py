@@ -21,17 +21,17 @@ from apts_mpi.iteration import Judged, State, StepResult, judge_table, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.loss_check import check_objective
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Layout
+from apts_mpi.network.segments import Forward, SegmentedNetwork
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Layout
 from apts_mpi.schwarz import AdditiveSchwarz
-from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.solver_state import load_solver, save_solver
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.vector import FlatParameters
 
 
 @dataclass(frozen=True)

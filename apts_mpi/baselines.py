@@ -12,6 +12,9 @@ from mpi4py import MPI
 from apts_mpi.batch import passes_of_batch, samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.loss_check import check_objective
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Layout, Subdomain
+from apts_mpi.network.segments import Forward, SegmentedNetwork
 from apts_mpi.network_state import (
     load_network,
     named_tensors,
@@ -23,11 +26,8 @@ from apts_mpi.network_state import (
 from apts_mpi.objective import Loss, Objective
 from apts_mpi.options import lower_precision
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Layout, Subdomain
-from apts_mpi.segments import Forward, SegmentedNetwork
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.vector import FlatParameters
 
 OPTIMIZERS = {
     "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import Layout, Subdomain, split
 from apts_mpi.objective import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Layout, Subdomain, split
 
 
 def samples_of_pass(network: torch.nn.Module) -> int:

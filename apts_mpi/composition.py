@@ -11,9 +11,9 @@ import torch
 
 from apts_mpi.dense import LARGEST_DENSE
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
 from apts_mpi.objective import Loss
 from apts_mpi.options import APTSOptions
-from apts_mpi.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
 from apts_mpi.quadratic import is_quadratic
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from apts_mpi.dense import gram
 from apts_mpi.factors import Curvature, LayerBatch, damped_inverse, damped_reciprocal
-from apts_mpi.recorder import UNCALLED
+from apts_mpi.network.recorder import UNCALLED
 from apts_mpi.signed_factors import signed_factors
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from apts_mpi.recorder import LayerRecord
+from apts_mpi.network.recorder import LayerRecord
 
 # Least damping, for layers whose gradients vanish.
 TINY = 1e-30

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from apts_mpi.network.parameters import clip_to_ball, dots, norm
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.trust_region import NormKind, euclidean_radius, steepest_descent
-from apts_mpi.vector import clip_to_ball, dots, norm
 
 
 class InnerProducts:

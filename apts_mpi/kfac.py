@@ -9,10 +9,10 @@ import torch
 from apts_mpi.factors import Curvature, LayerBatch
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_state import LayerState, LocalState
+from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.recorder import LayerRecord
 from apts_mpi.signed_factors import DRAWS, SignedFactors, signed_factors
 from apts_mpi.trust_region import NormKind, clip_to_ball
 

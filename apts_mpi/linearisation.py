@@ -12,15 +12,15 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apts_mpi.buffers import Buffers
-from apts_mpi.bundle import Bundle, differentiable, tensors_of, with_differentiable
 from apts_mpi.errors import InvalidInput, named_failures
+from apts_mpi.network.activations import Bundle, differentiable, tensors_of, with_differentiable
+from apts_mpi.network.buffers import Buffers
+from apts_mpi.network.parameters import Entry, FlatParameters
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective import Loss, Pass
-from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.transposes import by_transposes
-from apts_mpi.vector import Entry, FlatParameters
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -19,11 +19,11 @@ from apts_mpi.kfac import KFAC
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.local_state import LocalState, Memoryless
+from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.trust_region import NormKind, euclidean_radius, newton_in_ball, steepest_descent
-from apts_mpi.vector import clip_to_ball, norm
 
 
 class LocalSolver(Protocol):

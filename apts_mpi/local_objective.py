@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from apts_mpi.bundle import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.dense import BlockJacobian
 from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
+from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
+from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective import Cache, Objective
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.recorder import LayerRecord
 from apts_mpi.tools.environment import preserved_random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 

@@ -10,10 +10,10 @@ import torch
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_state import LocalState, Memoryless
 from apts_mpi.models import LSR1, Model, ProductKind, ProductModel
+from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.trust_region import NormKind, euclidean_radius, judge
-from apts_mpi.vector import clip_to_ball, norm
 
 # Names of the two vectors of a pair in the state.
 PAIR = ("step", "change")

@@ -12,9 +12,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import split
 from apts_mpi.objective import Loss, Objective, Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import split
 from apts_mpi.tools.environment import preserved_random_state
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.

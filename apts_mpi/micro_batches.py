@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import Subdomain, split
 from apts_mpi.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Subdomain, split
 
 Batch = tuple[torch.Tensor | None, torch.Tensor | None]
 

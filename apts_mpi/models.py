@@ -13,9 +13,9 @@ import torch
 
 from apts_mpi.errors import named_failures
 from apts_mpi.inner_products import InnerProducts
+from apts_mpi.network.parameters import dots
 from apts_mpi.objective import Loss
 from apts_mpi.trust_region import Dots, minimise_in_ball, steihaug
-from apts_mpi.vector import dots
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ProductKind = Literal["gauss-newton", "hessian"]

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from apts_mpi.buffers import Buffers
-from apts_mpi.bundle import Bundle, detached, differentiable, gradient_of, inner_product, map_tensors
+from apts_mpi.network.activations import Bundle, detached, differentiable, gradient_of, inner_product, map_tensors
+from apts_mpi.network.buffers import Buffers
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Subdomain
+from apts_mpi.network.recorder import LayerRecord, LayerRecorder
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import on_device
-from apts_mpi.partition import Subdomain
-from apts_mpi.recorder import LayerRecord, LayerRecorder
 from apts_mpi.reduction import GradientReduction
-from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.vector import FlatParameters
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 

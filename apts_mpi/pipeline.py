@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from apts_mpi.bundle import Bundle, detached, tensors_of
 from apts_mpi.errors import StageError, StallError
+from apts_mpi.network.activations import Bundle, detached, tensors_of
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Bytes

@@ -18,11 +18,12 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Layout, make_subdomains
 from apts_mpi.network_state import named_tensors
 from apts_mpi.objective import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Layout, make_subdomains
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
@@ -34,7 +35,6 @@ from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
 from apts_mpi.tools.environment import process
 from apts_mpi.tools.events import Events
-from apts_mpi.vector import FlatParameters
 
 Made = TypeVar("Made")
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from apts_mpi.bundle import Bundle, with_tangents, without_tangents
 from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.linearisation import Column, is_bilinear
 from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.network.activations import Bundle, with_tangents, without_tangents
 from apts_mpi.objective import Pass
 from apts_mpi.schedules import forwards
 from apts_mpi.staged_objective import StagedObjective

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from apts_mpi.bundle import Bundle, differentiable, tensors_of
 from apts_mpi.global_step import GlobalStep
 from apts_mpi.models import LossHessian, Product, ProductKind
+from apts_mpi.network.activations import Bundle, differentiable, tensors_of
 from apts_mpi.objective import Pass
 from apts_mpi.schedules import forwards
 from apts_mpi.staged_objective import StagedObjective

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from apts_mpi.bundle import Bundle, differentiable, gradient_of, store, tensors_of
+from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store, tensors_of
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Subdomain
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective import Cache, Loss, Objective, Pass, Run
 from apts_mpi.options import PipelineOptions
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Subdomain
 from apts_mpi.pipeline import Pipeline
-from apts_mpi.recorder import LayerRecord
 from apts_mpi.schedules import SCHEDULES, Action, backwards, forwards
-from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.vector import FlatParameters
 
 
 @dataclass

@@ -14,9 +14,9 @@ import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint, Slab
 from apts_mpi.local import LocalSolver
+from apts_mpi.network.partition import Layer, Subdomain
 from apts_mpi.network_state import named_tensors, take_tensors, to_numpy
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import Layer, Subdomain
 from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.schwarz_state import save_local_solvers
 from apts_mpi.solver_state import Part, load_solver

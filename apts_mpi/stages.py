@@ -11,9 +11,9 @@ from torch import nn
 from torch.func import functional_call
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import balanced_cuts
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.options import PipelineOptions
-from apts_mpi.partition import balanced_cuts
-from apts_mpi.segments import SegmentedNetwork
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.iteration import Judged, StepResult
+from apts_mpi.network.partition import split
+from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import split
 from apts_mpi.problems import Problem
-from apts_mpi.segments import CalledNetwork
 from apts_mpi.tools.events import OTHER
 from apts_mpi.training_options import TrainingOptions
 

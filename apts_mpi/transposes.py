@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from apts_mpi.bundle import Bundle, detached, differentiable
+from apts_mpi.network.activations import Bundle, detached, differentiable
 
 
 def by_transposes(

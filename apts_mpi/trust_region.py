@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from apts_mpi.network.parameters import clip_to_ball, dots, norm
 from apts_mpi.options import TrustRegionOptions
-from apts_mpi.vector import clip_to_ball, dots, norm
 
 # Of the length of a step that shall reach the boundary, and how often its shift is corrected at most.
 LENGTH_TOLERANCE, FACTORISATIONS = 0.1, 12

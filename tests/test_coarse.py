@@ -10,15 +10,15 @@ from mpi4py import MPI
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
-from apts_mpi.buffers import Buffers
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
 from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.network.buffers import Buffers
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region import minimise_in_ball
-from apts_mpi.vector import FlatParameters
 
 SELF = Communicator(MPI.COMM_SELF, Events())
 

@@ -12,7 +12,7 @@ from torch import nn
 from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions, TrustRegionOptions
 from apts_mpi.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
 from apts_mpi.errors import SharedInvalidInput
-from apts_mpi.partition import split
+from apts_mpi.network.partition import split
 from apts_mpi.staged import StagedAPTS
 from apts_mpi.trust_region import minimise_in_ball, newton_in_ball
 

@@ -17,12 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "vector": "network",
-    "bundle": "network",
-    "segments": "network",
-    "partition": "network",
-    "buffers": "network",
-    "recorder": "network",
     "objective": "objective",
     "batch": "objective",
     "reduction": "objective",

@@ -18,7 +18,7 @@ from apts_mpi.curvature import (
     make_curvature,
 )
 from apts_mpi.factors import LayerBatch
-from apts_mpi.recorder import LayerRecorder
+from apts_mpi.network.recorder import LayerRecorder
 from apts_mpi.signed_factors import SignedFactors
 
 

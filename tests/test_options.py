@@ -19,11 +19,11 @@ from apts_mpi import (
     TrustRegionOptions,
 )
 from apts_mpi.composition import compose, may_be_dense, split_parameters
-from apts_mpi.partition import make_subdomains
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import make_subdomains
+from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.quadratic import is_quadratic
-from apts_mpi.segments import SegmentedNetwork
 from apts_mpi.training_options import TrainingOptions
-from apts_mpi.vector import FlatParameters
 
 BAD_VALUES = [
     (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import InvalidInput
-from apts_mpi.partition import (
+from apts_mpi.network.partition import (
     Layer,
     Layout,
     balanced_cuts,

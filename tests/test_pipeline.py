@@ -9,10 +9,10 @@ from staged_networks import NETWORKS, built, compare, images, resnet, staged, tu
 from torch import nn
 
 from apts_mpi import StagedAPTS
-from apts_mpi.bundle import store
 from apts_mpi.errors import StageError, StallError
+from apts_mpi.network.activations import store
+from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.partition import split
 from apts_mpi.pipeline import Pipeline
 from apts_mpi.schedules import SCHEDULES, forwards
 from apts_mpi.tools.events import Events

@@ -20,7 +20,7 @@ from apts_mpi.curvature import (
     NormalisationDiagonal,
     make_curvature,
 )
-from apts_mpi.recorder import LayerRecorder
+from apts_mpi.network.recorder import LayerRecorder
 from apts_mpi.signed_factors import SignedFactors
 
 SAMPLES = 5

@@ -5,8 +5,8 @@ import torch
 from networks import classifier
 from torch import nn
 
-from apts_mpi.segments import SegmentedNetwork
-from apts_mpi.vector import FlatParameters
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.segments import SegmentedNetwork
 
 
 def cut(network, forward=None):

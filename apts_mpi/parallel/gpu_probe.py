@@ -1,6 +1,7 @@
 """``python -m apts_mpi.parallel.gpu_probe KIND``: whether MPI works on device memory.
 
-`apts_mpi.parallel.gpu_direct` starts it. A process of its own, as MPI libraries crash on it, or never return. Exit status 0 if all is right.
+`apts_mpi.parallel.gpu_direct` starts it. A process of its own, as MPI libraries crash on it, or never return. Exit
+status 0 if all is right.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map_only
 
-from apts_mpi.bundle import Bundle, differentiable, map_tensors, tensors_of
 from apts_mpi.errors import InvalidInput
-from apts_mpi.partition import Layer
+from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import Layer
 from apts_mpi.tools.environment import random_state, set_random_state
-from apts_mpi.vector import FlatParameters
 
 Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 

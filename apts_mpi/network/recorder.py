@@ -25,7 +25,8 @@ class LayerRecord:
     module : nn.Module
         The layer.
     inputs : Tensor
-        What it was given, of any order of samples and positions. In a stage what `apts_mpi.bundle.store` makes of it.
+        What it was given, of any order of samples and positions. In a stage what `apts_mpi.network.activations.store`
+        makes of it.
     gradient : Tensor or None
         Gradient of the mean loss of the pass with respect to what the layer returned, kept as the inputs are; None
         where the loss does not depend on it.
