@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from apts_mpi.batch import passes_of_batch, samples_of_pass, team_shares
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
@@ -20,12 +19,13 @@ from apts_mpi.inner_products import InnerProducts
 from apts_mpi.iteration import Judged, State, StepResult, judge_table, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
-from apts_mpi.loss_check import check_objective
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout
 from apts_mpi.network.segments import Forward, SegmentedNetwork
 from apts_mpi.network_state import named_tensors
-from apts_mpi.objective import Loss, Objective, Pass, Run
+from apts_mpi.objective.batch import passes_of_batch, samples_of_pass, team_shares
+from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz import AdditiveSchwarz

@@ -9,9 +9,7 @@ from typing import Any, Literal
 import torch
 from mpi4py import MPI
 
-from apts_mpi.batch import passes_of_batch, samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.loss_check import check_objective
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, Subdomain
 from apts_mpi.network.segments import Forward, SegmentedNetwork
@@ -23,7 +21,9 @@ from apts_mpi.network_state import (
     replicated_arrays,
     take_tensors,
 )
-from apts_mpi.objective import Loss, Objective
+from apts_mpi.objective.batch import passes_of_batch, samples_of_pass
+from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.objective import Loss, Objective
 from apts_mpi.options import lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seconds

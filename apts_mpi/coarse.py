@@ -15,7 +15,7 @@ from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network.parameters import norm
 from apts_mpi.network.partition import Subdomain
-from apts_mpi.objective import Objective, Pass
+from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events

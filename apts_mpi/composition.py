@@ -12,7 +12,7 @@ import torch
 from apts_mpi.dense import LARGEST_DENSE
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
-from apts_mpi.objective import Loss
+from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.quadratic import is_quadratic
 

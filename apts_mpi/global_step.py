@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 from apts_mpi.network.activations import Bundle
-from apts_mpi.objective import Objective, Pass
+from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror

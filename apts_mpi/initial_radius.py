@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.objective import Objective, Pass
+from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 

@@ -17,7 +17,7 @@ from apts_mpi.network.activations import Bundle, differentiable, tensors_of, wit
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import Entry, FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective import Loss, Pass
+from apts_mpi.objective.objective import Loss, Pass
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.transposes import by_transposes

@@ -16,7 +16,7 @@ from apts_mpi.dense import BlockJacobian
 from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.network.recorder import LayerRecord
-from apts_mpi.objective import Cache, Objective
+from apts_mpi.objective.objective import Cache, Objective
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.environment import preserved_random_state, set_random_state

@@ -6,7 +6,7 @@ import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Subdomain, split
-from apts_mpi.objective import Pass
+from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
 
 Batch = tuple[torch.Tensor | None, torch.Tensor | None]

@@ -14,7 +14,7 @@ import torch
 from apts_mpi.errors import named_failures
 from apts_mpi.inner_products import InnerProducts
 from apts_mpi.network.parameters import dots
-from apts_mpi.objective import Loss
+from apts_mpi.objective.objective import Loss
 from apts_mpi.trust_region import Dots, minimise_in_ball, steihaug
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -13,12 +13,12 @@ from apts_mpi.linearisation import Column
 from apts_mpi.local import ensure_descent, make_local_solver
 from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
 from apts_mpi.network.partition import Layer, Layout, Subdomain, layers_between, multiplicity
-from apts_mpi.objective import Cache, Objective
+from apts_mpi.objective.objective import Cache, Objective
+from apts_mpi.objective.reduction import BUCKET_BYTES
 from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.reduction import BUCKET_BYTES
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region import subdomain_radius
 

@@ -10,7 +10,6 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
-from apts_mpi.batch import samples_of_pass
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
@@ -21,7 +20,8 @@ from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, make_subdomains
 from apts_mpi.network_state import named_tensors
-from apts_mpi.objective import Loss
+from apts_mpi.objective.batch import samples_of_pass
+from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.pipeline import Pipeline

@@ -15,7 +15,7 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective import Cache, Loss, Objective, Pass, Run
+from apts_mpi.objective.objective import Cache, Loss, Objective, Pass, Run
 from apts_mpi.options import PipelineOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.pipeline import Pipeline

@@ -9,7 +9,7 @@ from torch import nn
 
 from apts_mpi import APTSOptions, CoarseOptions, InvalidInput, PipelineOptions, StagedAPTS
 from apts_mpi.baselines import DataParallel
-from apts_mpi.batch import samples_of_pass
+from apts_mpi.objective.batch import samples_of_pass
 
 NORMS = {
     "batch": lambda: nn.BatchNorm1d(4),

@@ -15,7 +15,7 @@ from apts_mpi.linearisation import Column, Linearisation
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective import Pass
+from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region import minimise_in_ball

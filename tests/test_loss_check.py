@@ -11,7 +11,7 @@ import apts_mpi.baselines
 from apts_mpi import APTS, APTSOptions, InvalidInput, PipelineOptions, StagedAPTS
 from apts_mpi.baselines import DataParallel
 from apts_mpi.errors import SharedInvalidInput
-from apts_mpi.loss_check import check_loss, some_rows
+from apts_mpi.objective.loss_check import check_loss, some_rows
 from apts_mpi.problems.losses import token_cross_entropy, weighted_squared_error
 
 F = nn.functional

@@ -243,7 +243,7 @@ def test_layout_staged_through_copies_is_direct_to_the_bit(world):
 @pytest.mark.mpi
 def test_buckets_are_pushed_while_the_backward_pass_runs(world, monkeypatch):
     """With a bucket a layer and copies that are done at once, sums start before the gradient is complete."""
-    monkeypatch.setattr("apts_mpi.reduction.BUCKET_BYTES", 1)
+    monkeypatch.setattr("apts_mpi.objective.reduction.BUCKET_BYTES", 1)
     pushed = []
     push = Transport.push
     monkeypatch.setattr(Transport, "push", lambda self, *parts: pushed.append(len(parts[0])) or push(self, *parts))

@@ -8,7 +8,7 @@ import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Layout, Subdomain, split
-from apts_mpi.objective import Pass
+from apts_mpi.objective.objective import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
 

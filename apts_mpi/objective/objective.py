@@ -15,9 +15,9 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import on_device
-from apts_mpi.reduction import GradientReduction
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 

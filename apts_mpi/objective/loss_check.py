@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
-from apts_mpi.objective import Loss, Objective, Pass
+from apts_mpi.objective.objective import Loss, Objective, Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state
 
