@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network.parameters import norm
 from apts_mpi.network.partition import Subdomain

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from apts_mpi.dense import LARGEST_DENSE
+from apts_mpi.curvature.dense import LARGEST_DENSE
+from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
 from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions
-from apts_mpi.quadratic import is_quadratic
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from apts_mpi.factors import Curvature, LayerBatch
+from apts_mpi.curvature.layer import Curvature, LayerBatch
+from apts_mpi.curvature.signed import DRAWS, SignedFactors, signed_factors
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_state import LayerState, LocalState
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.signed_factors import DRAWS, SignedFactors, signed_factors
 from apts_mpi.trust_region import NormKind, clip_to_ball
 
 
@@ -22,7 +22,7 @@ class KFAC:
 
     Costs no evaluation and no communication: it uses the inputs and output gradients recorded while the global
     gradient was evaluated. Only layers of unknown kind need a few gradients of the local objective an update. See
-    `apts_mpi.curvature`.
+    `apts_mpi.curvature.kinds`.
 
     Parameters
     ----------

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from apts_mpi.dense import LARGEST_DENSE, gram, of_rows, uses_rows
+from apts_mpi.curvature.dense import LARGEST_DENSE, gram, of_rows, uses_rows
+from apts_mpi.curvature.layer import TINY, Curvature
 from apts_mpi.errors import InvalidInput
-from apts_mpi.factors import TINY, Curvature
 from apts_mpi.kfac import KFAC
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from apts_mpi.dense import BlockJacobian
+from apts_mpi.curvature.dense import BlockJacobian
 from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.network.recorder import LayerRecord

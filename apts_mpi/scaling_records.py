@@ -25,8 +25,8 @@ import torch
 import yaml
 
 from apts_mpi.coarse import ReducedModel, inner_products
+from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput
-from apts_mpi.linearisation import Column
 from apts_mpi.records import CONFIG, HISTORY, SUMMARY
 from apts_mpi.tools.environment import seconds
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.func import jvp
 
 from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
+from apts_mpi.curvature.linearisation import Column, is_bilinear
 from apts_mpi.inner_products import InnerProducts
-from apts_mpi.linearisation import Column, is_bilinear
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, with_tangents, without_tangents
 from apts_mpi.objective.objective import Pass

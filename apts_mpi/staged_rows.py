@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from apts_mpi.dense import pull_rows, roots
+from apts_mpi.curvature.dense import pull_rows, roots
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, tensors_of
 from apts_mpi.staged_objective import StagedObjective

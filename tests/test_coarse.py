@@ -11,7 +11,7 @@ from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
-from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork

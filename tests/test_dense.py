@@ -10,7 +10,7 @@ from networks import CLASSES, FEATURES, classified, classifier, cross_entropy, f
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions, TrustRegionOptions
-from apts_mpi.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
+from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.staged import StagedAPTS
@@ -265,7 +265,7 @@ def assert_rows_are_those_of_one_pass(make):
 @pytest.mark.parametrize("chunk", [4, 1024])
 @pytest.mark.parametrize("make", [Noisy, lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURES, CLASSES))])
 def test_masks_are_those_of_the_batch(monkeypatch, make, chunk):
-    monkeypatch.setattr("apts_mpi.dense.SAMPLES_AT_ONCE", chunk)
+    monkeypatch.setattr("apts_mpi.curvature.dense.SAMPLES_AT_ONCE", chunk)
     assert_rows_are_those_of_one_pass(make)
 
 
@@ -326,7 +326,7 @@ class WithSlope(nn.Module):
     ids=["shared noise", "rrelu", "autograd.grad"],
 )
 def test_what_cannot_be_differentiated_sample_by_sample(monkeypatch, make, at_once):
-    monkeypatch.setattr("apts_mpi.dense.OUTPUTS_AT_ONCE", at_once)
+    monkeypatch.setattr("apts_mpi.curvature.dense.OUTPUTS_AT_ONCE", at_once)
     assert_rows_are_those_of_one_pass(make)
 
 

@@ -17,13 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "factors": "curvature",
-    "curvature": "curvature",
-    "signed_factors": "curvature",
-    "dense": "curvature",
-    "linearisation": "curvature",
-    "transposes": "curvature",
-    "quadratic": "curvature",
     "trust_region": "trust_region",
     "iteration": "trust_region",
     "inner_products": "trust_region",

@@ -11,15 +11,15 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from apts_mpi import CoarseOptions, LocalOptions
-from apts_mpi.curvature import (
+from apts_mpi.curvature.kinds import (
     EmbeddingFactors,
     KroneckerFactors,
     NormalisationDiagonal,
     make_curvature,
 )
-from apts_mpi.factors import LayerBatch
+from apts_mpi.curvature.layer import LayerBatch
+from apts_mpi.curvature.signed import SignedFactors
 from apts_mpi.network.recorder import LayerRecorder
-from apts_mpi.signed_factors import SignedFactors
 
 
 def recorded(network, layer, inputs, targets, loss):

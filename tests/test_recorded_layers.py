@@ -13,15 +13,15 @@ from torch.func import jacrev
 from torch.nn.utils import parametrizations
 
 from apts_mpi import APTS, APTSOptions, LocalOptions, StagedAPTS
-from apts_mpi.curvature import (
+from apts_mpi.curvature.kinds import (
     AttentionFactors,
     EmbeddingFactors,
     KroneckerFactors,
     NormalisationDiagonal,
     make_curvature,
 )
+from apts_mpi.curvature.signed import SignedFactors
 from apts_mpi.network.recorder import LayerRecorder
-from apts_mpi.signed_factors import SignedFactors
 
 SAMPLES = 5
 

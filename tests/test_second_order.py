@@ -10,7 +10,7 @@ from networks import classified, classifier, cross_entropy, flat, make_solver, n
 from torch import nn
 
 from apts_mpi import APTS, InvalidInput, LocalOptions
-from apts_mpi.dense import gram
+from apts_mpi.curvature.dense import gram
 from apts_mpi.models import LSR1, GaussNewtonProducts, ProductModel
 
 

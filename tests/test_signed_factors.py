@@ -11,9 +11,9 @@ from test_dense import Looking
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, StagedAPTS
-from apts_mpi.factors import LayerBatch
+from apts_mpi.curvature.layer import LayerBatch
+from apts_mpi.curvature.signed import LARGEST_FACTOR, SignedFactors, signed_factors
 from apts_mpi.network.partition import split
-from apts_mpi.signed_factors import LARGEST_FACTOR, SignedFactors, signed_factors
 
 SAMPLES = 5
 

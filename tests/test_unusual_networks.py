@@ -19,7 +19,7 @@ from apts_mpi import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.linearisation import Column, Linearisation
+from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork

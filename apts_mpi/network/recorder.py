@@ -135,7 +135,7 @@ class _Hook:
     Attributes
     ----------
     observes_only : bool
-        See `apts_mpi.linearisation.is_bilinear`.
+        See `apts_mpi.curvature.linearisation.is_bilinear`.
     """
 
     observes_only = True

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from apts_mpi.dense import gram
-from apts_mpi.factors import Curvature, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.curvature.dense import gram
+from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.curvature.signed import signed_factors
 from apts_mpi.network.recorder import UNCALLED
-from apts_mpi.signed_factors import signed_factors
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -50,7 +50,7 @@ class KroneckerFactors:
         return getattr(self._module, self.names[0])
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
         none = self._weight.detach().flatten(1)[:0]
@@ -83,11 +83,11 @@ class KroneckerFactors:
         return gradient.reshape(-1, self._rows)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         self._inverse_inputs, self._inverse_outputs = (damped_inverse(factor, damping**0.5) for factor in statistics)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         size = self._weight.numel()
         weights = gradient[:size].view(self._rows, -1)
         if self._has_bias:
@@ -114,7 +114,7 @@ class EmbeddingFactors:
         self._module = module
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         weights, records = self._module.weight.detach(), batch.reached
         none = torch.empty(0, dtype=torch.long, device=weights.device)
         tokens = torch.cat([none, *(record.inputs.flatten() for record in records)])
@@ -126,13 +126,13 @@ class EmbeddingFactors:
         return [counts / batch.samples, gram(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         inputs, outputs = statistics
         self._inverse_inputs = damped_reciprocal(inputs, damping**0.5)
         self._inverse_outputs = damped_inverse(outputs, damping**0.5)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         weights = gradient.view(self._module.weight.shape)
         return -(self._inverse_inputs[:, None] * (weights @ self._inverse_outputs)).flatten()
 
@@ -152,7 +152,7 @@ class NormalisationDiagonal:
         self._dimensions = _dimensions(module)
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         total = torch.cat([torch.zeros_like(value).flatten() for value in self._module.parameters()])
         for record in batch.reached:
             inputs, gradient = (_batched(part, self._dimensions) for part in (record.inputs, record.gradient))
@@ -184,11 +184,11 @@ class NormalisationDiagonal:
         return products.reshape(samples, products.shape[1], -1).sum(dim=2)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         self._inverse = damped_reciprocal(statistics[0], damping)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         return -gradient * self._inverse
 
 
@@ -204,7 +204,7 @@ KINDS: dict[type[nn.Module], Callable[[Any], Curvature]] = {
 def make_curvature(module: nn.Module, size: int) -> Curvature:
     """The curvature that suits a layer of which ``size`` parameters are trained.
 
-    `apts_mpi.signed_factors.SignedFactors` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``,
+    `apts_mpi.curvature.signed.SignedFactors` for what is not in ``KINDS``: transposed convolutions, ``nn.Bilinear``,
     ``nn.EmbeddingBag``, ``nn.SyncBatchNorm``, recurrent layers, activations with parameters, subclasses and
     parametrised layers; and for convolutions with groups, attention with weights apart or further biases, embeddings
     with ``scale_grad_by_freq``, and layers that are partly frozen.

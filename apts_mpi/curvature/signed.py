@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from apts_mpi.dense import gram
-from apts_mpi.factors import TINY, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.curvature.dense import gram
+from apts_mpi.curvature.layer import TINY, LayerBatch, damped_inverse, damped_reciprocal
 
 # Signs that are drawn an update. With one instead of four, recurrent layers ended at twice the loss.
 DRAWS = 4
@@ -37,7 +37,7 @@ class SignedFactors:
         self._shapes = [(shape[0], shape[1:].numel()) if len(shape) > 1 else tuple(shape) for shape in shapes]
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         draws = torch.stack(list(batch.signed))
         scale = batch.team_samples / len(draws)
         statistics = []
@@ -53,7 +53,7 @@ class SignedFactors:
         return vectors.split([math.prod(shape) for shape in self._shapes], dim=-1)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         given = iter(statistics)
         self._inverses: list[tuple[torch.Tensor, ...]] = []
         for shape in self._shapes:
@@ -66,7 +66,7 @@ class SignedFactors:
                 self._inverses.append((damped_reciprocal(next(given), damping),))
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `apts_mpi.factors.Curvature`."""
+        """See `apts_mpi.curvature.layer.Curvature`."""
         solved = []
         for part, shape, inverses in zip(self._split(gradient), self._shapes, self._inverses, strict=True):
             if len(shape) == 2:

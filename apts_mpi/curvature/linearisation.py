@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, tensors_of, with_differentiable
 from apts_mpi.network.buffers import Buffers
@@ -20,7 +21,6 @@ from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Loss, Pass
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.transposes import by_transposes
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
