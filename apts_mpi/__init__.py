@@ -2,7 +2,6 @@
 
 from apts_mpi.apts import APTS
 from apts_mpi.errors import InvalidInput
-from apts_mpi.iteration import StepResult
 from apts_mpi.options import (
     APTSOptions,
     CoarseOptions,
@@ -13,6 +12,7 @@ from apts_mpi.options import (
     TrustRegionOptions,
 )
 from apts_mpi.staged import StagedAPTS, build_stage
+from apts_mpi.trust_region.acceptance import StepResult
 
 __version__ = "0.1.0"
 

@@ -13,10 +13,6 @@ from mpi4py import MPI
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
-from apts_mpi.global_step import GlobalStep
-from apts_mpi.initial_radius import cauchy_length
-from apts_mpi.inner_products import InnerProducts
-from apts_mpi.iteration import Judged, State, StepResult, judge_table, judged_of
 from apts_mpi.local import needs_evaluations
 from apts_mpi.local_objective import GaussNewtonRows
 from apts_mpi.network.parameters import FlatParameters
@@ -32,6 +28,10 @@ from apts_mpi.schwarz import AdditiveSchwarz
 from apts_mpi.solver_state import load_solver, save_solver
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
+from apts_mpi.trust_region.acceptance import Judged, State, StepResult, judge_table, judged_of
+from apts_mpi.trust_region.global_step import GlobalStep
+from apts_mpi.trust_region.initial_radius import cauchy_length
+from apts_mpi.trust_region.inner_products import InnerProducts
 
 
 @dataclass(frozen=True)

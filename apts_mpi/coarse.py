@@ -19,7 +19,7 @@ from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
-from apts_mpi.trust_region import NormKind, euclidean_radius, minimise_in_ball
+from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, minimise_in_ball
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.

@@ -14,7 +14,7 @@ from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.trust_region import NormKind, clip_to_ball
+from apts_mpi.trust_region.subproblem import NormKind, clip_to_ball
 
 
 class KFAC:

@@ -23,7 +23,7 @@ from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.trust_region import NormKind, euclidean_radius, newton_in_ball, steepest_descent
+from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, newton_in_ball, steepest_descent
 
 
 class LocalSolver(Protocol):

@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.curvature.dense import BlockJacobian
-from apts_mpi.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.objective import Cache, Objective
@@ -21,6 +20,7 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.environment import preserved_random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
+from apts_mpi.trust_region.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
 
 
 class GaussNewtonRows:

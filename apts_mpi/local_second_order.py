@@ -9,11 +9,11 @@ import torch
 
 from apts_mpi.local_objective import LocalObjective
 from apts_mpi.local_state import LocalState, Memoryless
-from apts_mpi.models import LSR1, Model, ProductKind, ProductModel
 from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.trust_region import NormKind, euclidean_radius, judge
+from apts_mpi.trust_region.models import LSR1, Model, ProductKind, ProductModel
+from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, judge
 
 # Names of the two vectors of a pair in the state.
 PAIR = ("step", "change")
@@ -73,8 +73,8 @@ class LSR1TrustRegion:
 class SteihaugTrustRegion(Memoryless):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
-    An iteration costs up to ``apts_mpi.models.CG_ITERATIONS`` + 1 products. The last one evaluates the objective
-    without its gradient.
+    An iteration costs up to ``apts_mpi.trust_region.models.CG_ITERATIONS`` + 1 products. The last one evaluates the
+    objective without its gradient.
 
     Parameters
     ----------

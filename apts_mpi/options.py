@@ -114,7 +114,9 @@ class LocalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrustRegionOptions:
-    """When a step is accepted and how the radius follows; the rule is written out in `apts_mpi.trust_region`.
+    """When a step is accepted and how the radius follows.
+
+    The rule is written out in `apts_mpi.trust_region.subproblem`.
 
     Parameters
     ----------

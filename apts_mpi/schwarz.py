@@ -20,7 +20,7 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.events import Events
-from apts_mpi.trust_region import subdomain_radius
+from apts_mpi.trust_region.subproblem import subdomain_radius
 
 
 class AdditiveSchwarz:

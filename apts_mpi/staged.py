@@ -14,7 +14,6 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
 from apts_mpi.errors import InvalidInput
-from apts_mpi.inner_products import InnerProducts
 from apts_mpi.local import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network.parameters import FlatParameters
@@ -35,6 +34,7 @@ from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
 from apts_mpi.tools.environment import process
 from apts_mpi.tools.events import Events
+from apts_mpi.trust_region.inner_products import InnerProducts
 
 Made = TypeVar("Made")
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from apts_mpi.global_step import GlobalStep
-from apts_mpi.models import LossHessian, Product, ProductKind
 from apts_mpi.network.activations import Bundle, differentiable, tensors_of
 from apts_mpi.objective.objective import Pass
 from apts_mpi.schedules import forwards
 from apts_mpi.staged_objective import StagedObjective
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
+from apts_mpi.trust_region.global_step import GlobalStep
+from apts_mpi.trust_region.models import LossHessian, Product, ProductKind
 
 
 class StagedGlobalStep(GlobalStep):

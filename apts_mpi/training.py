@@ -15,13 +15,13 @@ from apts_mpi.baselines import BaselineResult, DataParallel
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.iteration import Judged, StepResult
 from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.tools.events import OTHER
 from apts_mpi.training_options import TrainingOptions
+from apts_mpi.trust_region.acceptance import Judged, StepResult
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -18,7 +18,7 @@ from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
-from apts_mpi.trust_region import minimise_in_ball
+from apts_mpi.trust_region.subproblem import minimise_in_ball
 
 SELF = Communicator(MPI.COMM_SELF, Events())
 

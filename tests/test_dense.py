@@ -14,7 +14,7 @@ from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.staged import StagedAPTS
-from apts_mpi.trust_region import minimise_in_ball, newton_in_ball
+from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
 
 def dense_jacobian(outputs, parameters):

@@ -17,12 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "trust_region": "trust_region",
-    "iteration": "trust_region",
-    "inner_products": "trust_region",
-    "models": "trust_region",
-    "initial_radius": "trust_region",
-    "global_step": "trust_region",
     "local": "local",
     "local_objective": "local",
     "kfac": "local",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from apts_mpi.inner_products import InnerProducts
-from apts_mpi.models import LSR1
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
+from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.models import LSR1
 
 COLUMNS = 4
 

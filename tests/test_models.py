@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from networks import classified, classifier, cross_entropy, flat, squared_error
 from torch import nn
 
-from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, ProductModel
-from apts_mpi.trust_region import euclidean_radius, minimise_in_ball, steihaug
+from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, HessianProducts, ProductModel
+from apts_mpi.trust_region.subproblem import euclidean_radius, minimise_in_ball, steihaug
 
 SIZE = 12
 

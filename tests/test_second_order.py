@@ -11,7 +11,7 @@ from torch import nn
 
 from apts_mpi import APTS, InvalidInput, LocalOptions
 from apts_mpi.curvature.dense import gram
-from apts_mpi.models import LSR1, GaussNewtonProducts, ProductModel
+from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, ProductModel
 
 
 def with_products(chosen, product):

@@ -15,11 +15,11 @@ from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, problem
 from torch import nn
 
-from apts_mpi.iteration import Judged
 from apts_mpi.problems import Problem, build
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.train import main, make_parser, parse, spell
 from apts_mpi.training import RETRIES, Training, dimension_of_classes, why_not_accepted
+from apts_mpi.trust_region.acceptance import Judged
 
 # All that decides what a run does, whatever the defaults are.
 PLAIN = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from apts_mpi import TrustRegionOptions
 from apts_mpi.network.parameters import clip_to_ball, norm
-from apts_mpi.trust_region import judge, minimise_in_ball, newton_in_ball, steepest_descent, subdomain_radius
+from apts_mpi.trust_region.subproblem import judge, minimise_in_ball, newton_in_ball, steepest_descent, subdomain_radius
 
 # Multiples of 1/8, so that the arithmetic of the rule is exact and its borders are met.
 eighths = st.integers(-24, 24).map(lambda number: number / 8)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import named_failures
-from apts_mpi.inner_products import InnerProducts
 from apts_mpi.network.parameters import dots
 from apts_mpi.objective.objective import Loss
-from apts_mpi.trust_region import Dots, minimise_in_ball, steihaug
+from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.subproblem import Dots, minimise_in_ball, steihaug
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ProductKind = Literal["gauss-newton", "hessian"]
@@ -171,7 +171,7 @@ class ProductModel:
     preconditioner
         Approximate inverse of B times a vector; None is the identity.
     agree, dots
-        See `apts_mpi.trust_region.steihaug`.
+        See `apts_mpi.trust_region.subproblem.steihaug`.
     """
 
     def __init__(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from apts_mpi.inner_products import InnerProducts
 from apts_mpi.options import TrustRegionOptions
-from apts_mpi.trust_region import judge
+from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.subproblem import judge
 
 
 @dataclass

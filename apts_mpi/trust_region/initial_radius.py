@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from apts_mpi.inner_products import InnerProducts
 from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.trust_region.inner_products import InnerProducts
 
 
 def cauchy_length(

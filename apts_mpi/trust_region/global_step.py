@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apts_mpi.inner_products import InnerProducts
-from apts_mpi.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 from apts_mpi.network.activations import Bundle
 from apts_mpi.objective.objective import Objective, Pass
 from apts_mpi.options import GlobalStepOptions
@@ -17,6 +15,8 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.environment import preserved_random_state, seed_stream
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
+from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
 
 
 class Preconditioner(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from apts_mpi.network.parameters import clip_to_ball, dots, norm
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.trust_region import NormKind, euclidean_radius, steepest_descent
+from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, steepest_descent
 
 
 class InnerProducts:
