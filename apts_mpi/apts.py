@@ -13,8 +13,8 @@ from mpi4py import MPI
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.coarse import CoarseLevel
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
-from apts_mpi.local import needs_evaluations
-from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.local.gradient import needs_evaluations
+from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout
 from apts_mpi.network.segments import Forward, SegmentedNetwork

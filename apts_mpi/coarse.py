@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from apts_mpi.curvature.linearisation import Column, Linearisation
-from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.parameters import norm
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.objective.objective import Objective, Pass

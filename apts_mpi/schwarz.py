@@ -9,9 +9,9 @@ import torch
 
 from apts_mpi.curvature.kinds import Curvature, make_curvature
 from apts_mpi.curvature.linearisation import Column
-from apts_mpi.kfac import KFAC
-from apts_mpi.local import ensure_descent, make_local_solver
-from apts_mpi.local_objective import GaussNewtonRows, LocalObjective
+from apts_mpi.local.gradient import ensure_descent, make_local_solver
+from apts_mpi.local.kfac import KFAC
+from apts_mpi.local.objective import GaussNewtonRows, LocalObjective
 from apts_mpi.network.partition import Layer, Layout, Subdomain, layers_between, multiplicity
 from apts_mpi.objective.objective import Cache, Objective
 from apts_mpi.objective.reduction import BUCKET_BYTES

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint, Slab
-from apts_mpi.local_second_order import LSR1TrustRegion
-from apts_mpi.local_state import LayerState, LocalState
+from apts_mpi.local.solver import LayerState, LocalState
+from apts_mpi.local.trust_region import LSR1TrustRegion
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
 from apts_mpi.network_state import to_numpy
 from apts_mpi.schwarz import AdditiveSchwarz

@@ -14,7 +14,7 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.composition import compose, describe
 from apts_mpi.construction import with_parameters, without_memory
 from apts_mpi.errors import InvalidInput
-from apts_mpi.local import needs_evaluations
+from apts_mpi.local.gradient import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, make_subdomains

@@ -13,7 +13,7 @@ from torch.func import jvp
 
 from apts_mpi.coarse import CoarseLevel, ReducedModel, inner_products
 from apts_mpi.curvature.linearisation import Column, is_bilinear
-from apts_mpi.local_objective import GaussNewtonRows
+from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, with_tangents, without_tangents
 from apts_mpi.objective.objective import Pass
 from apts_mpi.schedules import forwards

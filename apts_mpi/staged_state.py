@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint, Slab
-from apts_mpi.local import LocalSolver
+from apts_mpi.local.gradient import LocalSolver
 from apts_mpi.network.partition import Layer, Subdomain
 from apts_mpi.network_state import named_tensors, take_tensors, to_numpy
 from apts_mpi.parallel.communicator import Communicator

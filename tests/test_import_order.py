@@ -17,11 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "local": "local",
-    "local_objective": "local",
-    "kfac": "local",
-    "local_second_order": "local",
-    "local_state": "local",
     "schwarz": "schwarz",
     "coarse": "schwarz",
     "network_state": "state",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from apts_mpi.local_objective import LocalObjective
-from apts_mpi.local_state import LocalState, Memoryless
+from apts_mpi.local.objective import LocalObjective
+from apts_mpi.local.solver import LocalState, Memoryless
 from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
@@ -46,7 +46,7 @@ class LSR1TrustRegion:
         self.memory = LSR1()
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         trials = _Trials(local, radius, kind, self._options, self._team)
         for _ in range(self._iterations):
             before = trials.gradient
@@ -56,14 +56,14 @@ class LSR1TrustRegion:
             trials.judge(value, gradient)
 
     def state(self) -> LocalState:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         memory = self.memory
         pairs = enumerate(zip(memory.steps, memory.changes, strict=True))
         vectors = {f"{name}_{index}": vector for index, pair in pairs for name, vector in zip(PAIR, pair, strict=True)}
         return LocalState(numbers={"pairs": len(memory.steps), "gamma": memory.gamma}, vectors=vectors)
 
     def restore(self, state: LocalState) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         steps, changes = (
             [state.vectors[f"{name}_{index}"] for index in range(state.numbers["pairs"])] for name in PAIR
         )
@@ -95,7 +95,7 @@ class SteihaugTrustRegion(Memoryless):
         self._team = team
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         trials = _Trials(local, radius, kind, self._options, self._team)
         for iteration in range(self._iterations):
             trials.take(ProductModel(local.products(self._product), agree=self._agree))

@@ -39,8 +39,8 @@ class Memoryless:
     """A local solver that keeps nothing."""
 
     def state(self) -> LocalState:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         return LocalState()
 
     def restore(self, state: LocalState) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""

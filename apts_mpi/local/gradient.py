@@ -1,7 +1,7 @@
 """Local solvers: a few iterations on a local objective inside the subdomain's ball.
 
 Those of this file do not wait for the device, but for dense Gauss-Newton: what depends on values is written with
-tensors, so that a GPU is kept busy. Those with second-order models are in `apts_mpi.local_second_order`.
+tensors, so that a GPU is kept busy. Those with second-order models are in `apts_mpi.local.trust_region`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from apts_mpi.curvature.dense import LARGEST_DENSE, gram, of_rows, uses_rows
 from apts_mpi.curvature.layer import TINY, Curvature
 from apts_mpi.errors import InvalidInput
-from apts_mpi.kfac import KFAC
-from apts_mpi.local_objective import LocalObjective
-from apts_mpi.local_second_order import LSR1TrustRegion, SteihaugTrustRegion
-from apts_mpi.local_state import LocalState, Memoryless
+from apts_mpi.local.kfac import KFAC
+from apts_mpi.local.objective import LocalObjective
+from apts_mpi.local.solver import LocalState, Memoryless
+from apts_mpi.local.trust_region import LSR1TrustRegion, SteihaugTrustRegion
 from apts_mpi.network.parameters import clip_to_ball, norm
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator

@@ -8,8 +8,8 @@ import torch
 
 from apts_mpi.curvature.layer import Curvature, LayerBatch
 from apts_mpi.curvature.signed import DRAWS, SignedFactors, signed_factors
-from apts_mpi.local_objective import LocalObjective
-from apts_mpi.local_state import LayerState, LocalState
+from apts_mpi.local.objective import LocalObjective
+from apts_mpi.local.solver import LayerState, LocalState
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.communicator import Communicator
@@ -56,7 +56,7 @@ class KFAC:
         self.count = self.updates = 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         # At first the running means move fast, and every iteration counts.
         if self.count < self._options.refresh or self.count % self._options.refresh == 0:
             self._update(local)
@@ -73,7 +73,7 @@ class KFAC:
         return torch.cat([curvature.direction(gradient[part]) for curvature, _, part in self._layers])
 
     def state(self) -> LocalState:
-        """See `apts_mpi.local.LocalSolver`; the factors follow from the running means."""
+        """See `apts_mpi.local.gradient.LocalSolver`; the factors follow from the running means."""
         layers = [
             LayerState(type(curvature).__name__, means)
             for (curvature, _, _), means in zip(self._layers, self.statistics, strict=False)
@@ -81,7 +81,7 @@ class KFAC:
         return LocalState(numbers={"count": self.count, "updates": self.updates}, layers=layers)
 
     def restore(self, state: LocalState) -> None:
-        """See `apts_mpi.local.LocalSolver`."""
+        """See `apts_mpi.local.gradient.LocalSolver`."""
         self.count, self.updates = state.numbers["count"], state.numbers["updates"]
         self.statistics = [layer.tensors for layer in state.layers]
         if state.layers:
