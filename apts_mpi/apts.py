@@ -11,7 +11,6 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.coarse import CoarseLevel
 from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
 from apts_mpi.local.gradient import needs_evaluations
 from apts_mpi.local.objective import GaussNewtonRows
@@ -24,7 +23,8 @@ from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Loss, Objective, Pass, Run
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.schwarz.additive import AdditiveSchwarz
+from apts_mpi.schwarz.coarse import CoarseLevel
 from apts_mpi.solver_state import load_solver, save_solver
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events

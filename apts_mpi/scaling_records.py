@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import yaml
 
-from apts_mpi.coarse import ReducedModel, inner_products
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+from apts_mpi.schwarz.coarse import ReducedModel, inner_products
 from apts_mpi.tools.environment import seconds
 
 FORMAT, VERSION = "apts_mpi scaling studies", 1

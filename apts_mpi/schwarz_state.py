@@ -20,7 +20,7 @@ from apts_mpi.local.solver import LayerState, LocalState
 from apts_mpi.local.trust_region import LSR1TrustRegion
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
 from apts_mpi.network_state import to_numpy
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 
 VECTORS, LAYERS = "solver/local/vectors/", "solver/local/layers/"
 

@@ -17,7 +17,7 @@ from apts_mpi.network_state import (
     take_tensors,
 )
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz_state import load_local_solvers, save_local_solvers
 
 

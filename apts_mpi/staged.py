@@ -24,7 +24,7 @@ from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.pipeline import Pipeline
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.staged_coarse import StagedCoarseLevel
 from apts_mpi.staged_global_step import StagedGlobalStep
 from apts_mpi.staged_loss_check import check_staged_objective

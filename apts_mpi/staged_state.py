@@ -17,7 +17,7 @@ from apts_mpi.local.gradient import LocalSolver
 from apts_mpi.network.partition import Layer, Subdomain
 from apts_mpi.network_state import named_tensors, take_tensors, to_numpy
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz import AdditiveSchwarz
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz_state import save_local_solvers
 from apts_mpi.solver_state import Part, load_solver
 

@@ -10,13 +10,13 @@ from mpi4py import MPI
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
-from apts_mpi.coarse import ReducedModel, orthonormal_coefficients
 from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.schwarz.coarse import ReducedModel, orthonormal_coefficients
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.subproblem import minimise_in_ball
 
