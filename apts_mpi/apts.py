@@ -17,7 +17,6 @@ from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout
 from apts_mpi.network.segments import Forward, SegmentedNetwork
-from apts_mpi.network_state import named_tensors
 from apts_mpi.objective.batch import passes_of_batch, samples_of_pass, team_shares
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Loss, Objective, Pass, Run
@@ -25,7 +24,8 @@ from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import CoarseLevel
-from apts_mpi.solver_state import load_solver, save_solver
+from apts_mpi.state.solver import load_solver, save_solver
+from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.acceptance import Judged, State, StepResult, judge_table, judged_of

@@ -13,7 +13,12 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, Subdomain
 from apts_mpi.network.segments import Forward, SegmentedNetwork
-from apts_mpi.network_state import (
+from apts_mpi.objective.batch import passes_of_batch, samples_of_pass
+from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.objective import Loss, Objective
+from apts_mpi.options import lower_precision
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.state.tensors import (
     load_network,
     named_tensors,
     put_tensors,
@@ -21,11 +26,6 @@ from apts_mpi.network_state import (
     replicated_arrays,
     take_tensors,
 )
-from apts_mpi.objective.batch import passes_of_batch, samples_of_pass
-from apts_mpi.objective.loss_check import check_objective
-from apts_mpi.objective.objective import Loss, Objective
-from apts_mpi.options import lower_precision
-from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
 

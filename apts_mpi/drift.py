@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import SharedFailure
-from apts_mpi.network_state import to_numpy
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.state.tensors import to_numpy
 
 
 def fingerprint(tensors: Iterable[torch.Tensor], numbers: object, part: int = 0) -> tuple[int, int, int]:

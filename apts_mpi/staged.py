@@ -18,7 +18,6 @@ from apts_mpi.local.gradient import needs_evaluations
 from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, make_subdomains
-from apts_mpi.network_state import named_tensors
 from apts_mpi.objective.batch import samples_of_pass
 from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions, lower_precision
@@ -32,6 +31,7 @@ from apts_mpi.staged_objective import StagedObjective
 from apts_mpi.staged_rows import StagedGaussNewtonRows
 from apts_mpi.staged_state import Extent, load_staged, save_staged
 from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
+from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.inner_products import InnerProducts

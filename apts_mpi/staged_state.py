@@ -15,11 +15,11 @@ import torch
 from apts_mpi.checkpoint import Array, Checkpoint, Slab
 from apts_mpi.local.gradient import LocalSolver
 from apts_mpi.network.partition import Layer, Subdomain
-from apts_mpi.network_state import named_tensors, take_tensors, to_numpy
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.schwarz_state import save_local_solvers
-from apts_mpi.solver_state import Part, load_solver
+from apts_mpi.state.local_solvers import save_local_solvers
+from apts_mpi.state.solver import Part, load_solver
+from apts_mpi.state.tensors import named_tensors, take_tensors, to_numpy
 
 # Where vectors of all parameters are.
 SOLVER = "solver/"
@@ -95,7 +95,7 @@ def save_staged(
     extent: Extent,
     comm: Communicator,
 ) -> tuple[list[Array], dict[str, Any]]:
-    """`apts_mpi.solver_state.save_solver` for stages. Collective."""
+    """`apts_mpi.state.solver.save_solver` for stages. Collective."""
     tensors: dict[str, torch.Tensor] = {}
     states = {name: None if part is None else part.state() for name, part in parts.items()}
     metadata = take_tensors(states | {"correction": correction}, SOLVER.rstrip("/"), tensors)
@@ -138,7 +138,7 @@ def load_staged(
     extent: Extent,
     names: Collection[str],
 ) -> tuple[torch.Tensor | None, list[str]]:
-    """`apts_mpi.solver_state.load_solver` for stages; ``names`` are those of the tensors of all stages."""
+    """`apts_mpi.state.solver.load_solver` for stages; ``names`` are those of the tensors of all stages."""
     own = _StagePart(checkpoint, extent, set(names) - set(named_tensors(network)))
     whole = cast(AdditiveSchwarz, _Whole(schwarz, extent, schwarz.comm))
     return load_solver(network, parts, whole, cast(Checkpoint, own), metadata)

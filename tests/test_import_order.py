@@ -17,9 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "network_state": "state",
-    "schwarz_state": "state",
-    "solver_state": "state",
     "staged": "staged",
     "staged_objective": "staged",
     "staged_coarse": "staged",

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import torch
 
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.network_state import (
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.schwarz.additive import AdditiveSchwarz
+from apts_mpi.state.local_solvers import load_local_solvers, save_local_solvers
+from apts_mpi.state.tensors import (
     load_network,
     named_tensors,
     put_tensors,
@@ -16,9 +19,6 @@ from apts_mpi.network_state import (
     replicated_arrays,
     take_tensors,
 )
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.schwarz_state import load_local_solvers, save_local_solvers
 
 
 class Part(Protocol):

@@ -19,8 +19,8 @@ from apts_mpi.checkpoint import Array, Checkpoint, Slab
 from apts_mpi.local.solver import LayerState, LocalState
 from apts_mpi.local.trust_region import LSR1TrustRegion
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
-from apts_mpi.network_state import to_numpy
 from apts_mpi.schwarz.additive import AdditiveSchwarz
+from apts_mpi.state.tensors import to_numpy
 
 VECTORS, LAYERS = "solver/local/vectors/", "solver/local/layers/"
 
