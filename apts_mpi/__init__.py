@@ -11,7 +11,7 @@ from apts_mpi.options import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.staged import StagedAPTS, build_stage
+from apts_mpi.staged.holding import StagedAPTS, build_stage
 from apts_mpi.trust_region.acceptance import StepResult
 
 __version__ = "0.1.0"

@@ -21,8 +21,8 @@ from apts_mpi.apts import APTS
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn, wait_for_all
-from apts_mpi.schedules import SCHEDULES, ideal_bubble
-from apts_mpi.staged import StagedAPTS, build_stage
+from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble
 from apts_mpi.tools.environment import free_port
 from apts_mpi.tools.events import Event, Events
 

@@ -13,11 +13,11 @@ from mpi4py import MPI
 
 from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput
-from apts_mpi.micro_batches import placeholder
 from apts_mpi.network.partition import Layout, split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem, Wanted
-from apts_mpi.staged import StagedAPTS, build_stage
+from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.tools.events import Events
 from apts_mpi.training import METRIC_SAMPLES, Batch, Training, added
 from apts_mpi.training_options import TrainingOptions

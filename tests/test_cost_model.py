@@ -14,7 +14,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.scaling import main
 from apts_mpi.scaling_predict import point_of as point_of_run
 from apts_mpi.scaling_records import REDUCED_MODELS, Studies, write_studies
-from apts_mpi.schedules import ideal_bubble
+from apts_mpi.staged.schedules import ideal_bubble
 
 REDUCED = {"column": 1e-5, "pair": 2e-7, "cube": 3e-9}
 VALUES = REDUCED | {

@@ -13,7 +13,7 @@ from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions, TrustRegionO
 from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.network.partition import split
-from apts_mpi.staged import StagedAPTS
+from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
 

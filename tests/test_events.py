@@ -14,7 +14,7 @@ from apts_mpi.parallel import communicator as comm_module
 from apts_mpi.parallel import nonblocking as pending_module
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import HostStreams
-from apts_mpi.staged import StagedAPTS
+from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.tools import events as events_module
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
 

@@ -17,17 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "staged": "staged",
-    "staged_objective": "staged",
-    "staged_coarse": "staged",
-    "staged_global_step": "staged",
-    "staged_rows": "staged",
-    "staged_state": "staged",
-    "stages": "staged",
-    "construction": "staged",
-    "micro_batches": "staged",
-    "pipeline": "staged",
-    "schedules": "staged",
     "composition": "defaults",
     "records": "records",
     "run_records": "records",
@@ -66,7 +55,6 @@ UNMOVED = {
     "probes": "doctor",
     "figure": "plot",
     "plot_files": "plot",
-    "staged_loss_check": "staged",
 }
 
 # Modules that one imports after another, at most.

@@ -13,8 +13,8 @@ from apts_mpi.errors import StageError, StallError
 from apts_mpi.network.activations import store
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.pipeline import Pipeline
-from apts_mpi.schedules import SCHEDULES, forwards
+from apts_mpi.staged.pipeline import Pipeline
+from apts_mpi.staged.schedules import SCHEDULES, forwards
 from apts_mpi.tools.events import Events
 
 

@@ -7,7 +7,7 @@ import torch
 from apts_mpi.curvature.dense import pull_rows, roots
 from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, tensors_of
-from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 

@@ -12,25 +12,25 @@ from mpi4py import MPI
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.composition import compose, describe
-from apts_mpi.construction import with_parameters, without_memory
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.gradient import needs_evaluations
-from apts_mpi.micro_batches import Batch, micro_batches_of_batch
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layout, make_subdomains
 from apts_mpi.objective.batch import samples_of_pass
 from apts_mpi.objective.objective import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.pipeline import Pipeline
 from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.staged_coarse import StagedCoarseLevel
-from apts_mpi.staged_global_step import StagedGlobalStep
-from apts_mpi.staged_loss_check import check_staged_objective
-from apts_mpi.staged_objective import StagedObjective
-from apts_mpi.staged_rows import StagedGaussNewtonRows
-from apts_mpi.staged_state import Extent, load_staged, save_staged
-from apts_mpi.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
+from apts_mpi.staged.coarse import StagedCoarseLevel
+from apts_mpi.staged.deferred_init import with_parameters, without_memory
+from apts_mpi.staged.global_step import StagedGlobalStep
+from apts_mpi.staged.loss_check import check_staged_objective
+from apts_mpi.staged.micro_batches import Batch, micro_batches_of_batch
+from apts_mpi.staged.objective import StagedObjective
+from apts_mpi.staged.pipeline import Pipeline
+from apts_mpi.staged.rows import StagedGaussNewtonRows
+from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of, stages_of
+from apts_mpi.staged.state import Extent, load_staged, save_staged
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
 from apts_mpi.tools.events import Events

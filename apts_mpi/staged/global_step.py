@@ -8,8 +8,8 @@ import torch
 
 from apts_mpi.network.activations import Bundle, differentiable, tensors_of
 from apts_mpi.objective.objective import Pass
-from apts_mpi.schedules import forwards
-from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged.objective import StagedObjective
+from apts_mpi.staged.schedules import forwards
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.trust_region.global_step import GlobalStep

@@ -18,8 +18,8 @@ from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Cache, Loss, Objective, Pass, Run
 from apts_mpi.options import PipelineOptions
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.pipeline import Pipeline
-from apts_mpi.schedules import SCHEDULES, Action, backwards, forwards
+from apts_mpi.staged.pipeline import Pipeline
+from apts_mpi.staged.schedules import SCHEDULES, Action, backwards, forwards
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 

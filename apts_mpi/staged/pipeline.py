@@ -12,7 +12,7 @@ from apts_mpi.network.activations import Bundle, detached, tensors_of
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Bytes
-from apts_mpi.schedules import Action, Direction
+from apts_mpi.staged.schedules import Action, Direction
 from apts_mpi.tools.events import Events
 
 TAGS: dict[Direction, int] = {"forward": 1, "backward": 2}

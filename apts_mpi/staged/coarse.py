@@ -15,9 +15,9 @@ from apts_mpi.curvature.linearisation import Column, is_bilinear
 from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, with_tangents, without_tangents
 from apts_mpi.objective.objective import Pass
-from apts_mpi.schedules import forwards
 from apts_mpi.schwarz.coarse import CoarseLevel, ReducedModel, inner_products
-from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged.objective import StagedObjective
+from apts_mpi.staged.schedules import forwards
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.subproblem import euclidean_radius
 

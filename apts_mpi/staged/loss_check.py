@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from apts_mpi.objective.loss_check import check_loss, some_rows
 from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.staged_objective import StagedObjective
+from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.tools.environment import preserved_random_state
 
 
