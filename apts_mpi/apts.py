@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.composition import compose, describe, may_be_dense, split_parameters
+from apts_mpi.defaults import compose, describe, may_be_dense, split_parameters
 from apts_mpi.local.gradient import needs_evaluations
 from apts_mpi.local.objective import GaussNewtonRows
 from apts_mpi.network.parameters import FlatParameters

@@ -17,7 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "composition": "defaults",
     "records": "records",
     "run_records": "records",
     "train": "train",

@@ -18,8 +18,8 @@ from apts_mpi import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.composition import compose, may_be_dense, split_parameters
 from apts_mpi.curvature.quadratic_loss import is_quadratic
+from apts_mpi.defaults import compose, may_be_dense, split_parameters
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import make_subdomains
 from apts_mpi.network.segments import SegmentedNetwork

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.composition import compose, describe
+from apts_mpi.defaults import compose, describe
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.gradient import needs_evaluations
 from apts_mpi.network.parameters import FlatParameters
