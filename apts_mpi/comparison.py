@@ -19,7 +19,7 @@ import torch
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
-from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
 from apts_mpi.tools import environment
 from apts_mpi.train import parse
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot_files import files_of
-from apts_mpi.run_records import group, read_run
+from apts_mpi.records.reading import group, read_run
 from apts_mpi.tools.command import USAGE
 
 # Those of `apts_mpi.run_plots.ROWS`, which needs matplotlib.

@@ -12,7 +12,7 @@ from typing import Any
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.figure import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH, Axes, Figure, rc_context, save
-from apts_mpi.run_records import Group
+from apts_mpi.records.reading import Group
 
 # What lies on the horizontal axes.
 COLUMNS = {"iteration": "iterations", "gradient_evaluations": "gradient evaluations", "seconds": "seconds"}

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot_files import files_of
-from apts_mpi.records import SUMMARY
+from apts_mpi.records.directory import SUMMARY
 from apts_mpi.scaling_records import add_runs, read_studies
 from apts_mpi.scaling_report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling_runs import Study, run_study

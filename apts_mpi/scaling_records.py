@@ -26,7 +26,7 @@ import yaml
 
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput
-from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
 from apts_mpi.schwarz.coarse import ReducedModel, inner_products
 from apts_mpi.tools.environment import seconds
 

@@ -29,7 +29,7 @@ from apts_mpi.parallel.launcher import check_launcher, mpi_version
 from apts_mpi.parallel.transport import choose_device, use_transport
 from apts_mpi.parallel.watchdog import Watch, end_job, turn
 from apts_mpi.problems import build
-from apts_mpi.records import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
+from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.resume import (
     CHECKPOINTS,
     LATEST_OF_RUN,

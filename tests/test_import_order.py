@@ -17,8 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "records": "records",
-    "run_records": "records",
     "train": "train",
     "training": "train",
     "training_options": "train",

@@ -10,7 +10,7 @@ from networks import classifier
 from processes import SMALL, Job, needs_mpirun, start
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.records import RunDirectory
+from apts_mpi.records.directory import RunDirectory
 from apts_mpi.train import main
 
 REQUEUE = 75

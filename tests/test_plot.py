@@ -12,7 +12,7 @@ from processes import start
 
 from apts_mpi import plot, run_plots, train
 from apts_mpi.errors import InvalidInput
-from apts_mpi.run_records import group, read_run
+from apts_mpi.records.reading import group, read_run
 
 AXES = {"iterations", "gradient evaluations", "seconds", "loss", "accuracy", "ρ", "radius"}
 

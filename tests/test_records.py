@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from apts_mpi import InvalidInput
-from apts_mpi.records import RunDirectory, finite, print_summary
+from apts_mpi.records.directory import RunDirectory, finite, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.events import Events
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.records import CONFIG, HISTORY, SUMMARY
+from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
 
 Records = tuple[dict[str, Any], ...]
 
