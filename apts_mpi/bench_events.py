@@ -11,7 +11,6 @@ from rich.table import Table
 from torch import nn
 
 from apts_mpi.apts import APTS
-from apts_mpi.baselines import DataParallel
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.nonblocking import Pending, Starts
 from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
@@ -20,6 +19,7 @@ from apts_mpi.problems import build
 from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events, Spans
+from apts_mpi.train.baselines import DataParallel
 
 # Notes of each kind in a series, and series, of which the median counts.
 NOTES, SERIES = 10_000, 5

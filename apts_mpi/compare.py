@@ -16,7 +16,7 @@ from apts_mpi.comparison_table import Comparison
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE
 from apts_mpi.tools.jobs import check_can_start
-from apts_mpi.train import spell
+from apts_mpi.train.__main__ import spell
 
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:

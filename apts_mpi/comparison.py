@@ -21,7 +21,7 @@ from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
 from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
 from apts_mpi.tools import environment
-from apts_mpi.train import parse
+from apts_mpi.train.__main__ import parse
 
 # What a run printed, in its directory.
 OUTPUT = "output.txt"

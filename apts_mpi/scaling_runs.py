@@ -18,7 +18,7 @@ from apts_mpi.errors import InvalidInput, require
 from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
 from apts_mpi.tools import environment
 from apts_mpi.tools.jobs import check_can_start
-from apts_mpi.train import parse, spell
+from apts_mpi.train.__main__ import parse, spell
 
 # Options that a study sets itself, and one with which a run would not be one from start to end.
 OWN = ("--run_dir", "--overwrite", "--resume")

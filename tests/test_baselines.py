@@ -7,7 +7,7 @@ import torch
 from networks import classified, classifier, cross_entropy, flat
 
 from apts_mpi import InvalidInput
-from apts_mpi.baselines import DataParallel
+from apts_mpi.train.baselines import DataParallel
 
 
 def by_hand(network, optimizer, batches):

@@ -8,8 +8,8 @@ from networks import classified, classifier, cross_entropy, make_solver, options
 from torch import nn
 
 from apts_mpi import APTSOptions, CoarseOptions, InvalidInput, PipelineOptions, StagedAPTS
-from apts_mpi.baselines import DataParallel
 from apts_mpi.objective.batch import samples_of_pass
+from apts_mpi.train.baselines import DataParallel
 
 NORMS = {
     "batch": lambda: nn.BatchNorm1d(4),

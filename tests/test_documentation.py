@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from processes import find_mpirun, needs_mpirun
 
-from apts_mpi import train
 from apts_mpi.tools.environment import outside_job
+from apts_mpi.train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -264,7 +264,7 @@ def test_inline_command(page, command):
         check_scripts(shlex.join(words[:2]))
         words = ["python", "-m", "apts_mpi.train", *words[2:]] if words[1] == "jobs/local_train.sh" else []
     if words[3:] or words[2:] == ["apts_mpi.train"]:
-        module = importlib.import_module(words[2] + (".__main__" if words[2] == "apts_mpi.checkpoint" else ""))
+        module = importlib.import_module(f"{words[2]}.__main__")
         try:
             module.parse(words[3:])
         except SystemExit as end:

@@ -8,8 +8,6 @@ from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, make_solver, options
 from staged_networks import NETWORKS, built, staged
 
-from apts_mpi.baselines import DataParallel
-from apts_mpi.log_view import event_table
 from apts_mpi.parallel import communicator as comm_module
 from apts_mpi.parallel import nonblocking as pending_module
 from apts_mpi.parallel.communicator import Communicator
@@ -17,6 +15,8 @@ from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.tools import events as events_module
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
+from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.log_view import event_table
 
 KEYS = {
     "calls", "seconds_max", "seconds_min", "ratio", "messages", "bytes", "gradient_evaluations", "share", "overlap",

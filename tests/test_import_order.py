@@ -17,18 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "train": "train",
-    "training": "train",
-    "training_options": "train",
-    "staged_training": "train",
-    "baselines": "train",
-    "survival": "train",
-    "resume": "train",
-    "signals": "train",
-    "drift": "train",
-    "log_view": "train",
-    "trace": "train",
-    "tensorboard": "train",
     "plot": "plot",
     "run_plots": "plot",
     "compare": "compare",

@@ -11,7 +11,7 @@ from processes import SMALL, Job, needs_mpirun, start
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import RunDirectory
-from apts_mpi.train import main
+from apts_mpi.train.__main__ import main
 
 REQUEUE = 75
 

@@ -7,12 +7,12 @@ from staged_networks import mlp
 from torch import nn
 
 import apts_mpi.apts
-import apts_mpi.baselines
+import apts_mpi.train.baselines
 from apts_mpi import APTS, APTSOptions, InvalidInput, PipelineOptions, StagedAPTS
-from apts_mpi.baselines import DataParallel
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.objective.loss_check import check_loss, some_rows
 from apts_mpi.problems.losses import token_cross_entropy, weighted_squared_error
+from apts_mpi.train.baselines import DataParallel
 
 F = nn.functional
 WEIGHTS = torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)
@@ -264,7 +264,7 @@ def test_it_leaves_no_trace(world, monkeypatch, staged):
 @pytest.mark.mpi
 def test_it_is_made_once(world, monkeypatch):
     calls = []
-    for module in (apts_mpi.apts, apts_mpi.baselines):
+    for module in (apts_mpi.apts, apts_mpi.train.baselines):
         monkeypatch.setattr(module, "check_objective", lambda *_: calls.append(1))
     solvers = [
         make_solver(world, options()),

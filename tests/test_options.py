@@ -23,7 +23,7 @@ from apts_mpi.defaults import compose, may_be_dense, split_parameters
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import make_subdomains
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.options import TrainingOptions
 
 BAD_VALUES = [
     (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),

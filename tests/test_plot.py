@@ -10,9 +10,10 @@ import matplotlib.image
 import pytest
 from processes import start
 
-from apts_mpi import plot, run_plots, train
+from apts_mpi import plot, run_plots
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.reading import group, read_run
+from apts_mpi.train import __main__ as train
 
 AXES = {"iterations", "gradient evaluations", "seconds", "loss", "accuracy", "ρ", "radius"}
 

@@ -8,11 +8,11 @@ from networks import SAMPLES, classified, classifier, cross_entropy, numbers
 from torch import nn
 
 from apts_mpi import APTS, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions, SchwarzOptions
-from apts_mpi.baselines import DataParallel
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid
 from apts_mpi.options import APTSOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
+from apts_mpi.train.baselines import DataParallel
 
 # Steps, and after which of them a checkpoint is made.
 STEPS, CUTS = 5, (1, 3)

@@ -10,9 +10,9 @@ from test_problems_images import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_L
 from apts_mpi import PipelineOptions
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import build
-from apts_mpi.staged_training import StagedTraining, build_staged_problem
-from apts_mpi.training import Training
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.staged import StagedTraining, build_staged_problem
+from apts_mpi.train.training import Training
 
 STAGES = 6  # of the network at most
 

@@ -8,7 +8,7 @@ import pytest
 from processes import needs_mpirun, start
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.options import TrainingOptions
 
 COMMON = (
     "--problem=networks:problem --dtype=float64 --device=cpu --batch-size=30 --subdomains=4 --local.solver=kfac "

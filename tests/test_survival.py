@@ -10,7 +10,7 @@ import pytest
 from processes import SMALL, Job, needs_mpirun, start
 
 from apts_mpi.checkpoint import Checkpoint, resolve
-from apts_mpi.training_options import TrainingOptions, as_seconds
+from apts_mpi.train.options import TrainingOptions, as_seconds
 
 FAILED, USAGE, REQUEUE = 1, 2, 75
 

@@ -11,16 +11,16 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
-from apts_mpi.baselines import BaselineResult, DataParallel
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.tools.events import OTHER
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.baselines import BaselineResult, DataParallel
+from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.options import TrainingOptions
 from apts_mpi.trust_region.acceptance import Judged, StepResult
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -251,7 +251,7 @@ class Training:
         return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
 
     def fingerprint(self) -> tuple[int, int, int]:
-        """Checksums of what ranks share, see `apts_mpi.drift`."""
+        """Checksums of what ranks share, see `apts_mpi.train.consistency`."""
         return fingerprint(*self.solver.shared())
 
     def load(self, checkpoint: Checkpoint) -> list[str]:

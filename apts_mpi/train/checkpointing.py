@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
-from apts_mpi.drift import check_shared
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.signals import StopSignals, name_of
 from apts_mpi.tools.environment import seconds, since_start
-from apts_mpi.training import Training
-from apts_mpi.training_options import TrainingOptions, as_seconds
+from apts_mpi.train.consistency import check_shared
+from apts_mpi.train.options import TrainingOptions, as_seconds
+from apts_mpi.train.signals import StopSignals, name_of
+from apts_mpi.train.training import Training
 
 # Array with the records of the run so far: the bytes of its lines, compressed.
 HISTORY = "training/history"

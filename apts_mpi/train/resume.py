@@ -9,9 +9,9 @@ from pathlib import Path
 from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.survival import saved_history
 from apts_mpi.tools import environment
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.checkpointing import saved_history
+from apts_mpi.train.options import TrainingOptions
 
 # Folder of the checkpoints in a run directory, and the value of --resume that asks for the latest of them.
 CHECKPOINTS = "checkpoints"

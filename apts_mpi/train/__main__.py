@@ -22,7 +22,6 @@ from rich.progress import Progress
 
 from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError, require, require_choice
-from apts_mpi.log_view import event_table, print_events
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.gpu_direct import PROBE_LIMIT, choose_transport
 from apts_mpi.parallel.launcher import check_launcher, mpi_version
@@ -30,7 +29,13 @@ from apts_mpi.parallel.transport import choose_device, use_transport
 from apts_mpi.parallel.watchdog import Watch, end_job, turn
 from apts_mpi.problems import build
 from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
-from apts_mpi.resume import (
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import FAILED, REQUEUE, USAGE
+from apts_mpi.tools.events import Events
+from apts_mpi.train.checkpointing import Survival
+from apts_mpi.train.log_view import event_table, print_events
+from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.resume import (
     CHECKPOINTS,
     LATEST_OF_RUN,
     goes_on_in,
@@ -40,16 +45,11 @@ from apts_mpi.resume import (
     run_directory,
     same_subdomains,
 )
-from apts_mpi.signals import StopSignals
-from apts_mpi.staged_training import StagedTraining, build_staged_problem
-from apts_mpi.survival import Survival
-from apts_mpi.tensorboard import ScalarWriter, check_tensorboard
-from apts_mpi.tools import environment
-from apts_mpi.tools.command import FAILED, REQUEUE, USAGE
-from apts_mpi.tools.events import Events
-from apts_mpi.trace import Trace
-from apts_mpi.training import Training
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.signals import StopSignals
+from apts_mpi.train.staged import StagedTraining, build_staged_problem
+from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
+from apts_mpi.train.trace import Trace
+from apts_mpi.train.training import Training
 
 # Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
 STALL_TIMEOUT = 600.0

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from apts_mpi.drift import fingerprint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Layout, split
 from apts_mpi.parallel.communicator import Communicator
@@ -19,8 +18,9 @@ from apts_mpi.problems import Problem, Wanted
 from apts_mpi.staged.holding import StagedAPTS, build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.tools.events import Events
-from apts_mpi.training import METRIC_SAMPLES, Batch, Training, added
-from apts_mpi.training_options import TrainingOptions
+from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.training import METRIC_SAMPLES, Batch, Training, added
 
 
 def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
