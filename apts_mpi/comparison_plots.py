@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from apts_mpi.comparison_table import METHODS, Comparison, Row
-from apts_mpi.figure import STYLES, Axes, Figure, save
-from apts_mpi.plot_files import files_of
+from apts_mpi.plot.figure import STYLES, Axes, Figure, save
+from apts_mpi.plot.files import files_of
 
 AXES = {
     "epoch": "epochs",

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.plot_files import files_of
+from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
 from apts_mpi.scaling_records import add_runs, read_studies
 from apts_mpi.scaling_report import measurement, print_shares, print_table, read_sources, rows, studies_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from apts_mpi.cost_fit import Point, predicted
 from apts_mpi.cost_model import Shape
-from apts_mpi.figure import (
+from apts_mpi.plot.figure import (
     COLORS,
     LINE_STYLES,
     MIDDLE,

@@ -17,8 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "plot": "plot",
-    "run_plots": "plot",
     "compare": "compare",
     "comparison": "compare",
     "comparison_table": "compare",
@@ -38,8 +36,6 @@ UNMOVED = {
     "doctor": "doctor",
     "diagnosis": "doctor",
     "probes": "doctor",
-    "figure": "plot",
-    "plot_files": "plot",
 }
 
 # Modules that one imports after another, at most.

@@ -10,8 +10,9 @@ import matplotlib.image
 import pytest
 from processes import start
 
-from apts_mpi import plot, run_plots
 from apts_mpi.errors import InvalidInput
+from apts_mpi.plot import __main__ as plot
+from apts_mpi.plot import runs as run_plots
 from apts_mpi.records.reading import group, read_run
 from apts_mpi.train import __main__ as train
 
@@ -196,7 +197,7 @@ def test_without_matplotlib(runs, tmp_path, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("apts_mpi.run_plots")
+    monkeypatch.delattr("apts_mpi.plot.runs")
     with pytest.raises(SystemExit) as ended:
         plot.main([str(runs / "adam"), "--out", str(tmp_path / "p")])
     assert ended.value.code == 2 and "pip install apts_mpi[plot]" in capsys.readouterr().err

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.plot_files import files_of
+from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
 from apts_mpi.tools.command import USAGE
 
-# Those of `apts_mpi.run_plots.ROWS`, which needs matplotlib.
+# Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
 ROWS = ("loss", "accuracy", "rho", "radius")
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Plot; the process ends with a status that says how it went."""
     options = parse(arguments)
     try:
-        from apts_mpi.run_plots import plot_runs
+        from apts_mpi.plot.runs import plot_runs
 
         files = files_of(options.out)
         plot_runs(group(map(read_run, options.runs)), files, options.rows)

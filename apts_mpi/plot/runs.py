@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.figure import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH, Axes, Figure, rc_context, save
+from apts_mpi.plot.figure import COLORS, LINE_STYLES, MIDDLE, TEXT, THICK, THIN, WIDTH, Axes, Figure, rc_context, save
 from apts_mpi.records.reading import Group
 
 # What lies on the horizontal axes.
