@@ -19,9 +19,9 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
-from apts_mpi.bench_checkpoint import checkpoint
-from apts_mpi.bench_events import events
-from apts_mpi.bench_pipeline import memory, pipeline
+from apts_mpi.bench.checkpoint import checkpoint
+from apts_mpi.bench.events import events
+from apts_mpi.bench.pipeline import memory, pipeline
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.tools.command import FAILED
