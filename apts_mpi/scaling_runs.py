@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from apts_mpi.comparison import OUTPUT, failure_in
+from apts_mpi.compare.runs import OUTPUT, failure_in
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
 from apts_mpi.tools import environment

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from apts_mpi import compare
-from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan
-from apts_mpi.comparison_plots import plot_losses, plot_robustness
-from apts_mpi.comparison_table import Comparison, number
+from apts_mpi.compare import __main__ as compare
+from apts_mpi.compare.plots import plot_losses, plot_robustness
+from apts_mpi.compare.runs import GRIDS, ComparisonOptions, Grids, Plan
+from apts_mpi.compare.table import Comparison, number
 from apts_mpi.errors import InvalidInput
 
 SMALL = Grids(learning_rates={"adam": (1e-2,)}, sweep_rates=(1e-2,), sweep_factors=(0.1, 1.0))
@@ -333,7 +333,7 @@ def test_not_under_mpirun(tmp_path, monkeypatch):
 
 
 def test_matplotlib_is_missed_before_work(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "apts_mpi.comparison_plots", raising=False)
+    monkeypatch.delitem(sys.modules, "apts_mpi.compare.plots", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InvalidInput, match=r"pip install apts_mpi\[plot\]"):

@@ -17,10 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "compare": "compare",
-    "comparison": "compare",
-    "comparison_table": "compare",
-    "comparison_plots": "compare",
     "scaling": "scaling",
     "scaling_records": "scaling",
     "scaling_runs": "scaling",

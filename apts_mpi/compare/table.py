@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from apts_mpi.comparison import OUTPUT, History, Plan, Run, Setting
+from apts_mpi.compare.runs import OUTPUT, History, Plan, Run, Setting
 
 METHODS = {"apts": "APTS", "adam": "Adam", "sgd": "SGD with momentum", "lbfgs": "L-BFGS"}
 

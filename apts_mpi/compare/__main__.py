@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.comparison import GRIDS, ComparisonOptions, Grids, Plan, Run, execute, missing
-from apts_mpi.comparison_table import Comparison
+from apts_mpi.compare.runs import GRIDS, ComparisonOptions, Grids, Plan, Run, execute, missing
+from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE
 from apts_mpi.tools.jobs import check_can_start
@@ -51,7 +51,7 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     InvalidInput
         Before work starts, for options that cannot be used or if matplotlib is not installed.
     """
-    from apts_mpi.comparison_plots import plot_losses, plot_robustness
+    from apts_mpi.compare.plots import plot_losses, plot_robustness
 
     check_can_start(options.ranks, "apts_mpi.compare")
     comparisons = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from apts_mpi.comparison_table import METHODS, Comparison, Row
+from apts_mpi.compare.table import METHODS, Comparison, Row
 from apts_mpi.plot.figure import STYLES, Axes, Figure, save
 from apts_mpi.plot.files import files_of
 
