@@ -4,9 +4,9 @@ import json
 
 import yaml
 
-from apts_mpi.cost_fit import Point
-from apts_mpi.cost_model import Shape, seconds_of, terms
-from apts_mpi.scaling_records import RunRecord
+from apts_mpi.scaling.cost_fit import Point
+from apts_mpi.scaling.cost_model import Shape, seconds_of, terms
+from apts_mpi.scaling.records import RunRecord
 
 EVENT = {"calls": 4, "seconds_min": 1.0, "ratio": 1.0, "messages": 0, "bytes": 0, "gradient_evaluations": 1.0}
 

@@ -17,14 +17,6 @@ ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re
 
 # Files that are to move into a package.
 UNMOVED = {
-    "scaling": "scaling",
-    "scaling_records": "scaling",
-    "scaling_runs": "scaling",
-    "scaling_report": "scaling",
-    "scaling_predict": "scaling",
-    "scaling_plots": "scaling",
-    "cost_model": "scaling",
-    "cost_fit": "scaling",
     "doctor": "doctor",
     "diagnosis": "doctor",
     "probes": "doctor",

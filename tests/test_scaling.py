@@ -11,9 +11,9 @@ import yaml
 from processes import needs_mpirun, start
 from scaling_runs import EVENT, write_run
 
-from apts_mpi import scaling_runs
-from apts_mpi.scaling import main
-from apts_mpi.scaling_records import read_run, read_studies
+from apts_mpi.scaling import runs as scaling_runs
+from apts_mpi.scaling.__main__ import main
+from apts_mpi.scaling.records import read_run, read_studies
 
 
 def call(*arguments, command="report"):

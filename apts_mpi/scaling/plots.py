@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apts_mpi.cost_fit import Point, predicted
-from apts_mpi.cost_model import Shape
 from apts_mpi.plot.figure import (
     COLORS,
     LINE_STYLES,
@@ -24,6 +22,8 @@ from apts_mpi.plot.figure import (
     rc_context,
     save,
 )
+from apts_mpi.scaling.cost_fit import Point, predicted
+from apts_mpi.scaling.cost_model import Shape
 
 # Beside the colours, for prints without any.
 HATCHES = ("", "///", "...", "xxx")
@@ -42,7 +42,7 @@ def plot_report(tables: Mapping[str, Sequence[dict[str, Any]]], files: Sequence[
     Parameters
     ----------
     tables
-        For each study by its name the rows of `apts_mpi.scaling_report.rows`.
+        For each study by its name the rows of `apts_mpi.scaling.report.rows`.
     files
         Where to write the figure; the ends of the names say in which formats.
     """

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.scaling_records import RunRecord, check_shared, read_run, read_studies
+from apts_mpi.scaling.records import RunRecord, check_shared, read_run, read_studies
 
 # Options in which the runs of a study may differ: a batch for each size in a weak one, and how long they take.
 VARYING = ("batch_size", "seed", "epochs", "max_iterations", "train_samples")

@@ -14,9 +14,9 @@ from rich.console import Console
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.scaling_records import add_runs, read_studies
-from apts_mpi.scaling_report import measurement, print_shares, print_table, read_sources, rows, studies_of
-from apts_mpi.scaling_runs import Study, run_study
+from apts_mpi.scaling.records import add_runs, read_studies
+from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
+from apts_mpi.scaling.runs import Study, run_study
 from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE
 
 
@@ -80,7 +80,7 @@ def report(options: argparse.Namespace, console: Console) -> int:
     (first, *_) = tables.values()
     write_json(options.json, {"sizes": first, "studies": tables, "unfinished": [str(path) for path in unfinished]})
     if options.plot is not None:
-        from apts_mpi.scaling_plots import plot_report
+        from apts_mpi.scaling.plots import plot_report
 
         plot_report(tables, files_of(options.plot))
     return FAILED if unfinished else 0
@@ -88,14 +88,14 @@ def report(options: argparse.Namespace, console: Console) -> int:
 
 def predict(options: argparse.Namespace, console: Console) -> int:
     """Fit and extrapolate."""
-    from apts_mpi.scaling_predict import as_json, print_prediction
-    from apts_mpi.scaling_predict import predict as predict_studies
+    from apts_mpi.scaling.predict import as_json, print_prediction
+    from apts_mpi.scaling.predict import predict as predict_studies
 
     prediction = predict_studies(read_studies(options.file))
     print_prediction(prediction, console)
     write_json(options.json, as_json(prediction))
     if options.plot is not None:
-        from apts_mpi.scaling_plots import plot_prediction
+        from apts_mpi.scaling.plots import plot_prediction
 
         studies = {name: (points, prediction.shapes[name]) for name, points in prediction.points.items()}
         plot_prediction(studies, prediction.values, files_of(options.plot))

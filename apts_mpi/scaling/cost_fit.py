@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from apts_mpi.cost_model import UNITS, Amounts, Shape, seconds_of, terms
 from apts_mpi.errors import InvalidInput
+from apts_mpi.scaling.cost_model import UNITS, Amounts, Shape, seconds_of, terms
 
 try:
     from scipy.optimize import nnls

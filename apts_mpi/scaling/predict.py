@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from apts_mpi.cost_fit import (
+from apts_mpi.errors import InvalidInput
+from apts_mpi.scaling.cost_fit import (
     Limit,
     Point,
     extrapolate,
@@ -19,10 +20,9 @@ from apts_mpi.cost_fit import (
     held_out,
     predicted,
 )
-from apts_mpi.cost_model import UNITS, Shape
-from apts_mpi.errors import InvalidInput
-from apts_mpi.scaling_records import RunRecord, Studies, check_shared
-from apts_mpi.scaling_report import studies_of
+from apts_mpi.scaling.cost_model import UNITS, Shape
+from apts_mpi.scaling.records import RunRecord, Studies, check_shared
+from apts_mpi.scaling.report import studies_of
 
 # How far studies are predicted, and the sizes of the table.
 MOST_RANKS = 10_000

@@ -15,7 +15,7 @@ import yaml
 
 from apts_mpi.compare.runs import OUTPUT, failure_in
 from apts_mpi.errors import InvalidInput, require
-from apts_mpi.scaling_records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
+from apts_mpi.scaling.records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
 from apts_mpi.tools import environment
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.train.__main__ import parse, spell
