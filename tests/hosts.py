@@ -14,7 +14,7 @@ from pathlib import Path
 
 from processes import LIMIT, descendants, find_mpirun, surroundings
 
-from apts_mpi.diagnosis import family_of_launcher
+from apts_mpi.doctor.diagnosis import family_of_launcher
 
 ADDRESSES = ("10.231.0.1", "10.231.0.2")
 INTERFACE = "eth0"

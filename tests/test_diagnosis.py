@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from apts_mpi.diagnosis import (
+from apts_mpi.doctor.diagnosis import (
     RankFacts,
     Row,
     judge_cores,

@@ -14,7 +14,8 @@ import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
 
-from apts_mpi import doctor, probes
+from apts_mpi.doctor import __main__ as doctor
+from apts_mpi.doctor import probes
 from apts_mpi.parallel import gpu_direct as direct
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools import jobs

@@ -16,11 +16,7 @@ PAGE = ROOT.parent / "docs" / "changing.md"
 ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 # Files that are to move into a package.
-UNMOVED = {
-    "doctor": "doctor",
-    "diagnosis": "doctor",
-    "probes": "doctor",
-}
+UNMOVED = {}
 
 # Modules that one imports after another, at most.
 LONGEST_CHAIN = 24

@@ -1,4 +1,4 @@
-"""Tries on the machine at hand, whose outcomes `apts_mpi.diagnosis` judges. All collective unless stated."""
+"""Tries on the machine at hand, whose outcomes `apts_mpi.doctor.diagnosis` judges. All collective unless stated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint import Array, CheckpointDirectory, Slab, open_checkpoint
-from apts_mpi.diagnosis import RankFacts
+from apts_mpi.doctor.diagnosis import RankFacts
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn

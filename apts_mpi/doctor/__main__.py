@@ -16,9 +16,9 @@ from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
 
-from apts_mpi import probes
 from apts_mpi.checkpoint import hdf5_versions
-from apts_mpi.diagnosis import (
+from apts_mpi.doctor import probes
+from apts_mpi.doctor.diagnosis import (
     ASYNCHRONOUS_PROGRESS,
     Row,
     judge_cores,
