@@ -15,9 +15,6 @@ ROOT = Path(apts_mpi.__file__).parent
 PAGE = ROOT.parent / "docs" / "changing.md"
 ORDER = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
-# Files that are to move into a package.
-UNMOVED = {}
-
 # Modules that one imports after another, at most.
 LONGEST_CHAIN = 24
 
@@ -35,8 +32,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 def package_of(path):
     """Name in `ORDER` of the package that a file is in, or of the file itself beside them."""
-    name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    return UNMOVED.get(name, name) if name.endswith(".py") or not (ROOT / name).is_dir() else name
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports(path):
