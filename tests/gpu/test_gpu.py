@@ -9,7 +9,7 @@ import torch
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
 from processes import needs_mpirun, start
-from test_survival import arrays, history
+from run_files import arrays, history
 
 from apts_mpi import APTS, APTSOptions, LocalOptions
 from apts_mpi.parallel.communicator import Communicator

@@ -1,34 +1,16 @@
 """IDX files and the image problems; the files are small ones written here."""
 
 import gzip
-import struct
 
 import numpy as np
 import pytest
 import torch
+from image_files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, idx_bytes, write_dataset
 from torch.func import functional_call, jvp
 
 from apts_mpi import problems
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import idx, images
-
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = idx.FILES
-
-
-def idx_bytes(array, magic=None):
-    header = struct.pack(f">{1 + array.ndim}I", magic or 0x0800 + array.ndim, *array.shape)
-    return header + array.tobytes()
-
-
-def write_dataset(directory, compress=lambda content: content, suffix="", train=6, test=3):
-    random = np.random.default_rng(0)
-    arrays = {}
-    for images_name, labels_name, count in ((TRAIN_IMAGES, TRAIN_LABELS, train), (TEST_IMAGES, TEST_LABELS, test)):
-        arrays[images_name] = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        arrays[labels_name] = random.integers(0, 10, count, dtype=np.uint8)
-    for name, array in arrays.items():
-        (directory / (name + suffix)).write_bytes(compress(idx_bytes(array)))
-    return arrays
 
 
 def assert_fault(directory, *messages):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import problem
 from processes import SMALL, start
-from test_survival import arrays, history
+from run_files import arrays, history
 
 ITERATIONS, STALL_TIMEOUT = 6, 8.0
 

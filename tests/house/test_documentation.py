@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from processes import find_mpirun, needs_mpirun
+from processes import TESTS, find_mpirun, needs_mpirun
 
 from apts_mpi.tools.environment import outside_job
 from apts_mpi.train import __main__ as train
 
-ROOT = Path(__file__).parent.parent
+ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIMIT = 300  # seconds a block; most take less than ten, if the cores are not busy
 
@@ -35,7 +35,7 @@ COMMANDS = {
     "python -m apts_mpi.train": "--max-iterations 2",
     "apts-train": "--max-iterations 2",
     "bash jobs/local_train.sh": "--max-iterations 2",
-    "bash jobs/local_test.sh": "tests/test_trust_region.py",
+    "bash jobs/local_test.sh": "tests/trust_region",
     "python -m apts_mpi.bench iteration": "--repetitions 1",
     "python -m apts_mpi.bench events": "--repetitions 1",
     "python -m apts_mpi.bench memory": "--width 16",

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from processes import SMALL, Job, needs_mpirun, start
+from run_files import arrays, history
 
 from apts_mpi.checkpoint import Checkpoint, resolve
 from apts_mpi.train.options import TrainingOptions, as_seconds
@@ -23,19 +24,6 @@ def run(directory, ranks, *arguments, status=0):
     done = start(directory, ranks, [*SMALL, *arguments])
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def history(directory):
-    """The records of a run, without the times."""
-    lines = (directory / "history.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
-
-
-def arrays(directory):
-    """The newest checkpoint of a run, without its records, in which there are times."""
-    with Checkpoint(resolve(directory / "checkpoints")) as checkpoint:
-        checkpoint.verify()
-        return {name: checkpoint.read(name).tobytes() for name in checkpoint.names if name != "training/history"}
 
 
 def assert_goes_on(directory, ranks):

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
+from image_files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, idx_bytes, write_dataset
 from mpi4py import MPI
-from test_problems_images import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, idx_bytes, write_dataset
 
 from apts_mpi import PipelineOptions
 from apts_mpi.errors import InvalidInput

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from processes import TESTS
 from thread_ranks import on_ranks
 
 from apts_mpi.checkpoint import (
@@ -488,8 +489,7 @@ def test_full_disk(mpi_tmp_path, comm, writer):
 
 def run_script(text, *arguments):
     """What a Python process prints, whose script finds the tests' modules."""
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", text, *map(str, arguments)],
         env=environment, capture_output=True, text=True, timeout=100, check=True,

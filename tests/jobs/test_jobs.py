@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import TESTS
 
 pytest_plugins = ["pytester"]
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = [*sorted((ROOT / "jobs").glob("*.sh")), *(ROOT / "tests").rglob("*.sh"), ROOT / ".ci" / "run"]
+ROOT = TESTS.parent
+SCRIPTS = [*sorted((ROOT / "jobs").glob("*.sh")), *TESTS.rglob("*.sh"), ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from networks import classified, classifier, cross_entropy
 from processes import needs_mpirun, start
+from run_files import history
 from staged_networks import staged
-from test_survival import history
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apts_mpi import APTS, APTSOptions, GlobalStepOptions, LocalOptions, StagedAPTS, TrustRegionOptions
