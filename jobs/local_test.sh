@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Test on this machine: bash jobs/local_test.sh [arguments of pytest]
 # Tests marked mpi run at 1, 2, 3, 4 and 8 ranks, or at those in the environment variable SIZES; the others run once.
+# At 3 and 8 those marked all_sizes do, or with FULL=1 all of them.
 set -euo pipefail
 # shellcheck source=jobs/local_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/local_environment.sh"

@@ -86,6 +86,7 @@ def test_every_solver_goes_down(world, options):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_ranks_agree_with_one(world):
     """The same four subdomains on any number of ranks: equal up to what bfloat16 rounds, after four iterations."""
     from mpi4py import MPI

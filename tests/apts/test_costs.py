@@ -103,6 +103,7 @@ class Meter:
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(choice={"variant": "exact", "solver": "adam", "iterations": 3})
 @pytest.mark.parametrize(
     "choice",
     [
@@ -128,6 +129,7 @@ def test_evaluations_are_what_torch_was_asked_for(world, choice):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_messages_do_not_grow_with_the_number_of_tensors(world):
     def messages(depth):
         layers = [module for _ in range(depth) for module in (nn.Linear(10, 10), nn.Tanh())]
@@ -146,6 +148,7 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_gradient_of_several_buckets(world):
     """Beyond a megabyte the gradient goes in several messages."""
     torch.manual_seed(0)

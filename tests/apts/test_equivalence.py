@@ -66,6 +66,8 @@ COMBINATIONS = [
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(combination=COMBINATIONS[0])
+@pytest.mark.all_sizes(combination=COMBINATIONS[3])
 @pytest.mark.parametrize(
     "combination", COMBINATIONS, ids=lambda combination: "-".join(map(str, combination)).replace(" ", "")
 )
@@ -77,6 +79,7 @@ def test_six_subdomains_on_any_number_of_ranks(world, combination):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(solver="tr")
 @pytest.mark.parametrize("solver", ["sgd", "adam", "tr"])
 def test_subdomains_of_data(world, solver):
     """Each has all parameters and a sixth of the batch."""
@@ -85,6 +88,7 @@ def test_subdomains_of_data(world, solver):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(solver="tr", initial_radius=20.0)
 @pytest.mark.parametrize("initial_radius", [0.3, 20.0])
 @pytest.mark.parametrize("solver", ["sgd", "adam", "tr"])
 def test_one_subdomain_shared_by_all_ranks(world, solver, initial_radius):
@@ -94,6 +98,7 @@ def test_one_subdomain_shared_by_all_ranks(world, solver, initial_radius):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(choice={"overlap": 1, "type": "basic"})
 @pytest.mark.parametrize(
     "choice",
     [{"overlap": 1, "type": "basic"}, {"overlap": 1, "type": "restrict"}, {"decomposition": "data"}],
@@ -105,12 +110,14 @@ def test_two_subdomains_shared_by_all_ranks(world, choice):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_automatic_radius(world):
     found = compare_with_one_rank(world, options(subdomains=6, initial_radius=None))
     assert found[0][5]  # accepted
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(variant="inexact", partition="layer")
 @pytest.mark.parametrize("variant", ["exact", "inexact"])
 @pytest.mark.parametrize("partition", ["layer", "index"])
 def test_batch_normalisation_and_dropout_belong_to_the_shards(world, variant, partition):
@@ -128,6 +135,7 @@ def test_batch_normalisation_and_dropout_belong_to_the_shards(world, variant, pa
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(local_data="shard")
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 def test_convolutional_network_with_squared_error(world, local_data):
     def build():
@@ -148,6 +156,7 @@ def test_convolutional_network_with_squared_error(world, local_data):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes(local_data="shard", iterations=3)
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_two_replicas(world, local_data, iterations):
@@ -160,6 +169,7 @@ def test_two_replicas(world, local_data, iterations):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_two_replicas_that_are_each_given_half_a_batch(world):
     if world.size % 2:
         pytest.skip("needs an even number of ranks")
@@ -195,6 +205,7 @@ def two_steps(world, chosen, arguments):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(local_data="shard")
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 def test_whole_batch_or_rows_or_own_shard(world, local_data):
     """Three ways of giving a batch; bitwise the same, as each rank sees the same samples."""
@@ -220,6 +231,7 @@ def test_whole_batch_or_rows_or_own_shard(world, local_data):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_uneven_shards_count_by_their_samples(world):
     """Whatever the shards, the loss is the mean over all samples."""
     counts = [6 + 5 * rank for rank in range(world.size)]
@@ -247,6 +259,7 @@ def test_equal_runs_are_equal_to_the_bit(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_split_communicator(world):
     """Two groups of ranks train different networks for different numbers of steps at the same time."""
     color = world.rank % 2
@@ -288,6 +301,7 @@ def test_two_solvers_take_turns(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_messages_of_the_user_do_not_meet_the_solvers(world):
     """A collective of the user's that is under way on the same communicator during a step."""
     solver = make_solver(world, options(subdomains=6), classifier())
@@ -303,6 +317,7 @@ def test_messages_of_the_user_do_not_meet_the_solvers(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_rank_0_gives_its_network_to_all(world):
     network = classifier(seed=world.rank, batch_norm=True)
     network[1].running_mean.fill_(world.rank)

@@ -304,6 +304,7 @@ def test_networks_that_cannot_be_reduced_are_refused(world, network, message):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_network_that_is_wrong_on_one_rank_is_refused_on_all(world):
     network = classifier().half() if world.rank == 1 else classifier()
     with pytest.raises(InvalidInput, match="rank 1: network: parameter 0.weight has dtype torch.float16"):
@@ -311,6 +312,7 @@ def test_network_that_is_wrong_on_one_rank_is_refused_on_all(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_batches_that_cannot_be_cut_are_refused_on_every_rank(world):
     solver = make_solver(world, options(subdomains=6))
     inputs, targets = classified()
@@ -322,6 +324,7 @@ def test_batches_that_cannot_be_cut_are_refused_on_every_rank(world):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_shard_that_is_wrong_on_one_rank_is_refused_on_all(world):
     solver = make_solver(world, options(subdomains=6, batch="shard"))
     inputs, targets = classified(12)
@@ -332,6 +335,7 @@ def test_shard_that_is_wrong_on_one_rank_is_refused_on_all(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_number_of_subdomains_by_default(world):
     """One a rank of a replica, or as many as there are layers."""
     solver = make_solver(world, options(subdomains=None))

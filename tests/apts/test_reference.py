@@ -153,6 +153,7 @@ class Reference:
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(choice={"variant": "inexact", "solver": "tr", "iterations": 3, "overlap": 1, "type": "basic"})
 @pytest.mark.parametrize(
     "choice",
     [
@@ -239,6 +240,7 @@ def compare_with_hand_written(world, chosen, steps, direction):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(solver="tr", norm="2")
 @pytest.mark.parametrize("solver", ["sgd", "tr"])
 @pytest.mark.parametrize(("norm", "radius"), [("2", 6.0), ("inf", 0.3)])
 def test_one_subdomain_is_a_first_order_trust_region(world, solver, norm, radius):

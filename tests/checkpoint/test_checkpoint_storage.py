@@ -94,6 +94,7 @@ def files_of(path):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 @pytest.mark.parametrize("writer", WRITERS)
 def test_any_number_of_ranks_reads_what_all_wrote(mpi_tmp_path, comm, writer):
     arrays = network() | {f"dtypes/{name}": np.arange(13).astype(name) for name in DTYPES}
@@ -113,6 +114,7 @@ def test_any_number_of_ranks_reads_what_all_wrote(mpi_tmp_path, comm, writer):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 @pytest.mark.parametrize("writer", WRITERS)
 def test_uneven_slabs_and_ranks_without_any(mpi_tmp_path, comm, writer):
     """Rank r gives rows r, r + size, ... one by one, last first; the last rank alone gives the other array."""
@@ -139,6 +141,7 @@ def test_three_lines_of_h5py_show_the_tensors(mpi_tmp_path, comm, writer):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 @pytest.mark.parametrize("writer", WRITERS)
 def test_large_slabs_are_cut(mpi_tmp_path, comm, writer, monkeypatch):
     monkeypatch.setattr(writers, "LARGEST_SLAB", 100)
@@ -148,6 +151,7 @@ def test_large_slabs_are_cut(mpi_tmp_path, comm, writer, monkeypatch):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_files_in_parts_can_be_moved_together_and_read_from_elsewhere(mpi_tmp_path, comm, monkeypatch):
     save(mpi_tmp_path / "a", comm, writer="parts")
     if comm.rank == 0:
@@ -201,6 +205,7 @@ def test_arrays_that_cannot_be_saved(mpi_tmp_path, comm, array, message):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_ranks_that_give_different_arrays(mpi_tmp_path, comm):
     array = Array("a" if comm.rank == 0 else "b", (0,), np.dtype(float), [])
     with (
@@ -211,6 +216,7 @@ def test_ranks_that_give_different_arrays(mpi_tmp_path, comm):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_scalar_of_another_rank(mpi_tmp_path, comm):
     slabs = [Slab(0, np.array(1.0))] if comm.rank == 1 else []
     with CheckpointDirectory(mpi_tmp_path, comm) as checkpoints, pytest.raises(SharedInvalidInput, match="rank 0's"):
@@ -280,6 +286,7 @@ def test_step_0(mpi_tmp_path, comm):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(damage="truncate")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_damaged_newest_is_reported_and_the_one_before_is_used(mpi_tmp_path, comm, writer, damage):
@@ -417,6 +424,7 @@ def test_directory_that_cannot_be_made(mpi_tmp_path, comm, writer):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="replace")
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", ["replace", "fsync", "link"])
 def test_file_system_fails(mpi_tmp_path, comm, writer, name, monkeypatch):

@@ -75,6 +75,7 @@ def test_step_in_the_span_of_the_rows_is_that_of_the_whole_matrix(radius, inside
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(radius=0.05, local_data="shard", subdomains=2)
 @pytest.mark.parametrize("local_data", ["full", "shard"])
 @pytest.mark.parametrize(("subdomains", "replicas"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("radius", [0.05, 1e4])
@@ -136,6 +137,7 @@ def test_a_large_block_needs_a_small_batch(world, monkeypatch):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_all_ranks_hear_of_a_block_that_is_too_large(world):
     """The second subdomain is small, and its ranks have nothing against it."""
     network, batch = large_problem(LARGEST_DENSE + 1)

@@ -204,6 +204,7 @@ def test_a_gradient_that_is_not_finite_stays_out_of_the_running_means():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_iterates_do_not_depend_on_the_ranks(world):
     def iterates(comm):
         solver = networks.make_solver(comm, kfac())

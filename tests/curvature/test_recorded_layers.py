@@ -495,6 +495,7 @@ def test_in_place_under_autocast():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_in_place_in_stages_with_micro_batches(world):
     def values(activation):
         options = staged(APTSOptions(), solver="kfac", micro_batches=3)

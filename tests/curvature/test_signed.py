@@ -90,6 +90,7 @@ def test_parameters_that_are_frozen_or_of_another_layer():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(variant="inexact", local_data="shard", subdomains=3)
 @pytest.mark.parametrize("variant", ["exact", "inexact"])
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 @pytest.mark.parametrize("subdomains", [1, 3])
@@ -120,6 +121,7 @@ def test_signed_gradients_are_sums_over_the_samples(world, variant, local_data, 
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_signs_are_independent_where_every_rank_gives_its_own_samples(world):
     counts = [3 + rank for rank in range(world.size)]
     inputs, targets = classified(sum(counts))
@@ -190,6 +192,7 @@ def recurrent():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(schwarz={})
 @pytest.mark.parametrize("schwarz", [{}, {"variant": "exact"}, {"decomposition": "data"}], ids=str)
 def test_iterates_do_not_depend_on_the_ranks(world, schwarz):
     def iterates(comm):
@@ -230,6 +233,7 @@ class Bent(nn.Linear):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_micro_batches_have_the_signs_of_the_batch(world):
     def losses(micro_batches):
         torch.manual_seed(0)

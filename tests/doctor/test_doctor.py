@@ -195,6 +195,7 @@ def test_run_directory_that_ranks_do_not_share(tmp_path, disk):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_sums(world):
     wrong = probes.sum_everywhere(Communicator(world, Events()), torch.device("cpu"))
     assert wrong == [{"float32": 0, "float64": 0}] * world.size
@@ -209,6 +210,7 @@ class Faulty(Communicator):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_wrong_sums(world):
     wrong = probes.sum_everywhere(Faulty(world, Events()), torch.device("cpu"))
     assert wrong[-1] == {"float32": 2, "float64": 2}
@@ -216,6 +218,7 @@ def test_wrong_sums(world):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_a_lock_is_seen_by_the_others(world, mpi_tmp_path):
     """Without a file system that ignores locks at hand: a lock that rank 0 gave back is had by all others in turn."""
     comm = Communicator(world, Events())

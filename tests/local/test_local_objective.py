@@ -51,6 +51,7 @@ def chosen_options(**changes):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(variant="inexact", partition="layer", local_data="shard", build=NETWORKS["normalised"])
 @variants
 @partitions
 @data

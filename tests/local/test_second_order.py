@@ -84,6 +84,7 @@ def test_hessian_products_of_the_local_objective_make_a_model_of_order_3(
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(subdomains=1)
 @pytest.mark.parametrize(("subdomains", "partition"), [(1, "layer"), (6, "index")])
 def test_gauss_newton_products_of_the_local_objective_are_those_of_the_dense_matrix(world, subdomains, partition):
     solver = make_solver(world, options(variant="exact", partition=partition, subdomains=subdomains, solver="lsr1"))
@@ -171,6 +172,7 @@ def compare_with_one_rank(world, chosen):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(choice=CHOICES[0], norm="2")
 @choices
 @pytest.mark.parametrize(
     ("norm", "subdomains", "initial_radius"), [("2", 1, 0.3), ("inf", 1, 0.03), ("2", 6, 20.0), ("inf", 6, 0.3)]
@@ -182,6 +184,7 @@ def test_local_solvers_on_any_number_of_ranks(world, choice, norm, subdomains, i
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(model="lsr1", norm="inf")
 @pytest.mark.parametrize(
     ("model", "norm", "solver", "product", "initial_radius"),
     [

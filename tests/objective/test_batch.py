@@ -57,6 +57,7 @@ SOLVERS = {
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="shards")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_batch_normalisation_has_two_samples_in_each_pass(world, name):
     solver = SOLVERS[name](world)
@@ -71,6 +72,7 @@ def test_batch_normalisation_has_two_samples_in_each_pass(world, name):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_shards_with_batch_normalisation(world):
     solver = make_solver(world, options(subdomains=world.size, batch="shard"), classifier(batch_norm=True))
     samples = 1 if world.rank == world.size - 1 else 5
@@ -80,6 +82,7 @@ def test_shards_with_batch_normalisation(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="shards")
 @pytest.mark.parametrize("name", ["shards", "data-parallel"])
 def test_others_can_have_one(world, name):
     solver = (

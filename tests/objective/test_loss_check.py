@@ -181,6 +181,7 @@ REFUSED = {
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="ignored", subdomains=3)
 @pytest.mark.parametrize("subdomains", [1, 3])
 @pytest.mark.parametrize("name", REFUSED)
 def test_first_step_names_it_on_all_ranks(world, name, subdomains):
@@ -194,6 +195,7 @@ def test_first_step_names_it_on_all_ranks(world, name, subdomains):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_one_rank_speaks_for_all(world):
     """With shards: only the last rank sees what is ignored."""
     inputs, targets = classified(20 * world.size)
@@ -216,6 +218,7 @@ def test_baselines(world, name):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="ignored")
 @pytest.mark.parametrize("name", REFUSED)
 def test_staged(world, name):
     loss, batch = REFUSED[name]

@@ -13,6 +13,8 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.events import Events
 
+pytestmark = pytest.mark.all_sizes
+
 
 @pytest.fixture
 def comm(world):

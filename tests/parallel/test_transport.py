@@ -143,6 +143,7 @@ def test_sums_start_in_their_order_as_soon_as_their_copies_are_done():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 @pytest.mark.parametrize("describe", [False, True])
 def test_what_others_wait_for_in_a_group_is_started(world, describe):
     """Rank 0's device is late; the others wait for its sum in the group, and it for them with all ranks."""
@@ -203,6 +204,7 @@ def iterates(world, options):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="default")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_staged_is_direct_to_the_bit(world, name):
     options = SOLVERS[name]
@@ -217,6 +219,7 @@ def test_staged_is_direct_to_the_bit(world, name):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_layout_staged_through_copies_is_direct_to_the_bit(world):
     from staged_networks import staged as in_stages
 
@@ -257,6 +260,7 @@ def test_buckets_are_pushed_while_the_backward_pass_runs(world, monkeypatch):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_blocking_operations_do_not_overtake(world):
     """A sum whose copy is not done yet is started before an agreement on the same ranks."""
     recorder = Recorder()

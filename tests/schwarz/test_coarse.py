@@ -218,6 +218,7 @@ def test_as_many_samples_as_have_enough_targets(shape, batch_size, share):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(overlap=5, iterations=1)
 @pytest.mark.parametrize("overlap", [0, 5])
 @pytest.mark.parametrize(("loss", "iterations"), [("cross_entropy", 1), ("mse_loss", 2)])
 def test_curvature_from_the_rows_of_dense_blocks_equals_the_dense_one(world, overlap, loss, iterations):
@@ -250,6 +251,7 @@ def test_curvature_from_the_rows_of_dense_blocks_equals_the_dense_one(world, ove
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_corrections_of_the_step_before_widen_the_span(world):
     """With them the reduced model is never worse, and the iterates are those of one rank."""
 
@@ -362,6 +364,7 @@ def test_a_rejected_step_costs_one_loss_evaluation_and_no_gradient():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(local_data="shard")
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 def test_iterates_do_not_depend_on_the_ranks(world, local_data):
     def iterates(comm):
@@ -404,6 +407,7 @@ def data_options(**changes):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(model="gauss-newton")
 @pytest.mark.parametrize("model", ["none", "gauss-newton"])
 def test_decomposition_of_data_does_not_depend_on_the_ranks(world, model):
     def iterates(comm):

@@ -31,6 +31,7 @@ def gradient_in_parts(network, batch, micro_batches):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(schedule="1f1b", recompute=False)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_tuples_of_any_dtype(world, schedule, recompute):
@@ -70,6 +71,7 @@ def test_batch_normalisation_with_one_micro_batch_is_that_of_the_batch(world, mo
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(recompute=True)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_batch_normalisation_over_micro_batches_by_hand(world, recompute):
     """Each micro-batch has its own statistics, in both evaluations; running ones move by the mean change, once."""
@@ -146,6 +148,7 @@ def test_stored_bundles():
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_shapes_are_agreed_once(world):
     """One description a stage, kind of pass and size of micro-batches, and one message a micro-batch and direction."""
     chosen = staged(options(subdomains=None), micro_batches=5)
@@ -164,6 +167,7 @@ def test_shapes_are_agreed_once(world):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_a_stage_that_raises_is_named(world):
     comm = Communicator(type(world).Dup(world), Events())
     comm.limit_patience(2.0, [f"stage {rank}" for rank in range(world.size)])

@@ -16,6 +16,7 @@ PLAIN = [name for name in NETWORKS if "tuples" not in name]
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="mlp", micro_batches=5, schedule="1f1b")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 @pytest.mark.parametrize("name", PLAIN)
@@ -31,6 +32,7 @@ def test_staged_equals_replicated(world, monkeypatch, name, micro_batches, sched
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="mlp", solver="kfac")
 @pytest.mark.parametrize("solver", ["kfac", "adam"])
 @pytest.mark.parametrize("name", [*PLAIN, "tuples"])
 def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
@@ -56,6 +58,7 @@ SECOND_ORDER = [
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="mlp")
 @pytest.mark.parametrize(("name", "model", "product", "solver"), SECOND_ORDER)
 def test_global_steps_of_second_order(world, monkeypatch, name, model, product, solver):
     chosen = staged(options(subdomains=None, global_step=model, initial_radius=0.1), solver=solver, micro_batches=2)
@@ -64,6 +67,7 @@ def test_global_steps_of_second_order(world, monkeypatch, name, model, product, 
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="mlp")
 @pytest.mark.parametrize(
     ("name", "coarse", "changes"),
     [
@@ -99,6 +103,7 @@ CHOICES = [
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(choice=CHOICES[0])
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
 def test_other_options(world, monkeypatch, choice):
     pipeline = {"coarse", "solver", "iterations", "recompute", "schedule", "cache_dtype"}
@@ -112,6 +117,7 @@ def test_other_options(world, monkeypatch, choice):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(coarse="gauss-newton")
 @pytest.mark.parametrize("coarse", ["none", "gauss-newton"])
 def test_nine_subdomains_on_any_number_of_stages(world, monkeypatch, coarse):
     """Several a stage."""
@@ -120,6 +126,7 @@ def test_nine_subdomains_on_any_number_of_stages(world, monkeypatch, coarse):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes(coarse="gauss-newton", solver="kfac")
 @pytest.mark.parametrize("coarse", ["none", "gauss-newton"])
 @pytest.mark.parametrize("solver", ["kfac", "tr"])
 def test_two_replicas(world, monkeypatch, coarse, solver):
@@ -137,6 +144,7 @@ def test_two_replicas(world, monkeypatch, coarse, solver):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes(model="lsr1")
 @pytest.mark.parametrize("model", ["lsr1", "steihaug"])
 def test_two_replicas_with_global_steps_of_second_order(world, monkeypatch, model):
     if world.size % 2:
@@ -151,6 +159,7 @@ def test_two_replicas_with_global_steps_of_second_order(world, monkeypatch, mode
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_schedules_are_equal_to_the_bit(world):
     builder, batches, loss = NETWORKS["mlp"]
     runs = []

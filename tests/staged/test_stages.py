@@ -218,6 +218,7 @@ def test_schedules_run_to_the_end(name, stages, micro_batches):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="mlp")
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
 def test_a_rank_makes_its_stage_alone(world, name):
     builder, batches, loss = NETWORKS[name]
@@ -234,6 +235,7 @@ def test_a_rank_makes_its_stage_alone(world, name):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_network_that_was_cut_for_other_ranks(world):
     chosen = staged(options(subdomains=None))
     made = build_stage(lambda: built(mlp), comm=world, options=chosen, parts=lambda network: (network, None))
@@ -263,6 +265,7 @@ def test_options_that_stages_cannot_have(world, groups, message):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_too_many_subdomains_or_too_few_samples(world):
     chosen = staged(options(subdomains=1000))
     with pytest.raises(InvalidInput, match="subdomains: 1000 on .* layers with parameters; give fewer"):

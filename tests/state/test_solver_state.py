@@ -122,6 +122,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(world, directory, solve
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(whole=False)
 @pytest.mark.parametrize("whole", [False, True], ids=["batches", "whole"])
 def test_default_solver_goes_on_to_the_bit(world, directory, whole):
     """K-FAC and the coarse level."""
@@ -179,6 +180,7 @@ def test_baseline_goes_on_to_the_bit(world, directory, optimizer):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(solver="kfac")
 @pytest.mark.parametrize("solver", ["kfac", "adam", "lsr1"])
 def test_any_number_of_ranks_goes_on(world, directory, solver):
     """From N to M ranks with six subdomains; the sums over ranks have other rounding errors, hence no equal bits."""
@@ -213,6 +215,7 @@ def test_any_number_of_ranks_goes_on(world, directory, solver):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(solver="kfac", before=6)
 @pytest.mark.parametrize("solver", ["kfac", "adam"])
 @pytest.mark.parametrize("before, after", [(6, 3), (2, 6), (1, 4)])
 def test_other_number_of_subdomains_takes_over_vectors_and_layers(world, directory, solver, before, after):

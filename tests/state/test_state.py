@@ -79,6 +79,7 @@ def test_masks_differ_from_batch_to_batch_and_from_seed_to_seed(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(local_data="shard", subdomains=8)
 @pytest.mark.parametrize("local_data", ["shard", "full"])
 @pytest.mark.parametrize("subdomains", [1, 8])
 def test_accepted_step_moves_the_running_statistics_once(world, local_data, subdomains):
@@ -240,6 +241,7 @@ def test_step_after_a_rejection_is_judged_as_what_it_is(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_losses_are_those_of_the_network(world):
     """Before and after each step, evaluated by hand."""
     network, (inputs, targets) = classifier(), classified()

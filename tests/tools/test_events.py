@@ -252,6 +252,7 @@ def in_stages(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(make=replicated)
 @pytest.mark.parametrize("make", [replicated, in_stages])
 def test_every_message_is_in_an_event(world, make):
     """Against the calls that reach the MPI library."""
@@ -271,6 +272,7 @@ def test_every_message_is_in_an_event(world, make):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_clocks_are_compared(world, monkeypatch):
     """Of ranks on one host, whose clocks are one, and are put apart here."""
     ahead = 1000.0 * world.rank
@@ -282,6 +284,7 @@ def test_clocks_are_compared(world, monkeypatch):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_parts_come_in_turn(world):
     parts = list(Communicator(world, Events()).in_turn({"rank": world.rank}))
     assert parts == ([{"rank": rank} for rank in range(world.size)] if world.rank == 0 else [])

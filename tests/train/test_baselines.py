@@ -35,6 +35,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="adam")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_is_that_of_a_plain_loop(world, name):
     data = classified()
@@ -71,6 +72,7 @@ def test_gradient_evaluations(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(name="adam")
 @pytest.mark.parametrize("name", ["adam", "lbfgs"])
 def test_running_statistics_move_once_a_step(world, name):
     network = classifier(batch_norm=True)

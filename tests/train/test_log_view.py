@@ -63,6 +63,7 @@ def calls(spans, name):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(arguments=SMALL)
 @pytest.mark.parametrize("arguments", [SMALL, BASELINE, STAGED], ids=["replicated", "baseline", "staged"])
 def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
     if arguments is STAGED and world.size > len(list(classifier().parameters())) // 2:

@@ -42,6 +42,7 @@ def held(problem):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(train_samples=33)
 @pytest.mark.parametrize("train_samples", [None, 33])
 def test_files_of_other_stages_are_not_looked_for(world, tmp_path, train_samples):
     write_dataset(tmp_path, train=41, test=9)
@@ -71,6 +72,7 @@ def test_files_of_other_stages_are_not_looked_for(world, tmp_path, train_samples
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_images_and_labels_of_different_data_sets(world, tmp_path):
     arrays = write_dataset(tmp_path, train=41, test=9)
     (tmp_path / TEST_LABELS).write_bytes(idx_bytes(arrays[TEST_LABELS][:-1].copy()))
@@ -80,6 +82,7 @@ def test_images_and_labels_of_different_data_sets(world, tmp_path):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
 def test_missing_labels_are_told_by_all(world, tmp_path):
     write_dataset(tmp_path)
     (tmp_path / TRAIN_LABELS).unlink()
@@ -89,6 +92,7 @@ def test_missing_labels_are_told_by_all(world, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_what_is_made_for_all_is_kept_where_it_is_needed(world):
     chosen = staged_options(world, problem="digits")
     first, last = place_of(world, chosen)

@@ -185,6 +185,7 @@ def numbers(records):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(optimizer="apts")
 @pytest.mark.parametrize("optimizer", ["apts", "adam", "sgd", "lbfgs"])
 def test_run_does_not_depend_on_the_ranks(world, optimizer):
     """Nor do the metrics, of which each rank computes its share."""
@@ -215,6 +216,7 @@ def test_seed_decides_the_batches(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_metrics_are_those_of_all_samples(world):
     """In evaluation mode; by hand."""
     records, training = train(world, "--epochs=1")
@@ -404,6 +406,7 @@ def test_samples_that_fill_no_batch_wait_for_another_epoch(world):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
 def test_full_batch_is_repeated(world):
     """From the second repetition on a gradient is a backward pass alone."""
     _, training = train(world, "--batch-size=60", "--epochs=4", "--local.solver=sgd", "--local.iterations=1")

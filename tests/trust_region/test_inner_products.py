@@ -9,6 +9,8 @@ from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.models import LSR1
 
+pytestmark = pytest.mark.all_sizes
+
 COLUMNS = 4
 
 
