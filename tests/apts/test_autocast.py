@@ -3,7 +3,6 @@
 import pytest
 import torch
 from networks import classified, classifier, cross_entropy
-from processes import needs_mpirun, start
 from run_files import history
 from staged_networks import staged
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apts_mpi import APTS, APTSOptions, GlobalStepOptions, LocalOptions, StagedAPTS, TrustRegionOptions
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import build
+from apts_mpi.train.__main__ import main
 
 # bfloat16 has 8 bits: a product is right to 2^-9, and the ranks' shards of a batch are multiplied in other blocks.
 ROUNDING = 2.0**-8
@@ -125,13 +125,14 @@ def test_float64_is_refused():
         APTS(classifier(), cross_entropy, options=BFLOAT16)
 
 
-@needs_mpirun
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.usefixtures("few_ranks")
 @pytest.mark.parametrize("optimizer", [[], ["--optimizer=adam", "--learning-rate=1e-2"]], ids=["apts", "adam"])
-def test_digits_are_learnt(tmp_path, optimizer):
-    arguments = ["--autocast=bfloat16", "--epochs=6", *optimizer, "--device=cpu", "--run-dir=run"]
-    run = start(tmp_path, 2, arguments)
-    assert run.returncode == 0, run.stderr
-    assert history(tmp_path / "run")[-1]["test_accuracy"] > 0.9
+def test_digits_are_learnt(world, mpi_tmp_path, optimizer):
+    run = mpi_tmp_path / "run"
+    main(["--autocast=bfloat16", "--epochs=6", *optimizer, "--device=cpu", f"--run-dir={run}"])
+    if world.rank == 0:
+        assert history(run)[-1]["test_accuracy"] > 0.9
 
 
 def test_digits_are_computed_in_bfloat16():

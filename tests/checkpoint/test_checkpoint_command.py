@@ -146,6 +146,7 @@ def test_without_parameters(command, tmp_path):
     assert_error(command("to-torch", *on_ranks(1, run), tmp_path / "state.pt"), "neither parameters nor buffers")
 
 
+@pytest.mark.processes
 def test_as_a_process(tmp_path):
     path = save(tmp_path, 1)
     arguments = [sys.executable, "-W", "error", "-m", "apts_mpi.checkpoint"]

@@ -15,6 +15,8 @@ from thread_ranks import on_ranks
 
 from apts_mpi.checkpoint import newest_valid
 
+pytestmark = pytest.mark.processes
+
 RANKS = 3
 
 # Each rank of a job begins with this; `save` gives arrays that tell their step.

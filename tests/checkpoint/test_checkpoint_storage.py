@@ -549,6 +549,7 @@ print(steps[-1], len(list(directory.iterdir())))
 """
 
 
+@pytest.mark.processes
 def test_killed_at_random_moments(tmp_path):
     """Processes that do nothing but save, on 1 to 3 ranks; each killed by SIGKILL, then a valid checkpoint is there."""
     last, files = map(int, run_script(KILLED, tmp_path / "run", 50).split())

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hidden import hide_matplotlib
 from rich.console import Console
 
 from apts_mpi.compare import __main__ as compare
@@ -52,6 +53,7 @@ def digits(tmp_path_factory):
     return options, out / "digits", output
 
 
+@pytest.mark.processes
 def test_runs(digits):
     _, path, output = digits
     names = [f"{name}-seed{seed}" for name in ("apts", "adam-0.01") for seed in (0, 1)]
@@ -72,6 +74,7 @@ def table_of(path):
     return {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in rows}
 
 
+@pytest.mark.processes
 def test_table_agrees_with_the_histories(digits):
     _, path, output = digits
     table = table_of(path)
@@ -87,6 +90,7 @@ def test_table_agrees_with_the_histories(digits):
             assert f"{mean} ± {deviation}" in output
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["loss", "robustness"])
 def test_plots(digits, name):
     _, path, _ = digits
@@ -95,6 +99,7 @@ def test_plots(digits, name):
     assert ElementTree.parse(path / f"{name}.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.processes
 def test_nothing_is_done_twice_and_interrupted_runs_are_redone(digits):
     options, path, _ = digits
     before, table = times(path), (path / "table.md").read_text()
@@ -113,6 +118,7 @@ def test_nothing_is_done_twice_and_interrupted_runs_are_redone(digits):
     assert redone["train_loss"] == pytest.approx(summary["train_loss"], rel=1e-4)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("changes", [{"epochs": 3}, {"dtype": "float64"}, {"ranks": 2}])
 def test_finished_runs_with_other_options_are_not_replaced(digits, changes):
     options, path, _ = digits
@@ -138,6 +144,7 @@ FRAGILE = """
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 def test_a_failing_run_is_reported_and_stops_no_other(tmp_path, monkeypatch):
     (tmp_path / "fragile.py").write_text(textwrap.dedent(FRAGILE))
@@ -157,6 +164,7 @@ def test_a_failing_run_is_reported_and_stops_no_other(tmp_path, monkeypatch):
     assert (path / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.processes
 def test_interruption_ends_the_processes(tmp_path):
     command = [sys.executable, "-m", "apts_mpi.compare", "digits", "--epochs", "100000", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -333,9 +341,7 @@ def test_not_under_mpirun(tmp_path, monkeypatch):
 
 
 def test_matplotlib_is_missed_before_work(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "apts_mpi.compare.plots", raising=False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
+    hide_matplotlib(monkeypatch)
     with pytest.raises(InvalidInput, match=r"pip install apts_mpi\[plot\]"):
         run(ComparisonOptions(problems=("digits",), out=str(tmp_path / "out")), SMALL)
     assert not (tmp_path / "out").exists()

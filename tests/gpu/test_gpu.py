@@ -17,7 +17,11 @@ from apts_mpi.parallel.gpu_direct import try_direct
 from apts_mpi.parallel.transport import Mirror, Staging, choose_device, transport_of
 from apts_mpi.tools.events import Events
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.processes,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 # In the same order on every run; see docs/gpu.md.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

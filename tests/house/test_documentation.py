@@ -226,6 +226,8 @@ def copies(tmp_path_factory):
     return of
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_block(block, copies):

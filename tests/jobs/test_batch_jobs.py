@@ -15,13 +15,15 @@ from processes import TESTS
 
 from apts_mpi.tools.environment import outside_job
 
+pytestmark = pytest.mark.processes
+
 JOBS = TESTS.parent / "jobs"
 
 SITE = """
 scheduler={scheduler} account=physics partition=gpu submit_options=(--extra)
 gpus_per_node=4 ranks_per_node=4 cores_per_node=32 warning=60
 load_environment() {{ python={python}; }}
-choose_launcher() {{ launcher=(env); }}
+choose_launcher() {{ launcher=(env OMP_NUM_THREADS=1); }}
 """
 
 # Keeps its arguments and the script from its input, by number.

@@ -1,5 +1,6 @@
 """The scripts in jobs/: their syntax, and the check that every test ran at some number of ranks."""
 
+import runpy
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ ROOT = TESTS.parent
 SCRIPTS = [*sorted((ROOT / "jobs").glob("*.sh")), *TESTS.rglob("*.sh"), ROOT / ".ci" / "run"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
@@ -20,8 +22,8 @@ def test_shell_syntax(script):
 class Results:
     """A directory of results as local_test.sh makes it, from real runs of pytest."""
 
-    def __init__(self, pytester):
-        self.pytester = pytester
+    def __init__(self, pytester, monkeypatch, capsys):
+        self.pytester, self.monkeypatch, self.capsys = pytester, monkeypatch, capsys
         self.path = pytester.path / "results"
 
     def add(self, run, source, status=None, rank=0, options=()):
@@ -35,16 +37,19 @@ class Results:
 
     def check(self):
         """Exit status and lines of check_every_test_ran.py."""
-        command = [sys.executable, ROOT / "jobs" / "check_every_test_ran.py", self.path]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stderr == ""
-        return done.returncode, done.stdout.splitlines()
+        self.monkeypatch.setattr(sys, "argv", ["check_every_test_ran.py", str(self.path)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "jobs" / "check_every_test_ran.py"), run_name="__main__")
+        output, errors = self.capsys.readouterr()
+        assert errors == ""
+        return end.value.code, output.splitlines()
 
 
 @pytest.fixture
-def results(pytester):
+def results(pytester, monkeypatch, capsys):
     pytester.makeini("[pytest]\nmarkers = mpi")
-    return Results(pytester)
+    return Results(pytester, monkeypatch, capsys)
 
 
 NEEDS_TWO = "@pytest.mark.mpi(min_size=2)\ndef test_two(): pass\n"

@@ -10,6 +10,8 @@ from networks import problem
 from processes import SMALL, start
 from run_files import arrays, history
 
+pytestmark = pytest.mark.processes
+
 ITERATIONS, STALL_TIMEOUT = 6, 8.0
 
 # Staged, with a stage on each rank.

@@ -3,11 +3,11 @@
 import json
 import re
 import shutil
-import sys
 from xml.etree import ElementTree
 
 import matplotlib.image
 import pytest
+from hidden import hide_matplotlib
 from processes import start
 
 from apts_mpi.errors import InvalidInput
@@ -193,16 +193,13 @@ def test_names_with_dots(tmp_path):
 
 
 def test_without_matplotlib(runs, tmp_path, monkeypatch, capsys):
-    for name in ("comparison_plots", "run_plots"):
-        monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("apts_mpi.plot.runs")
+    hide_matplotlib(monkeypatch)
     with pytest.raises(SystemExit) as ended:
         plot.main([str(runs / "adam"), "--out", str(tmp_path / "p")])
     assert ended.value.code == 2 and "pip install apts_mpi[plot]" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_command_line(runs, tmp_path):
     run = start(tmp_path, None, [str(runs / "adam")], module="apts_mpi.plot")
     assert run.returncode == 0, run.stderr

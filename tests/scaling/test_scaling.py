@@ -3,12 +3,12 @@
 import json
 import re
 import resource
-import sys
 
 import h5py
 import pytest
 import yaml
-from processes import needs_mpirun, start
+from hidden import hide_matplotlib
+from processes import needs_mpirun
 from scaling_runs import EVENT, write_run
 
 from apts_mpi.scaling import runs as scaling_runs
@@ -183,11 +183,7 @@ def test_full_disk(tmp_path, capsys):
 
 
 def test_plots_without_matplotlib(tmp_path, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("comparison_plots", "run_plots", "scaling_plots"):
-        monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
+    hide_matplotlib(monkeypatch)
     assert call(write_run(tmp_path / "a", 1, 1.0), f"--plot={tmp_path / 'picture'}") == 2
     assert "the plots need matplotlib, which is not installed" in capsys.readouterr().err
 
@@ -262,28 +258,32 @@ def test_the_file_is_checked_before_the_first_run(tmp_path, capsys, monkeypatch)
 SMALL = ["--problem=digits", "--device=cpu", "--train-samples=200", "--max-iterations=3", "--checkpoint-every=null"]
 
 
+@pytest.mark.processes
 @needs_mpirun
-def test_a_real_study(tmp_path):
+def test_a_real_study(tmp_path, monkeypatch, capsys):
     """Sizes are measured once; then one that fails is told, and what was measured stays."""
 
-    def run(*arguments):
-        return start(tmp_path, None, ["run", *arguments, "--", *SMALL, "--subdomains=2"], "apts_mpi.scaling")
+    monkeypatch.chdir(tmp_path)
 
-    done = run("strong", "studies.h5", "--ranks", "1")
-    assert done.returncode == 0, done.stderr
-    assert "strong, 1 rank(s)" in done.stdout
-    more = run("strong", "studies.h5", "--ranks", "1", "2")
-    assert more.returncode == 0, more.stderr
-    assert "strong, 1 rank(s): 1 measured before" in more.stdout and more.stdout.count("s an iteration") == 1
+    def run(*arguments):
+        status = call(*arguments, "--", *SMALL, "--subdomains=2", command="run")
+        return status, *capsys.readouterr()
+
+    status, output, errors = run("strong", "studies.h5", "--ranks", "1")
+    assert status == 0, errors
+    assert "strong, 1 rank(s)" in output
+    status, output, errors = run("strong", "studies.h5", "--ranks", "1", "2")
+    assert status == 0, errors
+    assert "strong, 1 rank(s): 1 measured before" in output and output.count("s an iteration") == 1
     stored = read_studies(tmp_path / "studies.h5").runs
     assert [(run.kind, run.ranks, len(run.seconds)) for run in stored] == [("strong", 1, 2), ("strong", 2, 2)]
     assert [run.summary["subdomains"] for run in stored] == [2, 2]
     # The same iterates, summed in another order in float32.
     losses = [run.summary["train_loss"] for run in stored]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    done = run("weak", "studies.h5", "--ranks", "1", "--samples-per-rank", "1")
-    assert done.returncode == 2 and "the run with 1 rank(s) failed: " in done.stderr
-    assert "batch_size: 1 is too small" in done.stderr
+    status, output, errors = run("weak", "studies.h5", "--ranks", "1", "--samples-per-rank", "1")
+    assert status == 2 and "the run with 1 rank(s) failed: " in errors
+    assert "batch_size: 1 is too small" in errors
     assert read_studies(tmp_path / "studies.h5").runs == stored
     assert call(str(tmp_path / "studies.h5"), f"--json={tmp_path / 'out.json'}", command="predict") == 0
     values = json.loads((tmp_path / "out.json").read_text())["values"]

@@ -223,6 +223,7 @@ def test_as_many_samples_as_have_enough_targets(shape, batch_size, share):
 @pytest.mark.parametrize(("loss", "iterations"), [("cross_entropy", 1), ("mse_loss", 2)])
 def test_curvature_from_the_rows_of_dense_blocks_equals_the_dense_one(world, overlap, loss, iterations):
     """Each rank has rows of its own subdomains only, teams split the samples, a second local iteration has others."""
+    torch.manual_seed(0)
     network = NETWORKS["multilayer"]().double()
     inputs = torch.randn(23, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     targets = torch.arange(23) % 3 if loss == "cross_entropy" else inputs[:, :3].sin()

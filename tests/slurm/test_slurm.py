@@ -22,7 +22,7 @@ from processes import TESTS, find_mpirun, needs_mpirun
 from apts_mpi.checkpoint import Checkpoint
 from apts_mpi.tools.environment import outside_job
 
-pytestmark = [pytest.mark.slurm, needs_mpirun]
+pytestmark = [pytest.mark.slurm, pytest.mark.processes, pytest.mark.slow, needs_mpirun]
 
 JOBS = TESTS.parent / "jobs"
 CLUSTER = Path(__file__).parent / "cluster.sh"

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 from networks import classifier
-from processes import SMALL, Job, needs_mpirun, start
+from processes import SMALL, Job, needs_mpirun
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import RunDirectory
 from apts_mpi.train.__main__ import main
 
-REQUEUE = 75
+USAGE, REQUEUE = 2, 75
 
 BASELINE = "--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --optimizer=adam".split()
 STAGED = [
@@ -118,21 +118,21 @@ def records_of(path):
 
 # What the package itself warns of is not ours to mend.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@needs_mpirun
-def test_event_files_and_resumed_runs(tmp_path):
+@pytest.mark.mpi
+def test_event_files_and_resumed_runs(world, directory, trained):
     """The run goes on from the iteration before the last: that one is done again, and shown once."""
     pytest.importorskip("tensorboard")
+    run = directory / "run"
     asked = "--epochs=9 --max-iterations=3 --checkpoint-every=2 --tensorboard --trace --run-dir=run".split()
-    done = start(tmp_path, 2, [*SMALL, *asked])
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "run"
-    assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
-    assert calls(trace_of(run)[0], "judge") == 3
-    middle = "--resume=run/checkpoints/step-00000002.h5"
-    done = start(tmp_path, 2, [middle, "--run-dir=run", "--max-iterations=6"])
-    assert done.returncode == 0, done.stderr
+    trained(*SMALL, *asked)
+    if world.rank == 0:
+        assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
+        assert calls(trace_of(run)[0], "judge") == 3
+    trained("--resume=run/checkpoints/step-00000002.h5", "--run-dir=run", "--max-iterations=6")
+    if world.rank > 0:
+        return
     # The events are those since the run was resumed.
-    assert events_of(run)["judge"]["calls"] == calls(trace_of(run)[1], "judge") == 4
+    assert events_of(run)["judge"]["calls"] == calls(trace_of(run)[world.size - 1], "judge") == 4
     shown = scalars_of(run / "tensorboard")
     records = records_of(run)
     for tag, kind in (("loss", "iteration"), ("rho", "iteration"), ("train_loss", "epoch"), ("test_accuracy", "epoch")):
@@ -143,6 +143,7 @@ def test_event_files_and_resumed_runs(tmp_path):
     assert "iteration/epoch" not in shown and "iteration/iteration" not in shown
 
 
+@pytest.mark.processes
 @needs_mpirun
 def test_stopped_run_leaves_a_trace_and_prints_its_events(tmp_path):
     job = Job(tmp_path, 2, [*SMALL, "--epochs=1000000", "--run-dir=run", "--trace", "--log-view"])
@@ -156,22 +157,26 @@ def test_stopped_run_leaves_a_trace_and_prints_its_events(tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@needs_mpirun
-def test_missing_package_is_told_before_the_work(tmp_path):
-    (tmp_path / "tensorboard.py").write_text("raise ImportError('no tensorboard here')\n")
-    run = start(tmp_path, 2, [*SMALL, "--tensorboard", "--run-dir=run"])
-    assert run.returncode != 0 and run.stdout == ""
-    assert run.stderr.count("apts_mpi.train: error: ") == 1 and "Traceback" not in run.stderr
-    assert "no tensorboard here" in run.stderr and "pip install apts_mpi[tensorboard]" in run.stderr
-    assert not (tmp_path / "run").exists()
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
+def test_missing_package_is_told_before_the_work(world, directory, command, monkeypatch):
+    (directory / "tensorboard.py").write_text("raise ImportError('no tensorboard here')\n")
+    monkeypatch.syspath_prepend(directory)
+    for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    status, output, errors = command(*SMALL, "--tensorboard", "--run-dir=run")
+    assert status == USAGE and output == "" and not (directory / "run").exists()
+    if world.rank == 0:
+        assert errors.count("apts_mpi.train: error: ") == 1 and "Traceback" not in errors
+        assert "no tensorboard here" in errors and "pip install apts_mpi[tensorboard]" in errors
 
 
-def test_trace_that_cannot_be_written(tmp_path):
+def test_trace_that_cannot_be_written(directory, command):
     """Told before the work where the file of an earlier run cannot be replaced."""
-    (tmp_path / "run" / "trace.json").mkdir(parents=True)
-    run = start(tmp_path, None, [*SMALL, "--trace", "--run-dir=run"])
-    assert run.returncode == 2 and "epoch" not in run.stdout
-    assert "run_dir: 'run' cannot be written" in run.stderr and "Traceback" not in run.stderr
+    (directory / "run" / "trace.json").mkdir(parents=True)
+    status, output, errors = command(*SMALL, "--trace", "--run-dir=run")
+    assert status == USAGE and "epoch" not in output
+    assert "run_dir: 'run' cannot be written" in errors and "Traceback" not in errors
 
 
 def test_a_new_run_takes_away_what_was_written_of_an_earlier_one(tmp_path):

@@ -10,6 +10,8 @@ from processes import needs_mpirun, start
 from apts_mpi.errors import InvalidInput
 from apts_mpi.train.options import TrainingOptions
 
+USAGE = 2
+
 COMMON = (
     "--problem=networks:problem --dtype=float64 --device=cpu --batch-size=30 --subdomains=4 --local.solver=kfac "
     "--trust-region.initial_radius=0.2 --max-iterations=4"
@@ -29,23 +31,24 @@ def flattened(records):
     return [value for record in records for value in record]
 
 
-@needs_mpirun
-def test_records_are_those_of_the_replicated_layout(tmp_path):
-    runs = [(None, REPLICATED), (1, STAGED), (2, STAGED), (4, [*STAGED, "--replicas=2", "--schedule=gpipe"])]
-    for number, (ranks, arguments) in enumerate(runs):
-        run = start(tmp_path, ranks, [*arguments, f"--run-dir=run_{number}"])
-        assert run.returncode == 0, run.stderr
-        assert run.stderr == ""
-    expected = history(tmp_path / "run_0")
+@pytest.mark.mpi
+def test_records_are_those_of_the_replicated_layout(world, directory, trained):
+    runs = {"replicated": REPLICATED, "staged": STAGED}
+    if world.size % 2 == 0:
+        runs["replicas"] = [*STAGED, "--replicas=2", "--schedule=gpipe"]
+    for name, arguments in runs.items():
+        trained(*arguments, f"--run-dir={name}")
+    if world.rank > 0:
+        return
+    expected = history(directory / "replicated")
     assert len(expected) == 6
-    for number in range(1, len(runs)):
-        path = tmp_path / f"run_{number}"
-        assert flattened(history(path)) == pytest.approx(flattened(expected), rel=1e-10)
-        summary = json.loads((path / "summary.json").read_text())
-        assert summary["parameters"] == json.loads((tmp_path / "run_0" / "summary.json").read_text())["parameters"]
+    parameters = [json.loads((directory / name / "summary.json").read_text())["parameters"] for name in runs]
+    assert len(set(parameters)) == 1
+    for name in runs:
+        assert flattened(history(directory / name)) == pytest.approx(flattened(expected), rel=1e-10)
 
 
-@needs_mpirun
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
     ("layouts", "options"),
     [
@@ -54,27 +57,31 @@ def test_records_are_those_of_the_replicated_layout(tmp_path):
         (("replicated", "staged"), ["--global-step.model=lsr1"]),
     ],
 )
-def test_either_layout_goes_on_from_a_checkpoint_of_either(tmp_path, layouts, options):
+def test_either_layout_goes_on_from_a_checkpoint_of_either(world, directory, trained_on, layouts, options):
+    """On twice the ranks."""
+
     def arguments(layout, iterations, *more):
         own = STAGED if layout == "staged" else REPLICATED
         return [*own, *options, f"--max-iterations={iterations}", *more]
 
     first, then = layouts
-    whole = start(tmp_path, 2, arguments(first, 6, "--run-dir=whole"))
-    begun = start(tmp_path, 2, arguments(first, 3, "--run-dir=begun"))
+    half = world.size // 2
+    trained_on(half, *arguments(first, 6, "--run-dir=whole"))
+    trained_on(half, *arguments(first, 3, "--run-dir=begun"))
     layout = [f"--layout={then}"] if then == "replicated" else []
-    resumed = start(tmp_path, 4, arguments(then, 6, *layout, "--run-dir=resumed", "--resume=begun"))
-    for run in (whole, begun, resumed):
-        assert run.returncode == 0, run.stderr
-    assert "note:" not in resumed.stdout
-    expected = history(tmp_path / "whole")
+    output = trained_on(2 * half, *arguments(then, 6, *layout, "--run-dir=resumed", "--resume=begun"))
+    if world.rank > 0:
+        return
+    assert "resumed after iteration 3" in output and "note:" not in output
+    expected = history(directory / "whole")
     # The records of the metrics at the end of the part differ; those of the iterations do not.
-    steps = [[record for record in history(tmp_path / name) if len(record) == 4] for name in ("resumed", "whole")]
+    steps = [[record for record in history(directory / name) if len(record) == 4] for name in ("resumed", "whole")]
     assert len(steps[1]) == 6 and flattened(steps[0]) == pytest.approx(flattened(steps[1]), rel=1e-10)
-    assert flattened(history(tmp_path / "resumed")[-1:]) == pytest.approx(flattened(expected[-1:]), rel=1e-10)
+    assert flattened(history(directory / "resumed")[-1:]) == pytest.approx(flattened(expected[-1:]), rel=1e-10)
 
 
-@needs_mpirun
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.usefixtures("few_ranks")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,11 +91,10 @@ def test_either_layout_goes_on_from_a_checkpoint_of_either(tmp_path, layouts, op
         (["--problem=poisson-1d", "--batch-size=10"], "problem poisson-1d needs more; choose --layout replicated"),
     ],
 )
-def test_what_cannot_be_is_told_once(tmp_path, arguments, message):
-    run = start(tmp_path, 2, [*STAGED, "--subdomains=2", *arguments])
-    assert run.returncode != 0
-    assert run.stderr.count(f"apts_mpi.train: error: {message}") == 1 or run.stderr.count(message) == 1, run.stderr
-    assert "Traceback" not in run.stderr and run.stdout == ""
+def test_what_cannot_be_is_told_once(world, command, arguments, message):
+    status, output, errors = command(*STAGED, "--subdomains=2", *arguments)
+    assert status == USAGE and output == "" and "Traceback" not in errors
+    assert errors.count("apts_mpi.train: error: ") == errors.count(message) == (world.rank == 0)
 
 
 def test_other_optimizers_have_no_stages():
@@ -147,6 +153,7 @@ def stalls():
 """
 
 
+@pytest.mark.processes
 @needs_mpirun
 @pytest.mark.parametrize(
     ("name", "message"),

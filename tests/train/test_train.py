@@ -51,13 +51,6 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def few_ranks(world):
-    """Two ranks show what more would; making the parser takes each of them a third of a second."""
-    if world.size > 2:
-        pytest.skip("for at most 2 ranks")
-
-
 def history(path):
     """The records of iterations, and those of epochs."""
     records = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]

@@ -7,6 +7,8 @@ import pytest
 from mpi4py import MPI
 from processes import SMALL, needs_mpirun, start
 
+pytestmark = pytest.mark.processes
+
 
 @needs_mpirun
 def test_alone_and_with_mpirun(tmp_path):
@@ -35,13 +37,6 @@ def test_bad_option_is_told_once_by_all_ranks(tmp_path):
     assert run.stderr.count("apts_mpi.train: error: subdomains: 100 is too many") == 1
     assert "Traceback" not in run.stderr and run.stdout == ""
     assert list(tmp_path.iterdir()) == []
-
-
-@needs_mpirun
-def test_help_is_printed_once(tmp_path):
-    run = start(tmp_path, 2, ["--help"])
-    assert run.returncode == 0 and run.stdout.count("usage: ") == 1
-    assert run.stderr == ""
 
 
 @pytest.mark.parametrize("number", [0, 1])
