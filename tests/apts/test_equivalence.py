@@ -4,6 +4,8 @@ Sums over ranks are formed in another order than in one process, so numbers agre
 1e-16 a sum, which a few iterations and the subtraction in rho make 1e-12 or so; 1e-10 is asked for.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from mpi4py import MPI
@@ -43,25 +45,39 @@ def compare_with_one_rank(world, chosen, build=classifier, batches=None, loss=cr
     return found
 
 
+class Combination(NamedTuple):
+    variant: str
+    partition: str
+    solver: str
+    iterations: int
+    local_data: str
+    overlap: int
+    type: str
+    norm: str
+    global_step: str
+    initial_radius: float
+    window: int
+    damping: float
+
+
 # Each value of each option meets each value of every other one. The larger radius, first rejected, is less in the
 # maximum norm: where tanh saturates a gradient is zero up to rounding, whose sign would count.
 COMBINATIONS = [
-    # variant, partition, solver, iterations, local_data, overlap, type, norm, global_step, radius, window, damping
-    ("exact", "index", "adam", 3, "shard", 1, "basic", "2", "none", 0.3, 0, 0.5),
-    ("inexact", "layer", "tr", 3, "full", 0, "restrict", "inf", "first-order", 0.3, 3, 1.0),
-    ("exact", "layer", "adam", 1, "full", 2, "restrict", "inf", "none", 1.0, 0, 0.5),
-    ("inexact", "layer", "adam", 3, "shard", 2, "restrict", "2", "first-order", 20.0, 3, 1.0),
-    ("inexact", "index", "tr", 1, "full", 1, "basic", "2", "first-order", 20.0, 3, 0.5),
-    ("inexact", "index", "adam", 1, "shard", 0, "restrict", "2", "none", 20.0, 0, 1.0),
-    ("exact", "index", "tr", 3, "shard", 2, "restrict", "inf", "first-order", 1.0, 0, 1.0),
-    ("exact", "layer", "sgd", 2, "full", 1, "basic", "inf", "none", 1.0, 0, 1.0),
-    ("exact", "layer", "tr", 1, "shard", 0, "restrict", "inf", "none", 1.0, 0, 0.5),
-    ("inexact", "index", "sgd", 2, "shard", 2, "restrict", "2", "first-order", 0.3, 3, 0.5),
-    ("exact", "layer", "adam", 1, "full", 1, "basic", "2", "first-order", 0.3, 3, 1.0),
-    ("exact", "index", "tr", 1, "shard", 2, "restrict", "2", "none", 0.3, 3, 1.0),
-    ("inexact", "layer", "tr", 3, "shard", 1, "basic", "2", "none", 20.0, 3, 0.5),
-    ("inexact", "layer", "adam", 3, "full", 0, "restrict", "inf", "first-order", 1.0, 3, 0.5),
-    ("inexact", "index", "sgd", 2, "shard", 0, "restrict", "inf", "first-order", 0.3, 0, 0.5),
+    Combination("exact", "index", "adam", 3, "shard", 1, "basic", "2", "none", 0.3, 0, 0.5),
+    Combination("inexact", "layer", "tr", 3, "full", 0, "restrict", "inf", "first-order", 0.3, 3, 1.0),
+    Combination("exact", "layer", "adam", 1, "full", 2, "restrict", "inf", "none", 1.0, 0, 0.5),
+    Combination("inexact", "layer", "adam", 3, "shard", 2, "restrict", "2", "first-order", 20.0, 3, 1.0),
+    Combination("inexact", "index", "tr", 1, "full", 1, "basic", "2", "first-order", 20.0, 3, 0.5),
+    Combination("inexact", "index", "adam", 1, "shard", 0, "restrict", "2", "none", 20.0, 0, 1.0),
+    Combination("exact", "index", "tr", 3, "shard", 2, "restrict", "inf", "first-order", 1.0, 0, 1.0),
+    Combination("exact", "layer", "sgd", 2, "full", 1, "basic", "inf", "none", 1.0, 0, 1.0),
+    Combination("exact", "layer", "tr", 1, "shard", 0, "restrict", "inf", "none", 1.0, 0, 0.5),
+    Combination("inexact", "index", "sgd", 2, "shard", 2, "restrict", "2", "first-order", 0.3, 3, 0.5),
+    Combination("exact", "layer", "adam", 1, "full", 1, "basic", "2", "first-order", 0.3, 3, 1.0),
+    Combination("exact", "index", "tr", 1, "shard", 2, "restrict", "2", "none", 0.3, 3, 1.0),
+    Combination("inexact", "layer", "tr", 3, "shard", 1, "basic", "2", "none", 20.0, 3, 0.5),
+    Combination("inexact", "layer", "adam", 3, "full", 0, "restrict", "inf", "first-order", 1.0, 3, 0.5),
+    Combination("inexact", "index", "sgd", 2, "shard", 0, "restrict", "inf", "first-order", 0.3, 0, 0.5),
 ]
 
 
@@ -72,10 +88,7 @@ COMBINATIONS = [
     "combination", COMBINATIONS, ids=lambda combination: "-".join(map(str, combination)).replace(" ", "")
 )
 def test_six_subdomains_on_any_number_of_ranks(world, combination):
-    names = (
-        "variant partition solver iterations local_data overlap type norm global_step initial_radius window damping"
-    ).split()
-    compare_with_one_rank(world, options(subdomains=6, **dict(zip(names, combination, strict=True))))
+    compare_with_one_rank(world, options(subdomains=6, **combination._asdict()))
 
 
 @pytest.mark.mpi

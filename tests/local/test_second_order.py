@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -183,24 +184,38 @@ def test_local_solvers_on_any_number_of_ranks(world, choice, norm, subdomains, i
     compare_with_one_rank(world, chosen_options(choice, iterations=2, **changes))
 
 
+class GlobalStep(NamedTuple):
+    model: str
+    norm: str
+    solver: str
+    product: str
+    initial_radius: float
+
+
+GLOBAL_STEPS = [
+    GlobalStep("lsr1", norm="2", solver="sgd", product="gauss-newton", initial_radius=0.3),
+    GlobalStep("lsr1", norm="inf", solver="kfac", product="gauss-newton", initial_radius=0.3),
+    GlobalStep("steihaug", norm="2", solver="kfac", product="gauss-newton", initial_radius=0.3),
+    GlobalStep("steihaug", norm="2", solver="kfac", product="hessian", initial_radius=20.0),
+    GlobalStep("steihaug", norm="inf", solver="kfac", product="gauss-newton", initial_radius=0.03),
+    GlobalStep("steihaug", norm="inf", solver="sgd", product="hessian", initial_radius=0.03),
+    GlobalStep("steihaug", norm="2", solver="sgd", product="gauss-newton", initial_radius=20.0),
+]
+
+
 @pytest.mark.mpi
-@pytest.mark.all_sizes(model="lsr1", norm="inf")
-@pytest.mark.parametrize(
-    ("model", "norm", "solver", "product", "initial_radius"),
-    [
-        ("lsr1", "2", "sgd", "gauss-newton", 0.3),
-        ("lsr1", "inf", "kfac", "gauss-newton", 0.3),
-        ("steihaug", "2", "kfac", "gauss-newton", 0.3),
-        ("steihaug", "2", "kfac", "hessian", 20.0),
-        ("steihaug", "inf", "kfac", "gauss-newton", 0.03),
-        ("steihaug", "inf", "sgd", "hessian", 0.03),
-        ("steihaug", "2", "sgd", "gauss-newton", 20.0),
-    ],
-)
-def test_global_steps_on_any_number_of_ranks(world, model, norm, solver, product, initial_radius):
-    chosen = options(global_step=model, norm=norm, solver=solver, variant="inexact", initial_radius=initial_radius)
+@pytest.mark.all_sizes(case=GLOBAL_STEPS[1])
+@pytest.mark.parametrize("case", GLOBAL_STEPS, ids=lambda case: "-".join(map(str, case)))
+def test_global_steps_on_any_number_of_ranks(world, case):
+    chosen = options(
+        global_step=case.model,
+        norm=case.norm,
+        solver=case.solver,
+        variant="inexact",
+        initial_radius=case.initial_radius,
+    )
     chosen = dataclasses.replace(chosen, local=dataclasses.replace(chosen.local, damping=0.01))
-    compare_with_one_rank(world, with_products(chosen, product))
+    compare_with_one_rank(world, with_products(chosen, case.product))
 
 
 @pytest.mark.mpi

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -30,32 +31,48 @@ VALUES = REDUCED | {
 STUDIES = [(layout, kind) for layout in ("replicated", "staged") for kind in ("strong", "weak")]
 
 
-@pytest.mark.parametrize(
-    ("operation", "ranks", "size", "latencies", "sent"),
-    [
-        ("allreduce", 8, 1024, 3, 3 * 1024),  # recursive doubling: all of it in each of three rounds
-        ("allreduce", 8, 8000, 6, 14000),  # Rabenseifner: 4000 + 2000 + 1000 there and back
-        ("allreduce", 5, 8000, 6, 12800),
-        ("reduction", 8, 8, 3, 24),
-        ("reduction", 4, 4096, 4, 6144),
-        ("allgather", 8, 8000, 3, 7000),  # 1000 + 2000 + 4000
-        ("allgather", 8, 800000, 7, 700000),  # a ring, seven times 100000
-        ("gather", 8, 800, 3, 700),  # 100 + 200 + 400 on the way to the root
-        ("broadcast", 8, 100, 3, 300),
-        ("broadcast", 4, 1_000_000, 2, 2_000_000),
-        ("broadcast", 8, 80_000, 6, 140_000),  # 40 + 20 + 10 scattered, 10 + 20 + 40 by recursive doubling
-        ("broadcast", 9, 90_000, 12, 160_000),  # no power of two: 8/9 in four rounds, 8/9 in a ring of eight steps
-        ("broadcast", 16, 12_287, 4, 49_148),
-        ("broadcast", 16, 12_288, 8, 23_040),
-        ("broadcast", 8, 524_287, 6, 1.75 * 524_287),
-        ("broadcast", 8, 524_288, 10, 917_504),
-        ("broadcast", 8, 1_000_000, 10, 1_750_000),  # 7/8 scattered in three rounds, 7/8 in a ring of seven steps
-        *((operation, 1, 1e6, 0, 0) for operation in ("allreduce", "allgather", "gather", "broadcast", "reduction")),
-    ],
-)
-def test_collectives(operation, ranks, size, latencies, sent):
-    found = getattr(cost_model, operation)(ranks, size)
-    assert (found["latency"], found["byte"]) == (latencies, pytest.approx(sent))
+class Collective(NamedTuple):
+    operation: str
+    ranks: int
+    size: float
+    latencies: int
+    sent: float
+
+
+COLLECTIVES = [
+    # Recursive doubling: all of it in each of three rounds.
+    Collective("allreduce", ranks=8, size=1024, latencies=3, sent=3 * 1024),
+    # Rabenseifner: 4000 + 2000 + 1000 there and back.
+    Collective("allreduce", ranks=8, size=8000, latencies=6, sent=14000),
+    Collective("allreduce", ranks=5, size=8000, latencies=6, sent=12800),
+    Collective("reduction", ranks=8, size=8, latencies=3, sent=24),
+    Collective("reduction", ranks=4, size=4096, latencies=4, sent=6144),
+    Collective("allgather", ranks=8, size=8000, latencies=3, sent=7000),  # 1000 + 2000 + 4000
+    Collective("allgather", ranks=8, size=800000, latencies=7, sent=700000),  # a ring, seven times 100000
+    Collective("gather", ranks=8, size=800, latencies=3, sent=700),  # 100 + 200 + 400 on the way to the root
+    Collective("broadcast", ranks=8, size=100, latencies=3, sent=300),
+    Collective("broadcast", ranks=4, size=1_000_000, latencies=2, sent=2_000_000),
+    # 40 + 20 + 10 scattered, 10 + 20 + 40 by recursive doubling.
+    Collective("broadcast", ranks=8, size=80_000, latencies=6, sent=140_000),
+    # No power of two: 8/9 in four rounds, 8/9 in a ring of eight steps.
+    Collective("broadcast", ranks=9, size=90_000, latencies=12, sent=160_000),
+    Collective("broadcast", ranks=16, size=12_287, latencies=4, sent=49_148),
+    Collective("broadcast", ranks=16, size=12_288, latencies=8, sent=23_040),
+    Collective("broadcast", ranks=8, size=524_287, latencies=6, sent=1.75 * 524_287),
+    Collective("broadcast", ranks=8, size=524_288, latencies=10, sent=917_504),
+    # 7/8 scattered in three rounds, 7/8 in a ring of seven steps.
+    Collective("broadcast", ranks=8, size=1_000_000, latencies=10, sent=1_750_000),
+    *(
+        Collective(operation, ranks=1, size=1e6, latencies=0, sent=0)
+        for operation in ("allreduce", "allgather", "gather", "broadcast", "reduction")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", COLLECTIVES, ids=lambda case: "-".join(map(str, case)))
+def test_collectives(case):
+    found = getattr(cost_model, case.operation)(case.ranks, case.size)
+    assert (found["latency"], found["byte"]) == (case.latencies, pytest.approx(case.sent))
 
 
 def test_barrier():

@@ -169,9 +169,10 @@ def test_shapes_are_agreed_once(world):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.all_sizes
 def test_a_stage_that_raises_is_named(world):
-    comm = Communicator(type(world).Dup(world), Events())
+    events = Events()
+    comm = Communicator(type(world).Dup(world), events)
     comm.limit_patience(2.0, [f"stage {rank}" for rank in range(world.size)])
-    pipeline = Pipeline(comm, [f"stage {rank}" for rank in range(world.size)], torch.device("cpu"), comm._events)
+    pipeline = Pipeline(comm, [f"stage {rank}" for rank in range(world.size)], torch.device("cpu"), events)
 
     def forward(index, entering):
         if pipeline.stage == 1:

@@ -1,6 +1,7 @@
 """Layout staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -46,24 +47,32 @@ def test_coarse_level_and_global_step(world, monkeypatch, name, solver):
     compare(world, chosen, name, monkeypatch)
 
 
+class SecondOrder(NamedTuple):
+    network: str
+    model: str
+    product: str
+    solver: str
+
+
 # With kfac the blocks of the Schwarz level precondition steihaug.
 SECOND_ORDER = [
-    ("mlp", "lsr1", "hessian", "kfac"),
-    ("cnn", "lsr1", "hessian", "adam"),
-    ("gpt", "steihaug", "gauss-newton", "kfac"),
-    ("resnet", "steihaug", "hessian", "kfac"),
-    ("tuples", "steihaug", "gauss-newton", "adam"),
-    ("double tuples", "steihaug", "hessian", "adam"),
+    SecondOrder("mlp", model="lsr1", product="hessian", solver="kfac"),
+    SecondOrder("cnn", model="lsr1", product="hessian", solver="adam"),
+    SecondOrder("gpt", model="steihaug", product="gauss-newton", solver="kfac"),
+    SecondOrder("resnet", model="steihaug", product="hessian", solver="kfac"),
+    SecondOrder("tuples", model="steihaug", product="gauss-newton", solver="adam"),
+    SecondOrder("double tuples", model="steihaug", product="hessian", solver="adam"),
 ]
 
 
 @pytest.mark.mpi
-@pytest.mark.all_sizes(name="mlp")
-@pytest.mark.parametrize(("name", "model", "product", "solver"), SECOND_ORDER)
-def test_global_steps_of_second_order(world, monkeypatch, name, model, product, solver):
-    chosen = staged(options(subdomains=None, global_step=model, initial_radius=0.1), solver=solver, micro_batches=2)
-    chosen = replace(chosen, global_step=replace(chosen.global_step, product=product))
-    compare(world, chosen, name, monkeypatch)
+@pytest.mark.all_sizes(case=SECOND_ORDER[0])
+@pytest.mark.parametrize("case", SECOND_ORDER, ids="-".join)
+def test_global_steps_of_second_order(world, monkeypatch, case):
+    chosen = options(subdomains=None, global_step=case.model, initial_radius=0.1)
+    chosen = staged(chosen, solver=case.solver, micro_batches=2)
+    chosen = replace(chosen, global_step=replace(chosen.global_step, product=case.product))
+    compare(world, chosen, case.network, monkeypatch)
 
 
 @pytest.mark.mpi
