@@ -11,8 +11,9 @@ from apts_mpi.options import (
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.staged.holding import StagedAPTS, build_stage
-from apts_mpi.trust_region.acceptance import StepResult
+from apts_mpi.result import StepResult
+from apts_mpi.staged.build import build_stage
+from apts_mpi.staged.solver import StagedAPTS
 
 __version__ = "0.1.0"
 

@@ -21,8 +21,9 @@ from apts_mpi.apts import APTS
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn, wait_for_all
-from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.environment import free_port
 from apts_mpi.tools.events import Event, Events
 
@@ -110,9 +111,9 @@ def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intra
         while not made.step(data).accepted:
             pass
         total = tensor_bytes() - before
-        element = made.vector.values.element_size()
-        size = made.vector.values.numel() * element
-        gradients = (made.vector.gradients.numel() + made.objective.reduction.total.numel()) * element
+        objective = made.holding.objective
+        size = objective.vector.values.nbytes
+        gradients = objective.vector.gradients.nbytes + objective.reduction.total.nbytes
         own = [size, gradients, total - size - gradients, total]
     return [world.allreduce(value, MPI.MAX) for value in own]
 

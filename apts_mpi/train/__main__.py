@@ -203,7 +203,7 @@ def run(
                 check_tensorboard()
         training = make_training(options, comm, world)
         if isinstance(training, StagedTraining):
-            tell("\n".join(training.solver.processes))
+            tell("\n".join(training.solver.holding.processes))
         if checkpoint is not None:
             for notice in training.load(checkpoint):
                 tell(f"note: {notice}")

@@ -12,11 +12,13 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import Layout, split
+from apts_mpi.network.partition import split
+from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem, Wanted
-from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.options import TrainingOptions
@@ -54,9 +56,9 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
 
     comm = Communicator(world, Events())
     with comm.shared_errors():
-        layout = Layout(comm.size, max(comm.size // options.replicas, 1), options.replicas)
+        layout = Teams(comm.size, max(comm.size // options.replicas, 1), options.replicas)
         stage = layout.team_of(comm.rank)
-        wanted = Wanted(inputs=stage == 0, targets=stage == layout.teams - 1)
+        wanted = Wanted(inputs=stage == 0, targets=stage == layout.count - 1)
     make = functools.partial(make, wanted=wanted)
     problem = build_stage(make, comm=world, options=options.solver_options(), parts=parts)
     return _without_what_others_have(problem, wanted, comm)
@@ -101,11 +103,11 @@ class StagedTraining(Training):
 
     def fingerprint(self) -> tuple[int, int, int]:
         """See `Training`: the replicas of a stage share its tensors."""
-        return fingerprint(*self.solver.shared(), part=self.solver.replica.rank)
+        return fingerprint(*self.solver.shared(), part=self.solver.holding.replica.rank)
 
     def _loss_and_accuracy(self, name: str, data: Batch) -> dict[str, float]:
         replicas = self.solver.options.replicas
-        first, last = split(len(data[0]), replicas, self.solver.schwarz.comm.rank)
+        first, last = split(len(data[0]), replicas, self.solver.holding.decomposition.team.rank)
         edges = [*range(first, last, METRIC_SAMPLES), last]
         inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
         sums = [0.0, 0.0, 0.0]

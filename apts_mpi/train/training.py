@@ -17,11 +17,12 @@ from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
+from apts_mpi.result import StepResult
 from apts_mpi.tools.events import OTHER
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.trust_region.acceptance import Judged, StepResult
+from apts_mpi.trust_region.acceptance import Judged
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -131,8 +132,8 @@ class Training:
         least = self.solver.smallest_batch
         if self.batch_size < least:
             raise SharedInvalidInput(
-                f"batch_size: {self.batch_size} is too small for {self.solver.layout.ranks} ranks with "
-                f"{self.solver.layout.subdomains} subdomains; give at least {least}, or fewer ranks or subdomains"
+                f"batch_size: {self.batch_size} is too small for {self.comm.size} ranks with "
+                f"{self.solver.subdomains} subdomains; give at least {least}, or fewer ranks or subdomains"
             )
 
     @property
@@ -351,7 +352,7 @@ class Training:
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
-            "subdomains": self.solver.layout.subdomains,
+            "subdomains": self.solver.subdomains,
             "batch_size": self.batch_size,
             "targets_per_sample": int(targets),
             "parameters": self.solver.parameters,

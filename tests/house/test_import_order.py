@@ -20,7 +20,7 @@ LONGEST_CHAIN = 24
 
 # What the package imports from outside, where few files may.
 PLACES = {
-    "mpi4py": {"parallel", "apts", "staged", "train", "bench", "doctor"},
+    "mpi4py": {"parallel", "apts", "replicated", "staged", "train", "bench", "doctor"},
     "time": {"tools"},
     "jsonargparse": {"train", "compare"},
     "rich": {"records", "train", "scaling", "compare", "bench", "checkpoint", "doctor"},
