@@ -18,15 +18,23 @@ from mpi4py import MPI
 SIZES_OF_ALL = (1, 2, 4)
 
 
-class MarkedAllSizes:
-    """A plugin that leaves out what is not marked `all_sizes`.
+class Selection:
+    """A plugin that leaves out files without tests for this number of ranks, unread, and other tests.
 
-    The marker may be for some rows of a table alone: ``all_sizes(solver="adam", iterations=3)``.
+    The marker `all_sizes` may be for some rows of a table alone: ``all_sizes(solver="adam", iterations=3)``.
     """
 
-    @staticmethod
-    def pytest_collection_modifyitems(config, items):
-        chosen = [item for item in items if is_for_all_sizes(item)]
+    def __init__(self, every_test):
+        self.every_test = every_test
+
+    def pytest_ignore_collect(self, collection_path):
+        # What each rank imports for nothing takes it seconds.
+        marker = "mark.mpi" if self.every_test else "mark.all_sizes"
+        foreign = collection_path.suffix == ".py" and marker not in collection_path.read_text(encoding="utf-8")
+        return True if foreign else None
+
+    def pytest_collection_modifyitems(self, config, items):
+        chosen = [item for item in items if self.every_test or is_for_all_sizes(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -53,8 +61,7 @@ def main():
         os.dup2(file, sys.stderr.fileno())
     # Ranks must not share a temporary directory or a cache: each clears up after itself.
     own = ["--verbose", "--color=no", f"--junit-xml={prefix}.xml", f"--basetemp={prefix}_tmp", "-p", "no:cacheprovider"]
-    plugins = [] if every_test else [MarkedAllSizes()]
-    status = pytest.main(["--with-mpi", "-m", "mpi", *own, *arguments], plugins)
+    status = pytest.main(["--with-mpi", "-m", "mpi", *own, *arguments], [Selection(every_test)])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:  # arguments may select no test that needs MPI
         status = pytest.ExitCode.OK
     if rank != 0 and status == pytest.ExitCode.OK:

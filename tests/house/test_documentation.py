@@ -60,7 +60,7 @@ NOT_RUN = {
     "bash .ci/run": "whoever changes something",
     "sphinx-build": ".ci/run",
     "pytest tests/slurm": ".ci/run",
-    "python -m pytest -m gpu": "whoever has a GPU",
+    "python -m pytest": "jobs/local_test.sh, and whoever has a GPU",
     "tensorboard": "whoever looks at curves",
 }
 
