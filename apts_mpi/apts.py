@@ -47,10 +47,8 @@ class APTS:
     ----------
     holding : Holding
         What this rank holds, and the parts of the solver.
-    network, comm, events
-        The network, the ranks, and the timers and counters of this one.
-    batch : Batch
-        Of the last step.
+    network, comm, events, batch
+        The network, the ranks, the timers and counters of this one, and the batch of the last step.
     state : State
         What an iteration leaves to the next.
 
@@ -81,12 +79,13 @@ class APTS:
         self.holding = holding
         self.network, self.options, self.comm = holding.network, holding.options, holding.comm
         self.events = holding.comm.events
+        self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         self._trials = Trials(holding.objective, holding.inner, self.comm, self.options)
         self._versions = holding.objective.vector.versions()
-        self._run: Run | None = None
-        self._loss_is_checked = self._has_gradient = self._has_correction = False
+        self._loss_is_checked = False
         self._saved = Saved()
+        self._forget()
 
     def step(self, batch: Samples | None = None, rows: torch.Tensor | None = None) -> StepResult:
         """Do one iteration: evaluate, solve locally, assemble, judge. Collective.
@@ -118,7 +117,8 @@ class APTS:
         if samples is not None:
             self.state.functions += 1
             with self.events.timed("data"):
-                self._cut(samples, rows)
+                self.batch: Batch = self.holding.cut(samples, rows, (self.options.seed, self.state.functions))
+                self._forget()
                 if not self._loss_is_checked:
                     self.holding.check_loss(self.batch)
                     self._loss_is_checked = True
@@ -127,13 +127,9 @@ class APTS:
             self._forget()
         self._versions = vector.versions()
 
-    def _cut(self, samples: Samples, rows: torch.Tensor | None) -> None:
-        self.batch: Batch = self.holding.cut(samples, rows, (self.options.seed, self.state.functions))
-        self._forget()
-
     def _forget(self) -> None:
         """The point or the function changed: nothing known of it holds any more."""
-        self._run = None
+        self._run: Run | None = None
         self._has_gradient = self._has_correction = False
 
     def _evaluate(self) -> Run:
@@ -152,10 +148,6 @@ class APTS:
             self.state.radius = self._trials.first_radius(self.batch)
         return self._run
 
-    @property
-    def _gradient(self) -> torch.Tensor:
-        return self.holding.objective.reduction.total
-
     def _correct(self, run: Run) -> tuple[torch.Tensor, float | None]:
         """The Schwarz step within the ball of the present radius, and its predicted reduction if a model gave it."""
         schwarz, coarse = self.holding.schwarz, self.holding.coarse
@@ -166,8 +158,7 @@ class APTS:
             self._prepare_coarse()
             self._has_correction = True
         if coarse is not None:
-            predicted = coarse.recombine(self.state.present_radius)
-            return coarse.step, predicted
+            return coarse.step, coarse.recombine(self.state.present_radius)
         # After a rejection the corrections of the larger ball are scaled into the smaller one.
         with self.events.timed("assembly"):
             self.holding.inner.clip(schwarz.correction, self.state.present_radius)
@@ -215,7 +206,7 @@ class APTS:
         arrays, metadata
             Named arrays, of which each rank has a share; and the rest, for JSON.
         """
-        # After a rejection the next step on the same batch uses the corrections again.
+        # After a rejection the corrections are used again.
         arrays, metadata = self.holding.save(self.holding.schwarz.assembled if self._has_correction else None)
         known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
         return arrays, metadata | known | {"state": asdict(self.state)}
@@ -228,12 +219,12 @@ class APTS:
         Parameters
         ----------
         checkpoint, metadata
-            The file, from `apts_mpi.checkpoint.open_checkpoint` or `newest_valid` there; and what `save` returned.
+            The file, from `apts_mpi.checkpoint.open_checkpoint` or ``newest_valid`` there; and what `save` returned.
 
         Returns
         -------
         list of str
-            What could not be taken over because the options are others now, one sentence each.
+            What could not be taken over by options that are others now, a sentence each.
 
         Raises
         ------
@@ -251,7 +242,8 @@ class APTS:
     def repeat(self, batch: Samples, rows: torch.Tensor | None = None) -> None:
         """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
         with self.events.timed("data"):
-            self._cut(batch, rows)
+            self.batch = self.holding.cut(batch, rows, (self.options.seed, self.state.functions))
+        self._forget()
         if self._saved.differentiated:
             run = self._evaluate()
             if self._saved.correction is not None:

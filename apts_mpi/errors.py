@@ -1,7 +1,9 @@
 """The error that a user can mend: it names the option, the bad value and the remedy."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -58,3 +60,16 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
     require(value in choices, option, value, "choose one of " + ", ".join(choices))
+
+
+def require_choices(options: object, prefix: str = "") -> None:
+    """Raise `InvalidInput` for a value that is none of those which the type of its field names."""
+    for name, kind in get_type_hints(type(options)).items():
+        if get_origin(kind) is Literal:
+            require_choice(prefix + name, getattr(options, name), get_args(kind))
+
+
+def require_name(option: str, value: str, names: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` for what is neither one of ``names`` nor ``MODULE:NAME``."""
+    remedy = f"choose one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+    require(value in names or re.fullmatch(r"[\w.]+:\w+", value) is not None, option, value, remedy)

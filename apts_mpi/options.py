@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from apts_mpi.errors import require, require_choice
+from apts_mpi.errors import require, require_choice, require_choices, require_name
 
 LocalData = Literal["auto", "shard", "full"]
 
@@ -17,12 +16,6 @@ LocalData = Literal["auto", "shard", "full"]
 def lower_precision(autocast: str) -> torch.dtype | None:
     """What option ``autocast`` stands for."""
     return None if autocast == "none" else getattr(torch, autocast)
-
-
-def _require_name(option: str, value: str, names: tuple[str, ...]) -> None:
-    """Raise `apts_mpi.InvalidInput` for what is neither one of ``names`` nor ``MODULE:NAME``."""
-    remedy = f"choose one of {', '.join(names)}, or MODULE:CLASS for one of your own"
-    require(value in names or re.fullmatch(r"[\w.]+:\w+", value) is not None, option, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +55,8 @@ class SchwarzOptions:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choice("schwarz.decomposition", self.decomposition, ("parameters", "data"))
-        require_choice("schwarz.variant", self.variant, ("auto", "exact", "inexact"))
-        require_choice("schwarz.partition", self.partition, ("auto", "layer", "index"))
+        require_choices(self, "schwarz.")
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
-        require_choice("schwarz.type", self.type, ("basic", "restrict"))
-        require_choice("schwarz.local_data", self.local_data, ("auto", "shard", "full"))
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
 
 
@@ -112,8 +101,8 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        _require_name("local.solver", self.solver, LOCAL_SOLVERS)
-        require_choice("local.product", self.product, ("gauss-newton", "hessian"))
+        require_choices(self, "local.")
+        require_name("local.solver", self.solver, LOCAL_SOLVERS)
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
             self.damping is None or self.damping > 0.0, "local.damping", self.damping, "give a number above 0, or null"
@@ -169,6 +158,7 @@ class TrustRegionOptions:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
+        require_choices(self, "trust_region.")
         name = "trust_region."
         require(
             0.0 < self.min_radius < self.max_radius < math.inf,
@@ -188,19 +178,10 @@ class TrustRegionOptions:
             (self.eta1, self.shrink_below, self.eta2),
             "give 0 <= eta1 <= shrink_below <= eta2 < 1",
         )
-        require(
-            0.0 < self.decrease_factor < 1.0,
-            name + "decrease_factor",
-            self.decrease_factor,
-            "give a number in (0, 1)",
-        )
-        require(
-            1.0 < self.increase_factor < math.inf,
-            name + "increase_factor",
-            self.increase_factor,
-            "give a finite number above 1",
-        )
-        require_choice(name + "norm", self.norm, ("2", "inf"))
+        factor = self.decrease_factor
+        require(0.0 < factor < 1.0, name + "decrease_factor", factor, "give a number in (0, 1)")
+        factor = self.increase_factor
+        require(1.0 < factor < math.inf, name + "increase_factor", factor, "give a finite number above 1")
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
         require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
 
@@ -226,8 +207,7 @@ class GlobalStepOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("global_step.model", self.model, get_args(GlobalModelName))
-        require_choice("global_step.product", self.product, ("gauss-newton", "hessian"))
+        require_choices(self, "global_step.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +247,8 @@ class CoarseOptions:
     norm: Literal["auto", "2", "scaled"] = "auto"
 
     def __post_init__(self) -> None:
-        require_choice("coarse.norm", self.norm, ("auto", "2", "scaled"))
-        require_choice("coarse.model", self.model, ("none", "gauss-newton"))
-        _require_name("coarse.space", self.space, (SUBDOMAINS,))
+        require_choices(self, "coarse.")
+        require_name("coarse.space", self.space, (SUBDOMAINS,))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
         twice = len(set(self.columns)) < len(self.columns)
@@ -311,10 +290,8 @@ class PipelineOptions:
     recompute: bool = False
 
     def __post_init__(self) -> None:
+        require_choices(self, "pipeline.")
         require(self.micro_batches >= 1, "pipeline.micro_batches", self.micro_batches, "give 1 or more")
-        require_choice("pipeline.schedule", self.schedule, ("gpipe", "1f1b"))
-        require_choice("pipeline.balance", self.balance, ("parameters", "cost"))
-        require_choice("pipeline.cache_dtype", self.cache_dtype, ("auto", "float64", "float32", "bfloat16", "float16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,11 +335,9 @@ class APTSOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
-        require_choice("layout", self.layout, ("replicated", "staged"))
+        require_choices(self)
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
-        require_choice("batch", self.batch, ("whole", "shard"))
         require(self.seed >= 0, "seed", self.seed, "give 0 or more")
-        require_choice("autocast", self.autocast, ("none", "bfloat16"))
         limit = self.stall_timeout
         require(limit is None or 0.0 < limit < math.inf, "stall_timeout", limit, "give seconds above 0, or null")

@@ -36,7 +36,7 @@ class Trials:
     Attributes
     ----------
     work : float
-        Of the present iteration as of the last trial, on the rank with most, see `apts_mpi.tools.events.Events.work`.
+        Of the present iteration as of the last trial, on the rank with most, see ``apts_mpi.tools.events.Events.work``.
     """
 
     def __init__(self, objective: Objective, inner: InnerProducts, comm: Communicator, options: APTSOptions) -> None:

@@ -38,7 +38,7 @@ class GaussNewton(LocalSolver):
 
     @classmethod
     def check(cls, options: APTSOptions, split: Split) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         reason = _why_not(options, split)
         if reason:
             raise InvalidInput(f"local.solver: 'gauss-newton' cannot be used: {reason}; choose kfac or another one")
@@ -54,7 +54,7 @@ class GaussNewton(LocalSolver):
         self.shift = 0.0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`.
+        """See `apts_mpi.local.LocalSolver`.
 
         Raises
         ------
@@ -99,11 +99,11 @@ class GaussNewton(LocalSolver):
         return gathered
 
     def state(self) -> LocalState:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         return LocalState(numbers={"shift": self.shift})
 
     def restore(self, state: LocalState) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         self.shift = state.numbers["shift"]
 
 

@@ -13,7 +13,7 @@ class SteepestDescent(LocalSolver):
     """Steps of length radius / iterations down the gradient."""
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         iterations = self.setting.options.iterations
         for gradient in local.gradients(iterations):
             local.block.add_(steepest_descent(gradient, radius / iterations, kind))
@@ -39,7 +39,7 @@ class Adam(LocalSolver):
         self.count = 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         iterations = self.setting.options.iterations
         for gradient in local.gradients(iterations):
             # A gradient that is not finite leads to a rejected step; it must not stay in the moments.
@@ -55,12 +55,12 @@ class Adam(LocalSolver):
             local.block.add_(direction.mul_(-radius / iterations / length))
 
     def state(self) -> LocalState:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         moments = {"first_moment": self.first_moment, "second_moment": self.second_moment}
         return LocalState(numbers={"count": self.count}, vectors=moments)
 
     def restore(self, state: LocalState) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         self.count = state.numbers["count"]
         self.first_moment.copy_(state.vectors["first_moment"])
         self.second_moment.copy_(state.vectors["second_moment"])
@@ -75,7 +75,7 @@ class FirstOrderTrustRegion(LocalSolver):
     evaluates = True
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         options, iterations = self.setting.trust_region, self.setting.options.iterations
         start = local.block.clone()
         local.begin()

@@ -51,7 +51,7 @@ class KFAC(LocalSolver):
         self.count = self.updates = 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         # At first the running means move fast, and every iteration counts.
         if self.count < self._options.refresh or self.count % self._options.refresh == 0:
             self._update(local)
@@ -64,11 +64,11 @@ class KFAC(LocalSolver):
             torch.add(start, displacement, out=local.block)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         return torch.cat([curvature.direction(gradient[part]) for curvature, _, part in self.layers])
 
     def state(self) -> LocalState:
-        """See `LocalSolver`; the factors follow from the running means."""
+        """See `apts_mpi.local.LocalSolver`; the factors follow from the running means."""
         layers = [
             LayerState(curvature.kind, means)
             for (curvature, _, _), means in zip(self.layers, self.statistics, strict=False)
@@ -76,7 +76,7 @@ class KFAC(LocalSolver):
         return LocalState(numbers={"count": self.count, "updates": self.updates}, layers=layers)
 
     def restore(self, state: LocalState) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         self.count, self.updates = state.numbers["count"], state.numbers["updates"]
         self.statistics = [layer.tensors for layer in state.layers]
         if state.layers:

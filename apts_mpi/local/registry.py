@@ -25,7 +25,7 @@ def solver_class(name: str) -> type[LocalSolver]:
     Raises
     ------
     InvalidInput
-        For a class that cannot be imported, or is no `LocalSolver`.
+        For a class that cannot be imported, or is no `apts_mpi.local.LocalSolver`.
     """
     if name not in SOLVERS:
         return class_of("local.solver", name, LocalSolver)

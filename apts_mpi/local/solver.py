@@ -101,18 +101,18 @@ class LocalSolver(ABC):
     """Moves the block of a subdomain to a better point of its ball.
 
     The class attributes say what a solver needs; all have a default. An instance is made for each subdomain that a rank
-    carries, from a `LocalSetting`.
+    carries, from a `apts_mpi.local.LocalSetting`.
 
     Attributes
     ----------
     evaluates : bool
         Whether it evaluates the local objective at its first iteration already, beyond the global gradient.
     whole_layers : bool
-        Whether it needs whole layers: `LocalSetting.layers`, and `LocalObjective.records` of their inputs and output
-        gradients.
+        Whether it needs whole layers: ``LocalSetting.layers``, and ``LocalObjective.records`` of their inputs and
+        output gradients.
     dense : bool
-        Whether it takes `LocalObjective.gauss_newton_rows`, so that blocks have to be small. The coarse level then uses
-        these rows as well.
+        Whether it takes ``LocalObjective.gauss_newton_rows``, so that blocks have to be small. The coarse level then
+        uses these rows as well.
     divisible : bool
         Whether its state can be given to other subdomains than those that it was saved of.
     preconditions : bool

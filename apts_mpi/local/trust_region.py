@@ -38,7 +38,7 @@ class LSR1TrustRegion(LocalSolver):
         self.memory = LSR1()
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         trials = _Trials(local, radius, kind, self.setting)
         for _ in range(self.setting.options.iterations):
             before = trials.gradient
@@ -48,14 +48,14 @@ class LSR1TrustRegion(LocalSolver):
             trials.judge(value, gradient)
 
     def state(self) -> LocalState:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         memory = self.memory
         pairs = enumerate(zip(memory.steps, memory.changes, strict=True))
         vectors = {f"{name}_{index}": vector for index, pair in pairs for name, vector in zip(PAIR, pair, strict=True)}
         return LocalState(numbers={"pairs": len(memory.steps), "gamma": memory.gamma}, vectors=vectors)
 
     def restore(self, state: LocalState) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         steps, changes = (
             [state.vectors[f"{name}_{index}"] for index in range(state.numbers["pairs"])] for name in PAIR
         )
@@ -73,12 +73,12 @@ class SteihaugTrustRegion(LocalSolver):
 
     @classmethod
     def needs_exact(cls, options: LocalOptions) -> bool:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         return options.product == "gauss-newton"
 
     @classmethod
     def check(cls, options: APTSOptions, split: Split) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         if not cls.needs_exact(options.local):
             return
         if options.layout == "staged":
@@ -93,7 +93,7 @@ class SteihaugTrustRegion(LocalSolver):
             )
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `LocalSolver`."""
+        """See `apts_mpi.local.LocalSolver`."""
         trials = _Trials(local, radius, kind, self.setting)
         options = self.setting.options
         for iteration in range(options.iterations):

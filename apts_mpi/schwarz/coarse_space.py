@@ -46,7 +46,7 @@ class CoarseSpace(ABC):
     Attributes
     ----------
     needs_last_correction : bool
-        Whether `CoarseState.last_correction` is wanted, which takes one more vector.
+        Whether ``CoarseState.last_correction`` is wanted, which takes one more vector.
     """
 
     needs_last_correction = False

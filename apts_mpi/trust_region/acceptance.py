@@ -123,7 +123,7 @@ def judge_table(
     Parameters
     ----------
     table : ndarray, shape (ranks, 5)
-        Of each rank its share of the loss before and after the step, and what `InnerProducts.own` returns.
+        Of each rank its share of the loss before and after the step, and what ``InnerProducts.own`` returns.
     options, products
         Of the solver.
     radius
