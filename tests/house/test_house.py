@@ -45,6 +45,7 @@ def test_every_package_says_what_lives_there():
             assert path.parent == ROOT or ("may import" in words and "first" in words), path
 
 
+@pytest.mark.processes
 def test_the_picture_shows_the_imports(tmp_path):
     subprocess.run([sys.executable, IMAGES / "draw_packages.py", tmp_path / "drawn.svg"], check=True)
     assert (tmp_path / "drawn.svg").read_text() == (IMAGES / "packages.svg").read_text(), "draw it again"

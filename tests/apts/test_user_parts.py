@@ -3,19 +3,18 @@
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
-from processes import needs_mpirun, start
+from processes import TESTS, needs_mpirun, start
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, LocalOptions, StagedAPTS
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.schwarz import CoarseSpace, Column
 
-PAGE = Path(__file__).parent.parent / "docs" / "changing.md"
+PAGE = TESTS.parent / "docs" / "changing.md"
 
 
 @pytest.fixture
@@ -31,6 +30,7 @@ def losses(directory, run):
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
+@pytest.mark.processes
 @needs_mpirun
 @pytest.mark.parametrize("layout", ["replicated", "staged"])
 def test_they_work_in_both_layouts_and_with_checkpoints(directory, layout):

@@ -13,13 +13,14 @@ from processes import needs_mpirun, start
 from apts_mpi import APTSOptions, CoarseOptions, GlobalStepOptions, SchwarzOptions
 from apts_mpi.checkpoint import Checkpoint
 
-FILES = Path(__file__).parent / "state" / "version_0_1_0"
+FILES = Path(__file__).parent / "version_0_1_0"
 
 # The replicated one was saved after a rejection, with the correction to be used again; the staged one by two ranks,
 # with the pairs of a global step.
 RANKS = {"replicated": 1, "staged": 2}
 
 
+@pytest.mark.processes
 @needs_mpirun
 @pytest.mark.parametrize("layout", RANKS)
 def test_a_run_goes_on(layout, tmp_path):
