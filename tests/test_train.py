@@ -17,7 +17,8 @@ from torch import nn
 
 from apts_mpi.problems import Problem, build
 from apts_mpi.problems.losses import token_cross_entropy
-from apts_mpi.train.__main__ import main, make_parser, parse, spell
+from apts_mpi.train.__main__ import main
+from apts_mpi.train.parser import make_parser, parse, spell
 from apts_mpi.train.training import RETRIES, Training, dimension_of_classes, why_not_accepted
 from apts_mpi.trust_region.acceptance import Judged
 

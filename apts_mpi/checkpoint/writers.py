@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,7 +22,9 @@ from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.format import GROUP, INDEX, METADATA, Checkpoint, describe, part_name
 from apts_mpi.checkpoint.seals import Region, Written, read_back, seal
 from apts_mpi.errors import InvalidInput
-from apts_mpi.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 Writer = Literal["mpio", "parts"]
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from apts_mpi.schwarz.coarse import ENOUGH_TARGETS
+from apts_mpi.options import ENOUGH_TARGETS
 
 # Sizes in bytes at which other algorithms are taken, that of a gather within a broadcast too, and the ranks below which
 # a long broadcast is a tree.

@@ -21,8 +21,9 @@ from apts_mpi.scaling.cost_fit import (
     predicted,
 )
 from apts_mpi.scaling.cost_model import UNITS, Shape
-from apts_mpi.scaling.records import RunRecord, Studies, check_shared
+from apts_mpi.scaling.measured import MeasuredRun, check_shared
 from apts_mpi.scaling.report import studies_of
+from apts_mpi.scaling.studies import Studies
 
 # How far studies are predicted, and the sizes of the table.
 MOST_RANKS = 10_000
@@ -56,7 +57,7 @@ class Prediction:
     limits: dict[str, Limit]
 
 
-def point_of(run: RunRecord) -> Point:
+def point_of(run: MeasuredRun) -> Point:
     """A measured size.
 
     Raises

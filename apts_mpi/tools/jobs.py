@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.tools import environment
+
+# What a run that a command started printed, in its directory.
+OUTPUT = "output.txt"
 
 # Seconds for a launcher to say its version.
 VERSION_LIMIT = 10.0
@@ -61,3 +66,10 @@ def check_can_start(ranks: int, program: str) -> None:
         raise InvalidInput(f"{program} starts mpirun itself; start it as one process, and give --ranks")
     can_start = ranks == 1 or shutil.which("mpirun") is not None
     require(can_start, "ranks", ranks, "mpirun is not in PATH; add it, or give 1")
+
+
+def failure_in(output: Path) -> str:
+    """The last words about an error in what a run printed."""
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
+    errors = [line.strip() for line in lines if re.search(r"error\b", line, re.IGNORECASE)]
+    return (errors or lines or ["it printed nothing"])[-1]

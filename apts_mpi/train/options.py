@@ -17,6 +17,12 @@ from apts_mpi.options import (
     TrustRegionOptions,
 )
 
+# Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
+STALL_TIMEOUT = 600.0
+
+# The value of --resume that asks for the latest checkpoint in the run directory.
+LATEST_OF_RUN = "latest"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:

@@ -11,11 +11,10 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools import environment
 from apts_mpi.train.checkpointing import saved_history
-from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 
-# Folder of the checkpoints in a run directory, and the value of --resume that asks for the latest of them.
+# Folder of the checkpoints in a run directory.
 CHECKPOINTS = "checkpoints"
-LATEST_OF_RUN = "latest"
 
 
 def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[str], None]) -> Checkpoint | None:

@@ -1,0 +1,64 @@
+"""The training command on all ranks: from its arguments to its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mpi4py import MPI
+from rich.console import Console
+
+from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.launcher import check_launcher
+from apts_mpi.parallel.watchdog import Watch, end_job, turn
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import FAILED, USAGE
+from apts_mpi.tools.events import Events
+from apts_mpi.train.options import STALL_TIMEOUT
+from apts_mpi.train.parser import parse
+from apts_mpi.train.run import run
+
+
+def carry_out(arguments: Sequence[str]) -> int:
+    """Train, and return the exit status; an error that the ranks do not share ends all of them. Collective."""
+    world = MPI.COMM_WORLD
+    try:
+        check_launcher(world)
+        return train(arguments, world)
+    except (SharedInvalidInput, SharedFailure) as error:
+        if world.rank == 0:
+            print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
+        return USAGE if isinstance(error, SharedInvalidInput) else FAILED
+    except Exception as error:
+        # The other ranks are waiting for this one, or soon will be: end them all.
+        if isinstance(error, StallError):
+            # All ranks that wait know the same, at the same time.
+            environment.pause(turn(world))
+            end_job(world, f"apts_mpi.train: error: {error}")
+        told = str(error) if isinstance(error, InvalidInput) else traceback.format_exc()
+        end_job(world, f"apts_mpi.train: rank {world.rank} failed and ends the run:\n{told}")
+        return FAILED
+
+
+def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
+    """Set up, train and report; return the exit status. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        On every rank, before any work, for input that cannot be used.
+    SharedFailure
+        On every rank, for what went wrong later.
+    """
+    comm = Communicator(world, Events())
+    console = Console(quiet=comm.rank != 0)
+    # --help and --print_config print and exit, on every rank.
+    quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
+    with comm.shared_errors(), quiet:
+        options, config = parse(arguments)
+    with Watch(world, options.stall_timeout or STALL_TIMEOUT):
+        return run(arguments, options, config, comm, world, console)
