@@ -33,7 +33,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_repetitions(checkpoint, 10, "timed calls of each kind")
     checkpoint.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
     checkpoint.add_argument(
-        "--directory", type=Path, default=Path.cwd(), help="on the disk to measure (default: the current directory)"
+        "--directory",
+        type=Path,
+        default=Path.cwd(),
+        help="on the disk to measure (default: the current directory)",
     )
     memory = subparsers.add_parser("memory", help="a rank's memory in both layouts; for mpirun -n 8")
     memory.add_argument("--layers", type=int, default=8, help="equal layers, one stage each at 8 ranks (default: 8)")
@@ -58,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with said_once():
         options = vars(parse(arguments))
     # Not above: it needs MPI, which --help and --version do without.
-    from apts_mpi.bench.measurements import measure
+    from apts_mpi.bench.measurements import make_measurement
 
-    measure(options.pop("command"), options)
+    make_measurement(options.pop("command"), options)
 
 
 if __name__ == "__main__":

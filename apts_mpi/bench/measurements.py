@@ -24,7 +24,7 @@ MEASUREMENTS: dict[str, Callable[..., None]] = {
 }
 
 
-def measure(name: str, options: Mapping[str, Any]) -> None:
+def make_measurement(name: str, options: Mapping[str, Any]) -> None:
     """Make one of the `MEASUREMENTS`; an error ends all ranks. Collective."""
     try:
         MEASUREMENTS[name](**options)

@@ -12,8 +12,9 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
-from apts_mpi.bench.staged_networks import WIDTH, batch, network, options
+from apts_mpi.bench.staged_networks import batch, network, options
 from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.tools.command import FILE_WIDTH
 
 MEBIBYTE = 2**20
 
@@ -42,7 +43,7 @@ def memory(layers: int, width: int) -> None:
             numbers = [f"{value / MEBIBYTE:.2f}" for value in (one, replicated, staged)]
             table.add_row(solver, what, *numbers, f"{staged / one:.4f}", f"{staged / replicated:.4f}")
     if world.rank == 0:
-        Console(width=max(Console().width, WIDTH)).print(table)
+        Console(width=max(Console().width, FILE_WIDTH)).print(table)
 
 
 def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intracomm) -> list[int]:

@@ -15,12 +15,13 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.nn.functional import cross_entropy
 
-from apts_mpi.bench.staged_networks import WIDTH, batch, network, options
+from apts_mpi.bench.staged_networks import batch, network, options
 from apts_mpi.options import APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn, wait_for_all
 from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble
+from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import free_port
 from apts_mpi.tools.events import Event, Events
 
@@ -102,7 +103,7 @@ def _print_times(
     table.add_row(
         "local iterations, staged", f"{1e3 * staged:.2f}", "", f"{staged / one:.3f}", f"{1 / ranks:.3f}", "", ""
     )
-    Console(width=max(Console().width, WIDTH)).print(table)
+    Console(width=max(Console().width, FILE_WIDTH)).print(table)
 
 
 class _Evaluation:

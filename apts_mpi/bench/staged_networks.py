@@ -14,9 +14,6 @@ CLASSES = 10
 # A rank that is late by the time that another one measures alone has not stalled.
 PATIENCE = 600.0
 
-# Columns of a table that goes to a file.
-WIDTH = 120
-
 
 def network(layers: int, width: int) -> nn.Sequential:
     """Equal layers, the same on every call; the targets are some of the outputs."""

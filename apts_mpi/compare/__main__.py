@@ -15,7 +15,7 @@ from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
 from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE, add_version
+from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE, add_version, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.train.parser import spell
 
@@ -83,7 +83,7 @@ def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Con
 
         def report(run: PlannedRun, failure: str | None) -> None:
             outcome = f"failed: {failure}" if failure else f"loss {run.final_loss():.4g}"
-            console.print(f"{run.path}  {outcome}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{run.path}  {outcome}")
             progress.advance(task)
 
         return execute(to_do, options.jobs, report)
@@ -98,7 +98,7 @@ def show(comparison: Comparison, console: Console) -> None:
         table.add_row(*cells, style="bold" if "best" in cells[1] else None)
     console.print(table)
     for line in [comparison.verdict(), *comparison.reasons(), f"table and plots: {comparison.plan.path}"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from apts_mpi.tools.jobs import OUTPUT, failure_in
 from apts_mpi.train.parser import parse
 
 # Seconds between two looks at the running processes, and how long one that was told to end may take.
-POLL, PATIENCE = 0.1, 10.0
+POLL, GRACE = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def execute(
             process.terminate()
         for process in running.values():
             try:
-                process.wait(PATIENCE)
+                process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
     return failures

@@ -17,7 +17,7 @@ from apts_mpi.checkpoint import hdf5_versions
 from apts_mpi.doctor import probes
 from apts_mpi.doctor.diagnosis import (
     ASYNCHRONOUS_PROGRESS,
-    Row,
+    Finding,
     judge_cores,
     judge_devices,
     judge_direct,
@@ -39,10 +39,10 @@ from apts_mpi.tools.command import FAILED, FILE_WIDTH
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.jobs import find_launcher
 
-COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+STATUS_COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Row]:
+def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Finding]:
     """Make all checks. Collective.
 
     Parameters
@@ -83,13 +83,13 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Row]
     ]
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[Finding], console: Console) -> None:
     """Print the table."""
     table = Table(title="apts_mpi.doctor", show_lines=True)
     for heading in ("check", "status", "found", "remedy"):
         table.add_column(heading)
     for row in rows:
-        table.add_row(row.check, f"[{COLORS[row.status]}]{row.status}[/]", row.found, row.remedy)
+        table.add_row(row.check, f"[{STATUS_COLORS[row.status]}]{row.status}[/]", row.found, row.remedy)
     console.print(table)
 
 

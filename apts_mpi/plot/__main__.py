@@ -13,7 +13,7 @@ from apts_mpi.records.reading import group, read_run
 from apts_mpi.tools.command import USAGE, add_version
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
-ROWS = ("loss", "accuracy", "rho", "radius")
+ROW_NAMES = ("loss", "accuracy", "rho", "radius")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("plot"),
         help="file to write, its name ending in .png or .svg; without such an end, both are written (default: plot)",
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="what to plot (default: all that there is)")
+    parser.add_argument("--rows", nargs="+", choices=ROW_NAMES, help="what to plot (default: all that there is)")
     return parser.parse_args(arguments)
 
 

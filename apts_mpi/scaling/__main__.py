@@ -16,7 +16,7 @@ from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
-from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE, add_version
+from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE, add_version, say
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -115,11 +115,6 @@ def write_json(path: Path | None, values: Any) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidInput(f"json: {str(path)!r} cannot be written ({error}); give another file") from error
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

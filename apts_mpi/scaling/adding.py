@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.scaling.measured import MeasuredRun, check_shared
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together
 from apts_mpi.scaling.studies import Studies, read_studies, write_studies
 from apts_mpi.tools.environment import seconds
 
@@ -34,7 +34,7 @@ def add_runs(path: Path, runs: Iterable[MeasuredRun]) -> Studies:
     """
     earlier = read_studies(path) if path.exists() else Studies((), time_reduced_models())
     studies = Studies(tuple({_key(run): run for run in (*earlier.runs, *runs)}.values()), earlier.reduced_model)
-    check_shared(studies.runs)
+    check_belong_together(studies.runs)
     write_studies(path, studies)
     return studies
 

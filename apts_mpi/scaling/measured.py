@@ -127,7 +127,7 @@ def without_places(options: dict[str, Any]) -> str:
     return yaml.safe_dump({name: value for name, value in options.items() if name not in PLACES}, allow_unicode=True)
 
 
-def check_shared(runs: Sequence[MeasuredRun]) -> None:
+def check_belong_together(runs: Sequence[MeasuredRun]) -> None:
     """Raise `InvalidInput` if the runs differ in what those of one file share."""
     for name in SHARED:
         values = {run.summary[name] for run in runs}

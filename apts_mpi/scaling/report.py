@@ -12,7 +12,7 @@ from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.scaling.measured import MeasuredRun, check_shared, read_measured_run
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together, read_measured_run
 from apts_mpi.scaling.studies import read_studies
 
 # Options in which the runs of a study may differ: a batch for each size in a weak one, and how long they take.
@@ -86,7 +86,7 @@ def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[M
             f"none of the runs has a {SUMMARY}: {names}; none came to its end. Give directories of finished runs, or "
             "an HDF5 file that is there"
         )
-    check_shared(runs)
+    check_belong_together(runs)
     batch_sizes = sorted({run.batch_size for run in runs})
     if kind == "strong" and len(batch_sizes) > 1:
         raise InvalidInput(f"kind: 'strong', but the runs differ in batch_size: {batch_sizes}; give weak")

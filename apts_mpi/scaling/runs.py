@@ -15,7 +15,7 @@ import yaml
 
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.scaling.adding import add_runs
-from apts_mpi.scaling.measured import MeasuredRun, check_shared, read_measured_run, without_places
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together, read_measured_run, without_places
 from apts_mpi.scaling.studies import Studies
 from apts_mpi.tools import environment
 from apts_mpi.tools.jobs import OUTPUT, check_can_start, failure_in
@@ -111,7 +111,7 @@ def run_study(study: Study, path: Path, report: Callable[[str], None]) -> Studie
             report(f"{study.kind}, {ranks} rank(s): {len(measured)} measured before")
         for _ in range(study.repeats - len(measured)):
             run = measure(study, ranks)
-            check_shared([*studies.runs, run])
+            check_belong_together([*studies.runs, run])
             studies = add_runs(path, [run])
             report(f"{study.kind}, {ranks} rank(s): {run.median:.4g} s an iteration")
     return studies

@@ -1,4 +1,4 @@
-"""What the commands of the package share: their exit statuses, how wide a table may be, and ``--version``."""
+"""What the commands of the package share: exit statuses, ``--version``, how wide a table may be, lines as they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+
+from rich.console import Console
 
 from apts_mpi.tools import environment
 from apts_mpi.tools.version import __version__
@@ -17,12 +19,12 @@ FAILED, USAGE, REQUEUE, INTERRUPTED = 1, 2, 75, 130
 # Columns of a table that goes to a file: enough for its cells to stay on one line.
 FILE_WIDTH = 160
 
-VERSION = f"apts_mpi {__version__}"
+VERSION_LINE = f"apts_mpi {__version__}"
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Let a parser take ``--version``, which prints the version and ends the process."""
-    parser.add_argument("--version", action="version", version=VERSION, help="Print the version and exit.")
+    parser.add_argument("--version", action="version", version=VERSION_LINE, help="Print the version and exit.")
 
 
 def prints_version(arguments: Sequence[str]) -> bool:
@@ -33,8 +35,13 @@ def prints_version(arguments: Sequence[str]) -> bool:
     asked = "--version" in arguments
     if asked:
         with said_once():
-            print(VERSION)
+            print(VERSION_LINE)
     return asked
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long, with no sign in it taken for markup."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

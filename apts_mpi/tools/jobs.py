@@ -20,9 +20,14 @@ OUTPUT = "output.txt"
 VERSION_LIMIT = 10.0
 
 
+def launcher_in_path() -> str | None:
+    """Path of the ``mpirun`` that a command would start."""
+    return shutil.which("mpirun") or shutil.which("mpiexec")
+
+
 def find_launcher() -> tuple[str, str]:
     """Path of the ``mpirun`` in PATH and what it says of itself; both empty without one. Not collective."""
-    path = shutil.which("mpirun") or shutil.which("mpiexec")
+    path = launcher_in_path()
     if path is None:
         return "", ""
     return path, run_apart([path, "--version"], VERSION_LIMIT)[1]

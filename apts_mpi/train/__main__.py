@@ -15,8 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     # Not above: it needs MPI, which the version does without.
     from apts_mpi.train.command import carry_out
+    from apts_mpi.train.run import run
 
-    if status := carry_out(given):
+    if status := carry_out(given, run):
         sys.exit(status)
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
+from apts_mpi.checkpoint import CheckpointDirectory
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seconds, since_start
 from apts_mpi.train.consistency import check_shared
 from apts_mpi.train.options import TrainingOptions, as_seconds
+from apts_mpi.train.saved_history import history_array
 from apts_mpi.train.signals import StopSignals, name_of
 from apts_mpi.train.training import Training
-
-# Array with the records of the run so far: the bytes of its lines, compressed.
-HISTORY = "training/history"
 
 # Steps and saves may take that many times as long as the longest so far without being cut off by the wall time.
 MARGIN = 2.0
@@ -126,7 +123,7 @@ class Survival:
         started = seconds()
         try:
             arrays, metadata = self._training.save()
-            arrays.append(self._history_array())
+            arrays.append(history_array(self._history, self._comm))
             in_background = self._options.checkpoint_in_background and not last
             save = self._directory.start_save if in_background else self._directory.save
             save(arrays, metadata | self._metadata, iteration)
@@ -138,15 +135,3 @@ class Survival:
         self._saves += 1
         self._last_save = seconds()
         self._longest_save = max(self._longest_save, self._last_save - started)
-
-    def _history_array(self) -> Array:
-        values = np.zeros(0, np.uint8)
-        if self._comm.rank == 0:
-            values = np.frombuffer(zlib.compress(self._history(), 1), np.uint8)
-        (size,) = self._comm.decide(lambda: [values.size])
-        return Array(HISTORY, (int(size),), values.dtype, [Slab(0, values)] if self._comm.rank == 0 else [])
-
-
-def saved_history(checkpoint: Checkpoint) -> bytes:
-    """The records of a run up to its checkpoint."""
-    return zlib.decompress(checkpoint.read(HISTORY).tobytes())

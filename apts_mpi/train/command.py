@@ -6,7 +6,7 @@ import contextlib
 import io
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 from rich.console import Console
@@ -18,17 +18,20 @@ from apts_mpi.parallel.watchdog import Watch, end_job, turn
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import FAILED, USAGE
 from apts_mpi.tools.events import Events
-from apts_mpi.train.options import STALL_TIMEOUT
+from apts_mpi.train.options import WAIT_LIMIT, TrainingOptions
 from apts_mpi.train.parser import parse
-from apts_mpi.train.run import run
+
+# What is to be done with the arguments, their options and configuration, the ranks and a console: see
+# `apts_mpi.train.run.run`.
+RunFunction = Callable[[Sequence[str], TrainingOptions, str, Communicator, MPI.Intracomm, Console], int]
 
 
-def carry_out(arguments: Sequence[str]) -> int:
+def carry_out(arguments: Sequence[str], run: RunFunction) -> int:
     """Train, and return the exit status; an error that the ranks do not share ends all of them. Collective."""
     world = MPI.COMM_WORLD
     try:
         check_launcher(world)
-        return train(arguments, world)
+        return train(arguments, run, world)
     except (SharedInvalidInput, SharedFailure) as error:
         if world.rank == 0:
             print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
@@ -44,8 +47,8 @@ def carry_out(arguments: Sequence[str]) -> int:
         return FAILED
 
 
-def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
-    """Set up, train and report; return the exit status. Collective.
+def train(arguments: Sequence[str], run: RunFunction, world: MPI.Intracomm) -> int:
+    """Parse, and run within the time that a rank may wait for others; return the exit status. Collective.
 
     Raises
     ------
@@ -60,5 +63,5 @@ def train(arguments: Sequence[str], world: MPI.Intracomm) -> int:
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
-    with Watch(world, options.stall_timeout or STALL_TIMEOUT):
+    with Watch(world, options.stall_timeout or WAIT_LIMIT):
         return run(arguments, options, config, comm, world, console)

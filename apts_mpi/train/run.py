@@ -18,8 +18,10 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
 from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import REQUEUE
+from apts_mpi.tools.command import REQUEUE, say
 from apts_mpi.train.checkpointing import Survival
+from apts_mpi.train.device import take_device
+from apts_mpi.train.layouts import make_training
 from apts_mpi.train.log_view import event_table, print_events
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
@@ -27,15 +29,13 @@ from apts_mpi.train.reporter import Reporter
 from apts_mpi.train.resume import (
     CHECKPOINTS,
     goes_on_in,
-    history_of,
     open_earlier,
     replaces,
     run_directory,
     same_subdomains,
 )
-from apts_mpi.train.setup import make_training
+from apts_mpi.train.saved_history import history_of
 from apts_mpi.train.signals import StopSignals
-from apts_mpi.train.staged import StagedTraining
 from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
@@ -45,7 +45,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outputs:
+class Destinations:
     """Where a run writes.
 
     Attributes
@@ -87,7 +87,7 @@ def run(
     console
         Where to print; quiet on all ranks but rank 0.
     """
-    tell = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals := StopSignals())
         checkpoint = open_earlier(options, comm, tell)
@@ -97,22 +97,22 @@ def run(
                 options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
                 options = same_subdomains(options, checkpoint)
         training = set_up(options, checkpoint, comm, world, tell)
-        outputs = open_outputs(training, options, config, checkpoint, comm, stack)
+        destinations = open_destinations(training, options, config, checkpoint, comm, stack)
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
-        survival = Survival(training, outputs.checkpoints, options, signals, metadata, outputs.history, tell)
+        survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
-        with Reporter(training, outputs.records, console, options.monitor, outputs.scalars) as reporter:
+        with Reporter(training, destinations.records, console, options.monitor, destinations.scalars) as reporter:
             metrics = training.run(reporter.record, survival.boundary)
         if trace is not None:
             trace.end()
-    report(training, metrics, outputs, options.log_view, console)
+    report(training, metrics, destinations, options.log_view, console)
     if trace is not None:
-        write_trace(trace, outputs.path / TRACE, tell)
+        write_trace(trace, destinations.path / TRACE, tell)
     if metrics is None:
-        iteration, path = training.progress.iteration, outputs.path
+        iteration, path = training.progress.iteration, destinations.path
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
-    tell(f"records: {outputs.path}")
+    tell(f"records: {destinations.path}")
     return 0
 
 
@@ -123,9 +123,9 @@ def set_up(
     with comm.shared_errors():
         if options.tensorboard and comm.rank == 0:
             check_tensorboard()
-    training = make_training(options, comm, world)
-    if isinstance(training, StagedTraining):
-        tell("\n".join(training.solver.processes))
+    training = make_training(options, take_device(options, comm), comm, world)
+    if training.places:
+        tell(training.places)
     if checkpoint is not None:
         for notice in training.load(checkpoint):
             tell(f"note: {notice}")
@@ -135,14 +135,14 @@ def set_up(
     return training
 
 
-def open_outputs(
+def open_destinations(
     training: Training,
     options: TrainingOptions,
     config: str,
     checkpoint: Checkpoint | None,
     comm: Communicator,
     stack: contextlib.ExitStack,
-) -> Outputs:
+) -> Destinations:
     """Make the run directory and what is in it; an earlier run's checkpoints are removed. Collective.
 
     Parameters
@@ -176,11 +176,11 @@ def open_outputs(
         checkpoints.clear()
     else:
         checkpoint.close()
-    return Outputs(path, checkpoints, records, scalars)
+    return Destinations(path, checkpoints, records, scalars)
 
 
 def report(
-    training: Training, metrics: dict[str, Any] | None, outputs: Outputs, log_view: bool, console: Console
+    training: Training, metrics: dict[str, Any] | None, destinations: Destinations, log_view: bool, console: Console
 ) -> None:
     """Write and print what the run came to; of one that was stopped, which has no metrics, the events alone.
 
@@ -189,11 +189,11 @@ def report(
     events = event_table(training.solver.events, training.batch_size, training.comm)
     if metrics is not None:
         summary = training.summary(metrics) | {"events": events}
-        if outputs.records is not None:
-            outputs.records.close(summary)
+        if destinations.records is not None:
+            destinations.records.close(summary)
             print_summary(console, summary)
         if warning := training.warning():
-            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"warning: {warning}")
     if log_view:
         print_events(events, training.comm.size, console)
 
