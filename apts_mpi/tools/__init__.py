@@ -1,1 +1,5 @@
-"""TODO."""
+"""What all packages share and what the commands share: the clock, the environment and the random state, which are used
+nowhere else; timers and counters of events; exit statuses, the version and jobs that a command starts.
+
+It imports `apts_mpi.errors` alone, and no MPI. Read `environment` first, then `events`.
+"""
