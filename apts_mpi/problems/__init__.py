@@ -1,7 +1,7 @@
 """Training problems by name: a network, its data and its loss.
 
-It may import errors, options and tools, and no MPI: a problem knows nothing of ranks. Read
-`apts_mpi.problems.problem` first, what a solver needs to know of one, then any of the files that build some.
+It may import errors, options and tools, and no MPI: a problem knows nothing of ranks. Read ``problem`` first, what a
+solver needs to know of one, then any of the files that build some.
 """
 
 import dataclasses

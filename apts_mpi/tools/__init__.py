@@ -1,5 +1,6 @@
-"""What all packages share and what the commands share: the clock, the environment and the random state, which are used
-nowhere else; timers and counters of events; exit statuses, the version and jobs that a command starts.
+"""What all packages share, and what the commands share.
 
-It imports `apts_mpi.errors` alone, and no MPI. Read `environment` first, then `events`.
+The clock, the environment and the random state, which are used nowhere else; timers and counters of events; exit
+statuses, the version, and jobs that a command starts. It may import ``errors`` and ``options``, and no MPI. Read
+``environment`` first, then ``events``.
 """
