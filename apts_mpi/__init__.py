@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         SchwarzOptions,
         TrustRegionOptions,
     )
-    from apts_mpi.staged.holding import StagedAPTS, build_stage
-    from apts_mpi.trust_region.acceptance import Judged, StepResult
+    from apts_mpi.result import StepResult
+    from apts_mpi.staged.build import build_stage
+    from apts_mpi.staged.solver import StagedAPTS
+    from apts_mpi.trust_region.acceptance import Judged
 
 __all__ = [
     "APTS",
@@ -49,10 +51,10 @@ _PLACES = {
     "InvalidInput": "errors",
     "Judged": "trust_region.acceptance",
     "SharedInvalidInput": "errors",
-    "StagedAPTS": "staged.holding",
+    "StagedAPTS": "staged.solver",
     "StallError": "errors",
-    "StepResult": "trust_region.acceptance",
-    "build_stage": "staged.holding",
+    "StepResult": "result",
+    "build_stage": "staged.build",
 }
 
 # Not for type checkers, which would take any name for one of the package.

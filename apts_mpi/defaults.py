@@ -12,9 +12,12 @@ import torch
 from apts_mpi.curvature.dense import LARGEST_DENSE
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import Layer, Layout, Subdomain, make_subdomains, most_subdomains, whole_subdomains
-from apts_mpi.objective.objective import Loss
-from apts_mpi.options import APTSOptions
+from apts_mpi.local.registry import solver_class
+from apts_mpi.local.solver import LocalSolver, Split
+from apts_mpi.network.partition import Layer, Subdomain, make_subdomains, most_subdomains, whole_subdomains
+from apts_mpi.network.teams import Teams
+from apts_mpi.objective.passes import Loss
+from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
@@ -22,12 +25,6 @@ USUAL_DENSE_BLOCK = 640
 
 # Networks beyond this many parameters are not cut into usual dense blocks: the rows of 2,000 samples take 256 MB.
 LARGEST_DENSE_NETWORK = 32768
-
-DAMPING = {"kfac": 0.3, "gauss-newton": 1e-7}
-
-# K-FAC's for a loss whose curvature does not change along a step: on three problems, noisy data among them, squared
-# errors fell lower with it than with 0.3, and with a tenth of it those of other data rose.
-QUADRATIC_DAMPING = 0.003
 
 
 def compose(
@@ -57,99 +54,102 @@ def compose(
     InvalidInput
         If the parts cannot work together, naming the option and another choice.
     """
-    largest = max(part.stop - part.start for part in subdomains)
+    split = _split(network, called, layers, subdomains)
+    name = options.local.solver
+    if name == "auto":
+        dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
+        name = "gauss-newton" if dense else "kfac" if split.whole and not called else "adam"
+    solver = solver_class(name)
+    schwarz = _compose_schwarz(options, solver, split)
+    options = replace(options, schwarz=schwarz, local=_compose_local(options.local, name, solver, loss))
+    _check_whole_layers(name, solver, split)
+    solver.check(options, split)
+    return replace(options, coarse=_compose_coarse(options.coarse, solver))
+
+
+def _split(network: torch.nn.Module, called: bool, layers: Sequence[Layer], subdomains: Sequence[Subdomain]) -> Split:
     edges = {layer.start for layer in layers} | {layers[-1].stop}
-    whole = all(part.start in edges and part.stop in edges for part in subdomains)
-    normalised, random = _is_normalised(network), _is_random(network)
-    solver, variant = options.local.solver, options.schwarz.variant
-    if solver == "auto":
-        dense = called and not normalised and not random and largest <= LARGEST_DENSE
-        solver = "gauss-newton" if dense else "kfac" if whole and not called else "adam"
-    data = options.schwarz.decomposition == "data"
-    curved_outputs = solver == "steihaug" and options.local.product == "gauss-newton"
+    return Split(
+        called=called,
+        normalised=_is_normalised(network),
+        random=_is_random(network),
+        whole=all(part.start in edges and part.stop in edges for part in subdomains),
+        largest=max(part.stop - part.start for part in subdomains),
+    )
+
+
+def _compose_schwarz(options: APTSOptions, solver: type[LocalSolver], split: Split) -> SchwarzOptions:
+    schwarz = options.schwarz
+    variant, local_data, partition = schwarz.variant, schwarz.local_data, schwarz.partition
+    data = schwarz.decomposition == "data"
     if variant == "auto":
-        variant = "exact" if called or data or curved_outputs else "inexact"
-    if curved_outputs and variant == "inexact":
-        raise InvalidInput(
-            "local.product: 'gauss-newton' is zero with schwarz.variant inexact, whose local objectives are linear in "
-            "their outputs; choose --schwarz.variant exact, or --local.product hessian"
-        )
-    if data and variant == "inexact":
-        raise InvalidInput(
-            "schwarz.variant: 'inexact' leaves out the layers behind a subdomain, and with schwarz.decomposition data "
-            "there are none; choose exact"
-        )
-    if data and options.schwarz.local_data == "full":
-        raise InvalidInput(
-            "schwarz.local_data: 'full' would make all subdomains of schwarz.decomposition data the same; choose shard"
-        )
-    if data and options.schwarz.overlap:
-        raise InvalidInput(
-            f"schwarz.overlap: {options.schwarz.overlap} is for subdomains of parameters; with schwarz.decomposition "
-            "data give 0"
-        )
-    if called and variant == "inexact":
+        variant = "exact" if split.called or data or solver.needs_exact(options.local) else "inexact"
+    if data:
+        _check_data(schwarz, variant)
+    if split.called and variant == "inexact":
         raise InvalidInput(
             "schwarz.variant: 'inexact' needs layers whose outputs alone lead to the loss, but this network is called "
             "by a function of its own; choose exact"
         )
-    if called and solver == "kfac":
+    if local_data == "auto":
+        local_data = "shard" if data else solver.local_data
+    if partition == "auto":
+        partition = "layer" if split.whole else "index"
+    return replace(schwarz, variant=variant, local_data=local_data, partition=partition)
+
+
+def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
+    """Refuse what subdomains of data cannot have."""
+    if variant == "inexact":
         raise InvalidInput(
-            "local.solver: 'kfac' needs layers that are called once with the samples, but this network is called by a "
-            "function of its own; choose gauss-newton, tr, lsr1, steihaug, sgd or adam"
+            "schwarz.variant: 'inexact' leaves out the layers behind a subdomain, and with schwarz.decomposition data "
+            "there are none; choose exact"
         )
-    if not whole and solver == "kfac":
+    if schwarz.local_data == "full":
         raise InvalidInput(
-            "local.solver: 'kfac' needs whole layers, but subdomains cut them; choose --schwarz.partition layer, or "
+            "schwarz.local_data: 'full' would make all subdomains of schwarz.decomposition data the same; choose shard"
+        )
+    if schwarz.overlap:
+        raise InvalidInput(
+            f"schwarz.overlap: {schwarz.overlap} is for subdomains of parameters; with schwarz.decomposition data give "
+            "0"
+        )
+
+
+def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], loss: Loss) -> LocalOptions:
+    damping = local.damping
+    if damping is None:
+        quadratic = solver.quadratic_damping is not None and is_quadratic(loss)
+        damping = solver.quadratic_damping if quadratic else solver.damping
+    return replace(local, solver=name, damping=damping)
+
+
+def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver]) -> CoarseOptions:
+    norm = solver.coarse_norm if coarse.norm == "auto" else coarse.norm
+    samples = solver.coarse_samples if coarse.samples is None else coarse.samples
+    return replace(coarse, norm=norm, samples=samples)
+
+
+def _check_whole_layers(name: str, solver: type[LocalSolver], split: Split) -> None:
+    if solver.whole_layers and split.called:
+        raise InvalidInput(
+            f"local.solver: {name!r} needs layers that are called once with the samples, but this network is called by "
+            "a function of its own; choose gauss-newton, tr, lsr1, steihaug, sgd or adam"
+        )
+    if solver.whole_layers and not split.whole:
+        raise InvalidInput(
+            f"local.solver: {name!r} needs whole layers, but subdomains cut them; choose --schwarz.partition layer, or "
             "another local solver"
         )
-    reason = _why_not_dense(options, normalised, random, largest) if solver == "gauss-newton" else ""
-    if reason:
-        raise InvalidInput(f"local.solver: 'gauss-newton' cannot be used: {reason}; choose kfac or another one")
-    local_data = options.schwarz.local_data
-    if local_data == "auto":
-        local_data = "full" if solver == "gauss-newton" and not data else "shard"
-    partition = options.schwarz.partition
-    if partition == "auto":
-        partition = "layer" if whole else "index"
-    damping = options.local.damping
-    if damping is None:
-        damping = QUADRATIC_DAMPING if solver == "kfac" and is_quadratic(loss) else DAMPING.get(solver)
-    coarse = options.coarse
-    if coarse.norm == "auto":
-        coarse = replace(coarse, norm="scaled" if solver == "gauss-newton" else "2")
-    if coarse.samples is None and solver == "gauss-newton":
-        coarse = replace(coarse, samples=1.0)
-    return replace(
-        options,
-        coarse=coarse,
-        local=replace(options.local, solver=solver, damping=damping),
-        schwarz=replace(
-            options.schwarz,
-            variant=variant,
-            local_data=local_data,
-            partition=partition,
-        ),
-    )
-
-
-def _why_not_dense(options: APTSOptions, normalised: bool, random: bool, largest: int) -> str:
-    """What keeps dense Gauss-Newton from being used; empty: nothing."""
-    if normalised:
-        return "batch normalisation ties samples together"
-    # In one stage the rows are not known before they are computed, neither their number nor their masks.
-    if options.layout == "staged" and random:
-        return "with layout staged dropout would draw other masks for the rows than for the loss"
-    if options.layout == "staged" and largest > LARGEST_DENSE:
-        return f"with layout staged a subdomain of {largest} parameters exceeds {LARGEST_DENSE}"
-    return ""
 
 
 def may_be_dense(options: APTSOptions, network: torch.nn.Module, called: bool) -> bool:
     """Whether dense Gauss-Newton is, or with small blocks would be, the local solver for subdomains of parameters."""
-    solver = options.local.solver
-    automatic = solver == "auto" and called and not (_is_normalised(network) or _is_random(network))
-    return options.schwarz.decomposition == "parameters" and (automatic or solver == "gauss-newton")
+    if options.schwarz.decomposition == "data":
+        return False
+    if options.local.solver == "auto":
+        return called and not (_is_normalised(network) or _is_random(network))
+    return solver_class(options.local.solver).dense
 
 
 def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int, dense: bool) -> tuple[Subdomain, ...]:
@@ -214,11 +214,11 @@ def _is_normalised(network: torch.nn.Module) -> bool:
     return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def describe(options: APTSOptions, layout: Layout, subdomains: Sequence[Subdomain], network: str) -> str:
+def describe(options: APTSOptions, teams: Teams, subdomains: Sequence[Subdomain], network: str) -> str:
     """The composed solver, in words; ``network`` says what it works on."""
     lines = [
         f"APTS: {network}",
-        f"  ranks: {layout.ranks} in {layout.teams} teams, replicas {layout.replicas}",
+        f"  ranks: {teams.ranks} in {teams.count} teams, replicas {teams.replicas}",
         f"  schwarz: {options.schwarz}",
         f"  local: {options.local}",
         f"  trust region: {options.trust_region}",

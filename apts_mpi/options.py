@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -16,6 +17,12 @@ LocalData = Literal["auto", "shard", "full"]
 def lower_precision(autocast: str) -> torch.dtype | None:
     """What option ``autocast`` stands for."""
     return None if autocast == "none" else getattr(torch, autocast)
+
+
+def _require_name(option: str, value: str, names: tuple[str, ...]) -> None:
+    """Raise `apts_mpi.InvalidInput` for what is neither one of ``names`` nor ``MODULE:NAME``."""
+    remedy = f"choose one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+    require(value in names or re.fullmatch(r"[\w.]+:\w+", value) is not None, option, value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,9 @@ class SchwarzOptions:
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
 
 
-LocalSolverName = Literal["auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam"]
+# Names of local solvers, and of the coarse space of the package; besides them there are those of the user's.
+LOCAL_SOLVERS = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
+SUBDOMAINS = "subdomains"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,8 @@ class LocalOptions:
         conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
         moments last from one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
         ``auto``: gauss-newton where the network is called for more than its outputs and the blocks are
-        small, kfac where subdomains are whole layers, else adam.
+        small, kfac where subdomains are whole layers, else adam. MODULE:CLASS: one of your own, see
+        `apts_mpi.local.LocalSolver`.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping
@@ -94,7 +104,7 @@ class LocalOptions:
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
     """
 
-    solver: LocalSolverName = "auto"
+    solver: str = "auto"
     iterations: int = 1
     damping: float | None = None
     decay: float = 0.9
@@ -102,7 +112,7 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choice("local.solver", self.solver, get_args(LocalSolverName))
+        _require_name("local.solver", self.solver, LOCAL_SOLVERS)
         require_choice("local.product", self.product, ("gauss-newton", "hessian"))
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
@@ -233,6 +243,9 @@ class CoarseOptions:
     ----------
     model
         ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
+    space
+        The span: ``subdomains``, of what ``columns`` names; or MODULE:CLASS for one of your own, see
+        `apts_mpi.schwarz.CoarseSpace`.
     columns
         What each subdomain gives to the span: its ``correction``, its part of the ``last_step`` that was accepted,
         of the ``gradient``, of the ``last_correction`` before recombination.
@@ -249,6 +262,7 @@ class CoarseOptions:
     """
 
     model: Literal["none", "gauss-newton"] = "gauss-newton"
+    space: str = SUBDOMAINS
     columns: tuple[Literal["correction", "last_step", "gradient", "last_correction"], ...] = (
         "correction",
         "last_step",
@@ -260,6 +274,7 @@ class CoarseOptions:
     def __post_init__(self) -> None:
         require_choice("coarse.norm", self.norm, ("auto", "2", "scaled"))
         require_choice("coarse.model", self.model, ("none", "gauss-newton"))
+        _require_name("coarse.space", self.space, (SUBDOMAINS,))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
         twice = len(set(self.columns)) < len(self.columns)

@@ -7,7 +7,7 @@ from mpi4py import MPI
 from networks import cross_entropy, numbers
 from torch import nn
 
-import apts_mpi.apts
+import apts_mpi.replicated
 from apts_mpi import APTS, CoarseOptions, LocalOptions, PipelineOptions, StagedAPTS
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.problems.text import character_gpt
@@ -154,9 +154,11 @@ def trace(solver, batches):
 
 def whole_subdomains(world, solver):
     """The subdomains of all stages as those of the whole network; of one replica. Collective."""
-    own = [len(solver.vector.values), solver.stages[solver.replica.rank].start, *solver.subdomains]
+    holding = solver.holding
+    size, stage = len(holding.objective.vector.values), holding.stages[holding.replica.rank]
+    own = [size, stage.start, *holding.decomposition.subdomains]
     found, start = [], 0
-    for size, segment, *subdomains in solver.replica.collect(own):
+    for size, segment, *subdomains in solver.holding.replica.collect(own):
         for part in subdomains:
             found.append(
                 replace(
@@ -177,7 +179,7 @@ def whole_subdomains(world, solver):
 def whole_state(solver):
     """The network's state from all stages of this replica. Collective."""
     state = {}
-    for part in solver.replica.collect(dict(solver.network.state_dict())):
+    for part in solver.holding.replica.collect(dict(solver.network.state_dict())):
         state |= part
     return state
 
@@ -186,7 +188,7 @@ def replicated(options, network, loss, subdomains, monkeypatch):
     """On this rank alone, with the subdomains of the stages, inexact and on the whole batch."""
     options = replace(options, layout="replicated", replicas=1)
     with monkeypatch.context() as patch:
-        patch.setattr(apts_mpi.apts, "split_parameters", lambda *_: subdomains)
+        patch.setattr(apts_mpi.replicated, "split_parameters", lambda *_: subdomains)
         return APTS(network, loss, comm=MPI.COMM_SELF, options=options)
 
 

@@ -42,9 +42,10 @@ def test_network_in_bfloat16_and_the_rest_in_float32(world):
     with Products() as products:
         solver.step(batch())
     assert torch.bfloat16 in products.dtypes
-    kept = [solver.vector.values, solver.vector.gradients, solver.objective.reduction.total, solver.schwarz.correction]
-    kept += [mean for local in solver.schwarz.solvers.values() for means in local.statistics for mean in means]
-    passes = solver.objective.evaluate(solver._passes).caches
+    objective, schwarz = solver.holding.objective, solver.holding.schwarz
+    kept = [objective.vector.values, objective.vector.gradients, objective.reduction.total, schwarz.correction]
+    kept += [mean for local in schwarz.solvers.values() for means in local.statistics for mean in means]
+    passes = solver.holding.objective.evaluate(solver.batch.passes).caches
     kept += [cache.inputs for caches in passes for cache in caches]
     kept += [record.gradient for caches in passes for record in caches[0].records]
     assert len(kept) > 6 and {tensor.dtype for tensor in kept} == {torch.float32}
@@ -56,8 +57,8 @@ def test_trial_and_gradient_evaluation_have_the_same_precision(world):
     network = classifier().float()
     solver = APTS(network, cross_entropy, comm=world, options=BFLOAT16)
     solver.step(batch())
-    passes = solver._passes
-    losses = [solver.objective.evaluate(passes).loss, solver.objective.forward(passes, keep_graph=False).loss]
+    passes, objective = solver.batch.passes, solver.holding.objective
+    losses = [objective.evaluate(passes).loss, objective.forward(passes, keep_graph=False).loss]
     assert torch.equal(*losses)
     with torch.no_grad():
         exact = sum(part.weight * cross_entropy(network(part.inputs), part.targets) for part in passes)
@@ -82,7 +83,7 @@ def test_every_solver_goes_down(world, options):
     solver = APTS(classifier().float(), cross_entropy, comm=world, options=options)
     results = [solver.step(batch()), *(solver.step() for _ in range(7))]
     assert results[-1].schwarz.loss < results[0].schwarz.loss
-    assert solver.vector.values.dtype == torch.float32
+    assert solver.holding.objective.vector.values.dtype == torch.float32
 
 
 @pytest.mark.mpi
@@ -112,7 +113,7 @@ def test_stages_in_bfloat16(world):
         solver = StagedAPTS(network, cross_entropy, comm=world, options=options)
         with Products() as products:
             found = [solver.step(batch()).schwarz.loss for _ in range(3)]
-        assert solver.vector.values.dtype == torch.float32
+        assert solver.holding.objective.vector.values.dtype == torch.float32
         assert (torch.bfloat16 in products.dtypes) == (autocast == "bfloat16")
         return found
 

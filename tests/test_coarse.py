@@ -11,12 +11,14 @@ from torch import nn
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.curvature.linearisation import Column, Linearisation
-from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.objective import Pass
+from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz.coarse import ReducedModel, orthonormal_coefficients
+from apts_mpi.schwarz.reduced_curvature import RowCurvature, share_of_samples
+from apts_mpi.schwarz.reduced_model import ReducedModel, orthonormal_coefficients
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.subproblem import minimise_in_ball
 
@@ -85,10 +87,16 @@ def test_reduced_matrix_equals_the_dense_one(name, loss):
 
     segmented = SegmentedNetwork(network, None)
     segmented.measure(inputs)
-    linearisation = Linearisation(segmented, vector, Buffers(network, SELF, vector.values), function, Events())
-    found = linearisation.reduced(Pass(inputs, targets, 1.0, (0,), (), 0, len(inputs)), columns)
+    found = linearised(segmented, vector, function).reduced(
+        Pass(inputs, targets, 1.0, (0,), (), 0, len(inputs)), columns
+    )
     # Both are sums of a few hundred float64 products.
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def linearised(segmented, vector, loss):
+    objective = Objective(segmented=segmented, vector=vector, loss=loss, inexact=False, keep_gradients=False, comm=SELF)
+    return Linearisation(objective)
 
 
 def test_linearising_leaves_running_statistics_alone():
@@ -99,7 +107,7 @@ def test_linearising_leaves_running_statistics_alone():
     segmented.measure(inputs[:2])
     before = [buffer.clone() for buffer in network.buffers()]
     column = Column(0, vector.values.numel(), torch.randn_like(vector.values))
-    Linearisation(segmented, vector, Buffers(network, SELF, vector.values), nn.functional.mse_loss, Events()).reduced(
+    linearised(segmented, vector, nn.functional.mse_loss).reduced(
         Pass(inputs, torch.zeros(9, 3, dtype=torch.float64), 1.0, (0,), (), 0, 9), [column]
     )
     for buffer, saved in zip(network.buffers(), before, strict=True):
@@ -129,7 +137,7 @@ def test_one_column_a_parameter_gives_the_dense_gauss_newton_step():
         )
         solver = APTS(copy, nn.functional.mse_loss, comm=MPI.COMM_SELF, options=chosen)
         result = solver.step((inputs, targets))
-        step = solver.coarse.step.numpy()
+        step = solver.holding.coarse.step.numpy()
         np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-9)
         predicted = -(gradient.numpy() @ step + 0.5 * step @ matrix.numpy() @ step)
         assert result.schwarz.predicted_reduction == pytest.approx(predicted, rel=1e-8)
@@ -213,8 +221,10 @@ def test_columns_of_far_apart_curvature_are_all_kept_in_the_scaled_norm():
     [((1,), 256, 1.0), ((1,), 2048, 0.25), ((16,), 64, 0.5), ((64,), 64, 0.125), ((64,), 4, 1.0)],
 )
 def test_as_many_samples_as_have_enough_targets(shape, batch_size, share):
-    solver = networks.make_solver(MPI.COMM_SELF, dataclasses.replace(gauss_newton(), coarse=CoarseOptions()))
-    assert solver.coarse._share(batch_size, torch.zeros(batch_size, *shape)) == share
+    samples = torch.zeros(batch_size, 1), torch.zeros(batch_size, *shape)
+    part = Pass(*samples, 1.0, (0,), (), 0, batch_size)
+    assert share_of_samples(None, Batch(samples, None, [part], batch_size, [1.0])) == share
+    assert share_of_samples(0.75, Batch(samples, None, [part], batch_size, [1.0])) == 0.75
 
 
 @pytest.mark.mpi
@@ -233,20 +243,22 @@ def test_curvature_from_the_rows_of_dense_blocks_equals_the_dense_one(world, ove
     )
     solver = APTS(network, function, comm=world, options=options)
     accepted = solver.step((inputs, targets)).accepted
-    values, last_step = solver.vector.values.clone(), solver.coarse.last_step.clone()
+    values, last_step = solver.holding.objective.vector.values.clone(), solver.holding.coarse.last_step.clone()
     solver.step((inputs, targets))
-    assert accepted and solver._coarse_rows()
+    assert accepted and isinstance(solver.holding.coarse.curvature, RowCurvature)
     if world.rank > 0:
         return
-    solver.vector.values.copy_(values)
+    solver.holding.objective.vector.values.copy_(values)
     columns = torch.zeros(len(values), 6, dtype=torch.float64)
-    for part in solver.subdomains:
+    for part in solver.holding.decomposition.subdomains:
         owned = slice(part.owned_start, part.owned_stop)
-        columns[owned, part.index] = solver.schwarz.correction[owned]
+        columns[owned, part.index] = solver.holding.schwarz.correction[owned]
         columns[owned, 3 + part.index] = last_step[owned]
     product = dense_jacobian(network, lambda net, x: net(x), inputs) @ columns
     hessian = dense_hessian(function, network(inputs), targets)
-    np.testing.assert_allclose(solver.coarse._model.curvature, product.T @ hessian @ product, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        solver.holding.coarse.model.curvature, product.T @ hessian @ product, rtol=1e-9, atol=1e-15
+    )
 
 
 @pytest.mark.mpi
@@ -264,8 +276,10 @@ def test_corrections_of_the_step_before_widen_the_span(world):
     assert plain[0].accepted
     assert plain[0].predicted_reduction == pytest.approx(wide[0].predicted_reduction, rel=1e-10)
     assert wide[1].predicted_reduction > plain[1].predicted_reduction
-    assert wide[2].coarse.last_correction.norm() > 0.0
-    torch.testing.assert_close(wide[2].vector.values, serial[2].vector.values, rtol=1e-8, atol=1e-12)
+    assert wide[2].holding.coarse.last_correction.norm() > 0.0
+    torch.testing.assert_close(
+        *(solver.holding.objective.vector.values for solver in (wide[2], serial[2])), rtol=1e-8, atol=1e-12
+    )
 
 
 def test_dense_gauss_newton_alone_is_the_trust_region_step():
@@ -285,7 +299,7 @@ def test_dense_gauss_newton_alone_is_the_trust_region_step():
         )
         solver = APTS(copy, nn.functional.mse_loss, comm=MPI.COMM_SELF, options=chosen)
         solver.step((inputs, targets))
-        step = solver.schwarz.correction
+        step = solver.holding.schwarz.correction
         exact = torch.from_numpy(minimise_in_ball(matrix.numpy(), gradient.numpy(), radius))
         best, found = (-(gradient @ x + 0.5 * x @ matrix @ x).item() for x in (exact, step))
         assert step.norm() <= radius * (1 + 1e-12) and found >= 0.9 * best
@@ -309,10 +323,10 @@ def test_zero_gradient_and_zero_corrections_are_a_rejection():
     inputs = torch.randn(12, 3, dtype=torch.float64)
     targets = network(inputs).detach()
     solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(subdomains=2), network, nn.functional.mse_loss)
-    before = solver.vector.values.clone()
+    before = solver.holding.objective.vector.values.clone()
     result = solver.step((inputs, targets))
     assert not result.accepted
-    assert torch.equal(solver.vector.values, before)
+    assert torch.equal(solver.holding.objective.vector.values, before)
 
 
 def test_a_linearisation_that_is_not_a_number_is_a_rejection():
@@ -326,10 +340,10 @@ def test_a_linearisation_that_is_not_a_number_is_a_rejection():
     targets = network(inputs).detach()
     targets[6:] += 1.0
     solver = networks.make_solver(MPI.COMM_SELF, gauss_newton(subdomains=2), network, loss)
-    before, radius = solver.vector.values.clone(), solver.state.radius
+    before, radius = solver.holding.objective.vector.values.clone(), solver.state.radius
     result = solver.step((inputs, targets))
     assert not result.accepted and solver.state.radius < radius
-    assert torch.equal(solver.vector.values, before)
+    assert torch.equal(solver.holding.objective.vector.values, before)
 
 
 def test_a_loss_not_convex_in_the_outputs_still_goes_down():
@@ -354,7 +368,7 @@ def test_a_rejected_step_costs_one_loss_evaluation_and_no_gradient():
     results = [solver.step(networks.classified())]
     while results[-1].accepted:
         results.append(solver.step(networks.classified()))
-    assert solver.coarse.raised > 1.0
+    assert solver.holding.coarse.raised > 1.0
     again = solver.step()
     assert again.gradient_evaluations == pytest.approx(1.0 / 3.0)
     assert again.schwarz.loss == results[-1].schwarz.loss
@@ -367,7 +381,7 @@ def test_iterates_do_not_depend_on_the_ranks(world, local_data):
     def iterates(comm):
         solver = networks.make_solver(comm, gauss_newton(local_data=local_data))
         results = [networks.numbers(solver.step(networks.classified())) for _ in range(5)]
-        return np.array(results).ravel(), solver.vector.values
+        return np.array(results).ravel(), solver.holding.objective.vector.values
 
     numbers, values = iterates(world)
     serial_numbers, serial_values = iterates(MPI.COMM_SELF)
@@ -410,7 +424,7 @@ def test_decomposition_of_data_does_not_depend_on_the_ranks(world, model):
         chosen = dataclasses.replace(data_options(), coarse=CoarseOptions(model=model, samples=1.0))
         solver = networks.make_solver(comm, chosen)
         numbers = [networks.numbers(solver.step(networks.classified())) for _ in range(4)]
-        return np.array(numbers).ravel(), solver.vector.values
+        return np.array(numbers).ravel(), solver.holding.objective.vector.values
 
     numbers, values = iterates(world)
     serial_numbers, serial_values = iterates(MPI.COMM_SELF)
@@ -425,4 +439,4 @@ def test_decomposition_of_data_averages_first_order_consistent_corrections():
     _, gradient = networks.loss_and_gradient(networks.classifier(), networks.cross_entropy, networks.classified())
     judged = solver.step(networks.classified()).schwarz
     expected = -judged.radius * gradient / gradient.norm()
-    torch.testing.assert_close(solver.schwarz.correction, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(solver.holding.schwarz.correction, expected, rtol=1e-10, atol=1e-14)

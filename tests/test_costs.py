@@ -137,7 +137,7 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
         solver.step(classified())
         # In the first step on the loss and the local solvers as well; ranks that share a subdomain agree on their
         # shares of its samples.
-        assert solver.events.operations.pop("collect").messages == 4 + (solver._team.size > 1)
+        assert solver.events.operations.pop("collect").messages == 4 + (solver.holding.decomposition.team.size > 1)
         return {name: event.messages for name, event in solver.events.operations.items()}
 
     found = messages(1)
@@ -154,7 +154,7 @@ def test_gradient_of_several_buckets(world):
     expected = loss_and_gradient(network, cross_entropy, classified())[1]
     solver = make_solver(world, options(partition="index"), network)
     solver.step(classified())
-    torch.testing.assert_close(solver.objective.reduction.total, expected, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(solver.holding.objective.reduction.total, expected, rtol=1e-10, atol=1e-15)
     assert solver.events.operations["sum"].messages == 3
     assert solver.events.operations["sum"].bytes == 8 * len(expected)
 
@@ -166,8 +166,8 @@ def test_tensor_that_the_loss_does_not_reach_has_a_zero_gradient(world):
     network[1].unused = nn.Parameter(torch.ones(7, dtype=torch.float64))
     solver = make_solver(world, options(subdomains=2, partition="index"), network)
     for _ in range(2):
-        solver.objective.reduction.total.fill_(torch.nan)
-        solver.vector.gradients.fill_(torch.nan)
+        solver.holding.objective.reduction.total.fill_(torch.nan)
+        solver.holding.objective.vector.gradients.fill_(torch.nan)
         assert solver.step(classified()).accepted
-        assert (solver.objective.reduction.total[-7:] == 0.0).all()
+        assert (solver.holding.objective.reduction.total[-7:] == 0.0).all()
     assert torch.equal(network[1].unused, torch.ones(7, dtype=torch.float64))

@@ -13,7 +13,7 @@ from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions, TrustRegionO
 from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.network.partition import split
-from apts_mpi.staged.holding import StagedAPTS
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
 
@@ -100,10 +100,14 @@ def test_few_rows_give_the_step_of_the_dense_matrix(world, local_data, subdomain
     solver = make_solver(world, chosen, network)
     solver.step((inputs, targets))
     reach = radius / subdomains**0.5
-    for part, curvature in zip(solver.subdomains, curvatures, strict=True):
+    for part, curvature in zip(solver.holding.decomposition.subdomains, curvatures, strict=True):
         block = slice(part.start, part.stop)
         assert uses_rows(17 * CLASSES, part.stop - part.start)
-        matrix, slope, step = damp(curvature[block, block], 1e-3), gradient[block], solver.schwarz.correction[block]
+        matrix, slope, step = (
+            damp(curvature[block, block], 1e-3),
+            gradient[block],
+            solver.holding.schwarz.correction[block],
+        )
         expected, _ = newton_in_ball(matrix, slope, reach)
         torch.testing.assert_close(step, expected, rtol=0.0, atol=1e-9 * expected.norm().item())
         best = torch.from_numpy(minimise_in_ball(matrix.numpy(), slope.numpy(), reach))
@@ -141,7 +145,7 @@ def test_all_ranks_hear_of_a_block_that_is_too_large(world):
     network, batch = large_problem(LARGEST_DENSE + 1)
     chosen = dense_options(subdomains=2, partition="layer", local_data="full", initial_radius=1.0)
     solver = make_solver(world, chosen, network, nn.functional.mse_loss)
-    assert [part.stop - part.start > LARGEST_DENSE for part in solver.subdomains] == [True, False]
+    assert [part.stop - part.start > LARGEST_DENSE for part in solver.holding.decomposition.subdomains] == [True, False]
     where = "rank 0: " if world.size > 1 else ""
     with pytest.raises(SharedInvalidInput, match=f"^{where}local.solver: 'gauss-newton' .* both exceed"):
         solver.step(batch)
@@ -201,7 +205,7 @@ def test_without_curvature_the_step_goes_down_the_gradient_to_the_ball(world, sa
     assert solver.options.local.solver == "gauss-newton"
     first = solver.step(batch).schwarz.loss
     expected = -0.1 * gradient / gradient.norm()
-    torch.testing.assert_close(solver.schwarz.correction, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(solver.holding.schwarz.correction, expected, rtol=1e-9, atol=1e-12)
     for _ in range(40):
         last = solver.step().schwarz.loss
     # The energy, of which the points are a quadrature, falls from 0 and above to -1/24.
@@ -289,8 +293,8 @@ def test_masks_are_those_of_the_pass(world):
         weights = torch.linalg.lstsq(rows.T, own[:, None]).solution
         torch.testing.assert_close(rows.T @ weights, own[:, None], rtol=0.0, atol=1e-12 * own.norm().item())
 
-    solver.objective._keep_gradients = True
-    looking = solver.schwarz.solvers[0] = Looking(solver.schwarz.solvers[0], look)
+    solver.holding.objective.keep_gradients = True
+    looking = solver.holding.schwarz.solvers[0] = Looking(solver.holding.schwarz.solvers[0], look)
     assert solver.step((inputs, inputs)).accepted
     assert looking.seen == 1
 

@@ -202,7 +202,7 @@ def test_whole_batch_or_rows_or_own_shard(world, local_data):
     around, rows = with_noise_around(batch)
 
     def own(solver):
-        ranges = solver.layout.shards(world.rank, len(batch[0]), local_data)
+        ranges = solver.holding.decomposition.teams.shards(world.rank, len(batch[0]), local_data)
         return slice(ranges[0][0], ranges[-1][1])
 
     chosen = {"subdomains": 6, "variant": "exact", "local_data": local_data, "iterations": 2}

@@ -12,7 +12,7 @@ from apts_mpi.parallel import communicator as comm_module
 from apts_mpi.parallel import nonblocking as pending_module
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import HostStreams
-from apts_mpi.staged.holding import StagedAPTS
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools import events as events_module
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.train.baselines import DataParallel
@@ -260,7 +260,7 @@ def test_every_message_is_in_an_event(world, make):
     """Against the calls that reach the MPI library."""
     solver, batch = make(world)
     counts = {}
-    found = [solver.comm, solver._team, *([solver.replica] if make is in_stages else [])]
+    found = [solver.comm, solver.holding.decomposition.team, *([solver.holding.replica] if make is in_stages else [])]
     for communicator in found:
         communicator._mpi = Counting(communicator._mpi, counts)
     for _ in range(2):

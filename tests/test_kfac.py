@@ -182,7 +182,7 @@ def kfac(**changes):
 
 def test_running_means_follow_the_decay_and_the_interval():
     solver = networks.make_solver(MPI.COMM_SELF, kfac(subdomains=1))
-    local = solver.schwarz.solvers[0]
+    local = solver.holding.schwarz.solvers[0]
     seen = []
     for index in range(5):
         solver.step(networks.classified(seed=index))
@@ -198,7 +198,7 @@ def test_a_gradient_that_is_not_finite_stays_out_of_the_running_means():
     bad = inputs.clone()
     bad[0] = torch.nan
     assert not solver.step((bad, targets)).accepted
-    for local in solver.schwarz.solvers.values():
+    for local in solver.holding.schwarz.solvers.values():
         assert all(mean.isfinite().all() for means in local.statistics for mean in means)
     assert any(solver.step((inputs, targets)).accepted for _ in range(5))
 
@@ -208,7 +208,7 @@ def test_iterates_do_not_depend_on_the_ranks(world):
     def iterates(comm):
         solver = networks.make_solver(comm, kfac())
         numbers = [networks.numbers(solver.step(networks.classified(seed=index))) for index in range(5)]
-        return np.array(numbers).ravel(), solver.vector.values
+        return np.array(numbers).ravel(), solver.holding.objective.vector.values
 
     numbers, values = iterates(world)
     serial_numbers, serial_values = iterates(MPI.COMM_SELF)
@@ -230,7 +230,7 @@ def test_weights_used_without_calling_their_layer_fall_back_to_the_gradient():
     network = nn.Sequential(Shifted(), nn.Linear(networks.FEATURES, networks.CLASSES)).double()
     solver = networks.make_solver(MPI.COMM_SELF, kfac(subdomains=2), network)
     results = [solver.step(networks.classified()) for _ in range(5)]
-    kinds = [type(layer[0]) for layer in solver.schwarz.solvers[0]._layers]
+    kinds = [type(layer[0]) for layer in solver.holding.schwarz.solvers[0].layers]
     assert kinds == [SignedFactors]
     assert results[-1].schwarz.loss < results[0].schwarz.loss
 

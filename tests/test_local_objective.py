@@ -27,8 +27,8 @@ class Probe:
 
 def visit(solver, batch, look):
     """Call ``look(subdomain, local objective)`` for each subdomain of this rank, at the point where the solver is."""
-    probes = {subdomain.index: Probe(subdomain, look) for subdomain in solver.schwarz.carried}
-    solver.schwarz.solvers.update(probes)
+    probes = {subdomain.index: Probe(subdomain, look) for subdomain in solver.holding.decomposition.carried}
+    solver.holding.schwarz.solvers.update(probes)
     solver.step(batch)
     assert probes and all(probe.seen for probe in probes.values())
 
@@ -62,7 +62,7 @@ def test_gradient_at_the_start_is_the_global_one(world, variant, partition, loca
 
     def look(subdomain, local):
         value, found = local.value_and_gradient()
-        restricted = solver.objective.reduction.total[subdomain.start : subdomain.stop]
+        restricted = solver.holding.objective.reduction.total[subdomain.start : subdomain.stop]
         assert restricted.norm() > 1e-3
         torch.testing.assert_close(found, restricted, rtol=1e-11, atol=1e-14)
         # A cached value is that of the same masks and statistics.
@@ -125,7 +125,7 @@ def test_correction_reaches_the_gradient_away_from_the_start(world, local_data):
 
 
 def shard_of(solver, subdomain, batch):
-    count, samples = len(solver.subdomains), len(batch[0])
+    count, samples = len(solver.holding.decomposition.subdomains), len(batch[0])
     if solver.options.schwarz.local_data == "full":
         return batch
     own = slice(samples * subdomain.index // count, samples * (subdomain.index + 1) // count)
@@ -139,7 +139,7 @@ def test_exact_objective_is_the_loss_with_the_rest_frozen(world, partition, loca
     """Against the loss of a second network, into which the whole parameter vector is copied."""
     batch, other = classified(), classifier()
     solver = make_solver(world, chosen_options(variant="exact", partition=partition, local_data=local_data))
-    theta = solver.vector.values.clone()
+    theta = solver.holding.objective.vector.values.clone()
 
     def loss_and_slope(values, samples):
         nn.utils.vector_to_parameters(values, other.parameters())
@@ -203,7 +203,7 @@ def test_first_inexact_gradient_is_the_exact_one(world):
     for variant in ("exact", "inexact"):
         solver = make_solver(world, options(variant=variant, solver="sgd", iterations=1))
         solver.step(classified())
-        correction.append(solver.schwarz.correction)
+        correction.append(solver.holding.schwarz.correction)
     torch.testing.assert_close(*correction, rtol=1e-12, atol=1e-15)
 
 

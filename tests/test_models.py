@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from networks import classified, classifier, cross_entropy, flat, squared_error
 from torch import nn
 
-from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, HessianProducts, ProductModel
-from apts_mpi.trust_region.subproblem import euclidean_radius, minimise_in_ball, steihaug
+from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts
+from apts_mpi.trust_region.models import LSR1, ProductModel
+from apts_mpi.trust_region.norms import euclidean_radius
+from apts_mpi.trust_region.subproblem import minimise_in_ball, steihaug
 
 SIZE = 12
 

@@ -37,14 +37,14 @@ def test_parameters_are_views_of_the_flat_vector(world):
     before = flat(network.parameters())
     names = list(network.state_dict())
     solver = make_solver(world, options(), network)
-    assert torch.equal(solver.vector.values, before)
+    assert torch.equal(solver.holding.objective.vector.values, before)
     solver.step(classified())
-    assert not torch.equal(solver.vector.values, before)
-    assert torch.equal(flat(network.parameters()), solver.vector.values)
+    assert not torch.equal(solver.holding.objective.vector.values, before)
+    assert torch.equal(flat(network.parameters()), solver.holding.objective.vector.values)
     assert list(network.state_dict()) == names
-    base = solver.vector.values.untyped_storage().data_ptr()
+    base = solver.holding.objective.vector.values.untyped_storage().data_ptr()
     assert all(parameter.untyped_storage().data_ptr() == base for parameter in network.parameters())
-    solver.vector.values.zero_()
+    solver.holding.objective.vector.values.zero_()
     assert (network[0].weight == 0.0).all()
 
 
@@ -149,7 +149,7 @@ def test_frozen_parameters_stay(world):
     solver = make_solver(world, options(subdomains=3, variant="inexact", iterations=2), network)
     assert solver.step(classified()).accepted
     assert all(map(torch.equal, frozen, [network[0].weight, network[4].weight, network[4].bias]))
-    assert len(solver.vector.values) == len(before) and not torch.equal(flat(trained), before)
+    assert len(solver.holding.objective.vector.values) == len(before) and not torch.equal(flat(trained), before)
 
 
 class Residual(nn.Module):
@@ -269,9 +269,9 @@ def test_second_solver_on_the_same_network(world):
 def test_description_tells_the_subdomains_and_the_options(world):
     solver = make_solver(world, options(subdomains=6, overlap=1, variant="exact", replicas=1))
     text = solver.describe()
-    assert str(len(solver.vector.values)) in text and f"{world.size}" in text
+    assert str(len(solver.holding.objective.vector.values)) in text and f"{world.size}" in text
     assert "overlap=1" in text and "exact" in text
-    for subdomain in solver.subdomains:
+    for subdomain in solver.holding.decomposition.subdomains:
         assert f"subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop}" in text
 
 
@@ -335,6 +335,6 @@ def test_shard_that_is_wrong_on_one_rank_is_refused_on_all(world):
 def test_number_of_subdomains_by_default(world):
     """One a rank of a replica, or as many as there are layers."""
     solver = make_solver(world, options(subdomains=None))
-    assert len(solver.subdomains) == min(world.size, 6)
+    assert len(solver.holding.decomposition.subdomains) == min(world.size, 6)
     solver = make_solver(world, options(subdomains=None, partition="index", replicas=world.size))
-    assert len(solver.subdomains) == 1
+    assert len(solver.holding.decomposition.subdomains) == 1

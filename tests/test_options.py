@@ -42,6 +42,7 @@ BAD_VALUES = [
     (LocalOptions, {"decay": 1.0}, "local.decay: 1.0"),
     (LocalOptions, {"refresh": 0}, "local.refresh: 0"),
     (CoarseOptions, {"model": "galerkin"}, "coarse.model: 'galerkin'"),
+    (CoarseOptions, {"space": "rotations"}, "coarse.space: 'rotations' .* choose one of subdomains, or MODULE:CLASS"),
     (CoarseOptions, {"columns": ("last_step",)}, "coarse.columns: .*include correction"),
     (CoarseOptions, {"columns": ("correction", "noise")}, "coarse.columns: 'noise'"),
     (CoarseOptions, {"columns": ("correction", "correction")}, "coarse.columns: .*give each once"),
@@ -140,7 +141,12 @@ def test_options_cannot_be_changed():
 def test_training_options_reach_the_solver():
     options = TrainingOptions(seed=3, subdomains=5, replicas=2, local=LocalOptions(solver="tr"))
     solver = options.solver_options()
-    assert (solver.seed, solver.subdomains, solver.replicas, solver.local.solver) == (3, 5, 2, "tr")
+    assert (solver.seed, solver.subdomains, solver.replicas, solver.local.solver) == (
+        3,
+        5,
+        2,
+        "tr",
+    )
     assert solver.batch == "whole"
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from apts_mpi import InvalidInput
 from apts_mpi.network.partition import (
     Layer,
-    Layout,
     balanced_cuts,
     make_subdomains,
     most_subdomains,
@@ -18,6 +17,7 @@ from apts_mpi.network.partition import (
     part_of,
     split,
 )
+from apts_mpi.network.teams import Teams
 
 sizes = st.integers(1, 300)
 parts = st.integers(1, 40)
@@ -145,66 +145,66 @@ def test_too_many_subdomains(kind, remedy):
 
 
 @st.composite
-def layouts(draw):
+def arrangements(draw):
     replicas = draw(st.integers(1, 4))
-    return Layout(replicas * draw(st.integers(1, 6)), draw(st.integers(1, 9)), replicas)
+    return Teams(replicas * draw(st.integers(1, 6)), draw(st.integers(1, 9)), replicas)
 
 
 datas = st.sampled_from(["shard", "full"])
 
 
-@given(layouts())
-def test_teams_share_out_the_ranks_and_the_subdomains(layout):
-    members = [rank for team in range(layout.teams) for rank in layout.ranks_of(team)]
-    assert members == list(range(layout.ranks))
-    carried = [index for team in range(layout.teams) for index in layout.subdomains_of(team)]
-    assert carried == list(range(layout.subdomains))
-    for team in range(layout.teams):
-        assert len(layout.ranks_of(team)) >= layout.replicas
-        assert len(layout.subdomains_of(team)) >= 1
-        assert all(layout.team_of(rank) == team for rank in layout.ranks_of(team))
+@given(arrangements())
+def test_teams_share_out_the_ranks_and_the_subdomains(teams):
+    members = [rank for team in range(teams.count) for rank in teams.ranks_of(team)]
+    assert members == list(range(teams.ranks))
+    carried = [index for team in range(teams.count) for index in teams.subdomains_of(team)]
+    assert carried == list(range(teams.subdomains))
+    for team in range(teams.count):
+        assert len(teams.ranks_of(team)) >= teams.replicas
+        assert len(teams.subdomains_of(team)) >= 1
+        assert all(teams.team_of(rank) == team for rank in teams.ranks_of(team))
 
 
-@given(layout=layouts(), batch_size=sizes)
-def test_with_shards_every_sample_is_evaluated_once(layout, batch_size):
+@given(teams=arrangements(), batch_size=sizes)
+def test_with_shards_every_sample_is_evaluated_once(teams, batch_size):
     seen = Counter()
-    for rank in range(layout.ranks):
-        for start, stop in layout.shards(rank, batch_size, "shard"):
+    for rank in range(teams.ranks):
+        for start, stop in teams.shards(rank, batch_size, "shard"):
             seen.update(range(start, stop))
     assert seen == Counter(range(batch_size))
 
 
-@given(layout=layouts(), batch_size=sizes)
-def test_a_subdomain_has_the_same_shard_on_whatever_ranks(layout, batch_size):
+@given(teams=arrangements(), batch_size=sizes)
+def test_a_subdomain_has_the_same_shard_on_whatever_ranks(teams, batch_size):
     """What its team has of it together does not depend on the number of ranks."""
-    alone = Layout(1, layout.subdomains, 1).shards(0, batch_size, "shard")
-    for team in range(layout.teams):
-        passes = zip(*(layout.shards(rank, batch_size, "shard") for rank in layout.ranks_of(team)), strict=True)
-        for index, pieces in zip(layout.subdomains_of(team), passes, strict=True):
+    alone = Teams(1, teams.subdomains, 1).shards(0, batch_size, "shard")
+    for team in range(teams.count):
+        passes = zip(*(teams.shards(rank, batch_size, "shard") for rank in teams.ranks_of(team)), strict=True)
+        for index, pieces in zip(teams.subdomains_of(team), passes, strict=True):
             samples = [sample for start, stop in pieces for sample in range(start, stop)]
             assert samples == list(range(*alone[index]))
 
 
-@given(layout=layouts(), batch_size=sizes)
-def test_with_full_data_every_team_evaluates_every_sample_once(layout, batch_size):
-    for team in range(layout.teams):
-        ranges = [layout.shards(rank, batch_size, "full") for rank in layout.ranks_of(team)]
+@given(teams=arrangements(), batch_size=sizes)
+def test_with_full_data_every_team_evaluates_every_sample_once(teams, batch_size):
+    for team in range(teams.count):
+        ranges = [teams.shards(rank, batch_size, "full") for rank in teams.ranks_of(team)]
         assert all(len(of_rank) == 1 for of_rank in ranges)
         assert [sample for ((start, stop),) in ranges for sample in range(start, stop)] == list(range(batch_size))
 
 
-@given(layout=layouts(), local_data=datas)
-def test_smallest_batch_leaves_no_pass_empty(layout, local_data):
+@given(teams=arrangements(), local_data=datas)
+def test_smallest_batch_leaves_no_pass_empty(teams, local_data):
     def empty(batch_size):
-        ranges = [part for rank in range(layout.ranks) for part in layout.shards(rank, batch_size, local_data)]
+        ranges = [part for rank in range(teams.ranks) for part in teams.shards(rank, batch_size, local_data)]
         return any(start == stop for start, stop in ranges)
 
-    least = layout.smallest_batch(local_data)
+    least = teams.smallest_batch(local_data)
     assert not any(empty(batch_size) for batch_size in range(least, least + 50))
-    if layout.ranks % layout.teams == 0:  # with uneven teams it is on the safe side
+    if teams.ranks % teams.count == 0:  # with uneven teams it is on the safe side
         assert empty(least - 1)
 
 
 def test_replicas_must_divide_the_ranks():
     with pytest.raises(InvalidInput, match="replicas: 3 does not divide the 4 ranks; give a divisor, or other ranks"):
-        Layout(4, 2, 3)
+        Teams(4, 2, 3)

@@ -44,8 +44,8 @@ def test_tuples_of_any_dtype(world, schedule, recompute):
     assert judged.accepted
     loss, gradients = gradient_in_parts(built(tuples), batch, 5)
     assert judged.loss == pytest.approx(loss, rel=1e-13)
-    for entry in solver.vector.entries:
-        own = solver.objective.reduction.total[entry.start : entry.stop]
+    for entry in solver.holding.objective.vector.entries:
+        own = solver.holding.objective.reduction.total[entry.start : entry.stop]
         torch.testing.assert_close(own, gradients[entry.name].flatten(), rtol=1e-12, atol=1e-15)
     expected = gradient_in_parts(_loaded(tuples, whole_state(solver)), batch, 5)[0]
     assert judged.trial_loss == pytest.approx(expected, rel=1e-13)
@@ -167,7 +167,7 @@ def test_shapes_are_agreed_once(world):
 def test_a_stage_that_raises_is_named(world):
     comm = Communicator(type(world).Dup(world), Events())
     comm.limit_patience(2.0, [f"stage {rank}" for rank in range(world.size)])
-    pipeline = Pipeline(comm, [f"stage {rank}" for rank in range(world.size)], torch.device("cpu"), comm._events)
+    pipeline = Pipeline(comm, [f"stage {rank}" for rank in range(world.size)], torch.device("cpu"))
 
     def forward(index, entering):
         if pipeline.stage == 1:

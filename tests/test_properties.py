@@ -68,8 +68,8 @@ def test_steps_stay_in_the_ball_and_are_judged_by_the_rule(case):
     rule, network = chosen.trust_region, small_network(seed)
     kind = 2.0 if rule.norm == "2" else math.inf
     solver = make_solver(MPI.COMM_SELF, chosen, network)
-    watched = {index: Watched(local) for index, local in solver.schwarz.solvers.items()}
-    solver.schwarz.solvers.update(watched)
+    watched = {index: Watched(local) for index, local in solver.holding.schwarz.solvers.items()}
+    solver.holding.schwarz.solvers.update(watched)
     batches = classified(30, seed), None, None, classified(30, seed + 1)
     radius = rule.initial_radius
     for batch in batches:

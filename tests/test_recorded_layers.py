@@ -456,7 +456,7 @@ def test_networks_of_layers_of_other_kinds_are_trained(name):
     solver = make_solver(MPI.COMM_SELF, kfac(subdomains=1), network)
     results = [solver.step(classified()) for _ in range(4)]
     assert results[-1].schwarz.loss < results[0].schwarz.loss
-    first, *middle, last = (type(curvature) for curvature, _, _ in solver.schwarz.solvers[0]._layers)
+    first, *middle, last = (type(curvature) for curvature, _, _ in solver.holding.schwarz.solvers[0].layers)
     assert first is last is KroneckerFactors
     if kinds:
         assert set(middle) == kinds
@@ -487,9 +487,11 @@ def test_in_place_under_autocast():
         inputs, targets = classified()
         for _ in range(3):
             solver.step((inputs.float(), targets))
-        statistics = [mean for local in solver.schwarz.solvers.values() for means in local.statistics for mean in means]
+        statistics = [
+            mean for local in solver.holding.schwarz.solvers.values() for means in local.statistics for mean in means
+        ]
         assert {mean.dtype for mean in statistics} == {torch.float32}
-        return solver.vector.values, statistics
+        return solver.holding.objective.vector.values, statistics
 
     torch.testing.assert_close(values(bent_in_place), values(bent), rtol=0.0, atol=0.0)
 
@@ -502,8 +504,8 @@ def test_in_place_in_stages_with_micro_batches(world):
         solver = StagedAPTS(network, cross_entropy, comm=world, options=options)
         for _ in range(3):
             solver.step(classified())
-        kinds = {type(layer[0]) for local in solver.schwarz.solvers.values() for layer in local._layers}
+        kinds = {type(layer[0]) for local in solver.holding.schwarz.solvers.values() for layer in local.layers}
         assert kinds == {KroneckerFactors}
-        return solver.vector.values
+        return solver.holding.objective.vector.values
 
     torch.testing.assert_close(values(bent_in_place), values(bent), rtol=0.0, atol=0.0)

@@ -179,7 +179,7 @@ def test_one_step(world, choice):
         return
     reference = Reference(classifier(), batch, chosen)
     step = reference.step(chosen.trust_region.initial_radius)
-    torch.testing.assert_close(solver.schwarz.correction, step, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(solver.holding.schwarz.correction, step, rtol=1e-10, atol=1e-12)
     assert step.count_nonzero() > 0.9 * len(step)  # no local solve stood still
     loss, trial_loss = (reference.loss(reference.theta + part, batch).item() for part in (0.0 * step, step))
     predicted = -(reference.gradient @ step).item()

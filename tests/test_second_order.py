@@ -11,7 +11,8 @@ from torch import nn
 
 from apts_mpi import APTS, InvalidInput, LocalOptions
 from apts_mpi.curvature.dense import gram
-from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, ProductModel
+from apts_mpi.curvature.products import GaussNewtonProducts
+from apts_mpi.trust_region.models import LSR1, ProductModel
 
 
 def with_products(chosen, product):
@@ -35,8 +36,8 @@ class Probe:
 
 
 def visit(solver, look):
-    probes = {subdomain.index: Probe(look) for subdomain in solver.schwarz.carried}
-    solver.schwarz.solvers.update(probes)
+    probes = {subdomain.index: Probe(look) for subdomain in solver.holding.decomposition.carried}
+    solver.holding.schwarz.solvers.update(probes)
     solver.step(classified())
     assert all(probe.seen for probe in probes.values())
 
@@ -87,7 +88,7 @@ def test_hessian_products_of_the_local_objective_make_a_model_of_order_3(
 @pytest.mark.parametrize(("subdomains", "partition"), [(1, "layer"), (6, "index")])
 def test_gauss_newton_products_of_the_local_objective_are_those_of_the_dense_matrix(world, subdomains, partition):
     solver = make_solver(world, options(variant="exact", partition=partition, subdomains=subdomains, solver="lsr1"))
-    team = solver._team
+    team = solver.holding.decomposition.team
 
     def look(local, radius, kind):
         rows = local.gauss_newton_rows()
@@ -137,7 +138,7 @@ class Checked:
 def test_local_steps_stay_in_the_ball_and_lower_the_objective(choice, norm, initial_radius):
     chosen = chosen_options(choice, norm=norm, subdomains=2, iterations=4, initial_radius=initial_radius)
     solver = make_solver(MPI.COMM_SELF, chosen)
-    solvers = solver.schwarz.solvers
+    solvers = solver.holding.schwarz.solvers
     solvers.update({index: Checked(own) for index, own in solvers.items()})
     for _ in range(3):
         solver.step(classified())
@@ -147,8 +148,8 @@ def test_local_steps_stay_in_the_ball_and_lower_the_objective(choice, norm, init
 @pytest.mark.mpi
 def test_rejected_trials_are_remembered(world):
     solver = make_solver(world, options(variant="exact", subdomains=1, solver="lsr1", initial_radius=100.0))
-    (own,) = solver.schwarz.solvers.values()
-    solver.schwarz.solvers[0] = checked = Checked(own)
+    (own,) = solver.holding.schwarz.solvers.values()
+    solver.holding.schwarz.solvers[0] = checked = Checked(own)
     solver.step(classified())
     assert not checked.moved
     assert [step.norm().item() for step in own.memory.steps] == pytest.approx([100.0], rel=1e-12)
@@ -215,13 +216,13 @@ def test_global_step_is_in_the_ball_and_its_prediction_is_the_model(world, model
         return flat(torch.autograd.grad(loss, list(network.parameters())))
 
     memory = LSR1()
-    find = solver.global_step.find
+    find = solver.holding.global_step.find
     points, seen = [], []
 
     def checked(passes, own, radius):
         if model == "lsr1":
             before, slope = points[-1]
-            memory.update(solver.vector.values - before, gradient() - slope)
+            memory.update(solver.holding.objective.vector.values - before, gradient() - slope)
             expected = memory
         else:
             products = GaussNewtonProducts(network(inputs), targets, cross_entropy, list(network.parameters()))
@@ -234,13 +235,13 @@ def test_global_step_is_in_the_ball_and_its_prediction_is_the_model(world, model
         seen.append(step)
         return step, predicted
 
-    solver.global_step.find = checked
+    solver.holding.global_step.find = checked
     for _ in range(4):
-        before, slope = solver.vector.values.clone(), gradient()
+        before, slope = solver.holding.objective.vector.values.clone(), gradient()
         points.append((before, slope))
         solver.step((inputs, targets))
     assert len(seen) == 4
-    assert model != "lsr1" or 0 < len(memory.steps) == len(solver.global_step.memory.steps)
+    assert model != "lsr1" or 0 < len(memory.steps) == len(solver.holding.global_step.memory.steps)
 
 
 def linear_problem():

@@ -99,11 +99,11 @@ def test_signed_gradients_are_sums_over_the_samples(world, variant, local_data, 
     chosen = options(subdomains=subdomains, variant=variant, local_data=local_data)
     solver = make_solver(world, chosen, network)
     parameters = list(network.parameters())
-    index = solver.schwarz.carried[0].index
-    extent = solver.schwarz.carried[0]
+    index = solver.holding.decomposition.carried[0].index
+    extent = solver.holding.decomposition.carried[0]
     first, last = (0, len(inputs)) if local_data == "full" else split(len(inputs), subdomains, index)
     signs = 2.0 * torch.randint(2, (last - first, 2), generator=torch.Generator().manual_seed(3)).double() - 1.0
-    expected = torch.zeros(2, solver.vector.values.numel(), dtype=torch.float64)
+    expected = torch.zeros(2, solver.holding.objective.vector.values.numel(), dtype=torch.float64)
     for place in range(first, last):
         loss = cross_entropy(network(inputs[place : place + 1]), targets[place : place + 1])
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
@@ -114,7 +114,7 @@ def test_signed_gradients_are_sums_over_the_samples(world, variant, local_data, 
         for own, whole in zip(found, expected, strict=True):
             torch.testing.assert_close(own, whole[extent.start : extent.stop], rtol=1e-11, atol=1e-14)
 
-    looking = solver.schwarz.solvers[index] = Looking(solver.schwarz.solvers[index], look)
+    looking = solver.holding.schwarz.solvers[index] = Looking(solver.holding.schwarz.solvers[index], look)
     solver.step((inputs, targets))
     assert looking.seen == 1
 
@@ -136,7 +136,7 @@ def test_signs_are_independent_where_every_rank_gives_its_own_samples(world):
         expected = torch.cat([part.flatten() for part in parts])
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
-    looking = solver.schwarz.solvers[0] = Looking(solver.schwarz.solvers[0], look)
+    looking = solver.holding.schwarz.solvers[0] = Looking(solver.holding.schwarz.solvers[0], look)
     solver.step((inputs[own], targets[own]))
     assert looking.seen == 1
 
@@ -196,8 +196,8 @@ def test_iterates_do_not_depend_on_the_ranks(world, schwarz):
         chosen = APTSOptions(subdomains=2, local=LocalOptions(solver="kfac"), schwarz=SchwarzOptions(**schwarz))
         solver = APTS(recurrent(), cross_entropy, comm=comm, options=chosen)
         losses = [solver.step(classified(seed=index)).schwarz.loss for index in range(6)]
-        kinds = {type(layer[0]) for local in solver.schwarz.solvers.values() for layer in local._layers}
-        return losses, solver.vector.values, kinds
+        kinds = {type(layer[0]) for local in solver.holding.schwarz.solvers.values() for layer in local.layers}
+        return losses, solver.holding.objective.vector.values, kinds
 
     losses, values, _ = iterates(world)
     serial_losses, serial_values, kinds = iterates(MPI.COMM_SELF)
@@ -215,11 +215,11 @@ def test_state_goes_on_in_another_solver():
     first, second = solver(), solver()
     for index in range(7):
         first.step(classified(seed=index))
-    for index, local in first.schwarz.solvers.items():
-        second.schwarz.solvers[index].restore(local.state())
-    for index, local in first.schwarz.solvers.items():
-        gradient = normal(local._layers[-1][2].stop)
-        assert torch.equal(local.direction(gradient), second.schwarz.solvers[index].direction(gradient))
+    for index, local in first.holding.schwarz.solvers.items():
+        second.holding.schwarz.solvers[index].restore(local.state())
+    for index, local in first.holding.schwarz.solvers.items():
+        gradient = normal(local.layers[-1][2].stop)
+        assert torch.equal(local.direction(gradient), second.holding.schwarz.solvers[index].direction(gradient))
 
 
 class Bent(nn.Linear):
@@ -238,7 +238,7 @@ def test_micro_batches_have_the_signs_of_the_batch(world):
         chosen = staged(APTSOptions(), solver="kfac", micro_batches=micro_batches)
         solver = StagedAPTS(network, cross_entropy, comm=world, options=chosen)
         found = [solver.step(classified(seed=index)).schwarz.loss for index in range(4)]
-        kinds = {type(layer[0]) for local in solver.schwarz.solvers.values() for layer in local._layers}
+        kinds = {type(layer[0]) for local in solver.holding.schwarz.solvers.values() for layer in local.layers}
         assert SignedFactors in kinds
         return found
 

@@ -202,7 +202,7 @@ def test_any_number_of_ranks_goes_on(world, directory, solver):
             with CheckpointDirectory(directory / f"{size}", saved.comm) as checkpoints:
                 checkpoints.save(arrays, metadata, 0)
             go_on(saved, 3, 6, False)
-            final[size] = saved.vector.values
+            final[size] = saved.holding.objective.vector.values
     world.Barrier()
     for before, after in itertools.product(sizes, sizes):
         if world.rank < after:
@@ -210,7 +210,9 @@ def test_any_number_of_ranks_goes_on(world, directory, solver):
             restore(resumed, resumed.comm, directory / f"{before}")
             go_on(resumed, 3, 6, False)
             if world.rank < before:
-                torch.testing.assert_close(resumed.vector.values, final[before], rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(
+                    resumed.holding.objective.vector.values, final[before], rtol=1e-10, atol=1e-12
+                )
     for group in groups.values():
         group.Free()
 
@@ -233,11 +235,11 @@ def test_other_number_of_subdomains_takes_over_vectors_and_layers(world, directo
 def whole_state(solver):
     """Sums over what the local solvers keep, each owned parameter or layer once."""
     total = 0.0
-    for solver_of_part in solver.schwarz.solvers.values():
+    for solver_of_part in solver.holding.schwarz.solvers.values():
         state = solver_of_part.state()
         total += sum(float(vector.abs().sum()) for vector in state.vectors.values())
         total += sum(float(tensor.abs().sum()) for layer in state.layers for tensor in layer.tensors)
-    share = total if solver.schwarz.leads else 0.0
+    share = total if solver.holding.decomposition.leads else 0.0
     return round(solver.comm.mpi.allreduce(share), 9)
 
 

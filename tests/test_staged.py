@@ -1,4 +1,4 @@
-"""Layout staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
+"""Teams staged: the iterates of the replicated inexact variant, whatever ranks, micro-batches and schedule."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Layout staged: a rank reads the data that its stage needs, and no more."""
+"""Teams staged: a rank reads the data that its stage needs, and no more."""
 
 import functools
 

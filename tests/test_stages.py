@@ -7,8 +7,8 @@ from staged_networks import NETWORKS, built, mlp, staged
 from torch import nn
 
 from apts_mpi import APTSOptions, InvalidInput, PipelineOptions, StagedAPTS
+from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
-from apts_mpi.staged.holding import build_stage
 from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble, most_in_flight
 from apts_mpi.staged.stages import Elsewhere, cut, keep_stage, multiplications, places_of, stages_of
 

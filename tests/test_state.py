@@ -93,7 +93,7 @@ def test_accepted_step_moves_the_running_statistics_once(world, local_data, subd
         assert solver.step((inputs, targets)).accepted
         changes = []
         for rank in range(world.size):
-            for start, stop in solver.layout.shards(rank, SAMPLES, local_data):
+            for start, stop in solver.holding.decomposition.teams.shards(rank, SAMPLES, local_data):
                 twin.load_state_dict(dict(network.named_parameters()) | buffers)
                 with torch.no_grad():
                     twin(inputs[start:stop])
@@ -170,7 +170,7 @@ def test_not_a_number_on_one_rank_is_a_rejection_on_all(world, spoil, iterations
     judged = solver.step(classified()).schwarz
     assert not judged.accepted and judged.next_radius == 0.25 * radius
     assert_unchanged(network, before)
-    for adam in solver.schwarz.solvers.values():
+    for adam in solver.holding.schwarz.solvers.values():
         assert adam.first_moment.isfinite().all() and adam.second_moment.isfinite().all()
     loss.spoil = None
     assert solver.step(classified()).accepted
@@ -229,9 +229,9 @@ def test_step_after_a_rejection_is_judged_as_what_it_is(world):
     shrunk = 0
     while not judged.accepted:
         before = flat(network.parameters())
-        gradient = solver.objective.reduction.total.clone()
+        gradient = solver.holding.objective.reduction.total.clone()
         judged = solver.step().schwarz
-        step = flat(network.parameters()) - before if judged.accepted else solver.schwarz.correction
+        step = flat(network.parameters()) - before if judged.accepted else solver.holding.schwarz.correction
         assert judged.step_norm <= judged.radius * (1.0 + 1e-12)
         assert judged.step_norm == pytest.approx(step.norm().item(), rel=1e-10)
         assert judged.predicted_reduction == pytest.approx(-torch.dot(gradient, step).item(), rel=1e-10)

@@ -21,7 +21,8 @@ from apts_mpi.train.__main__ import main
 from apts_mpi.train.layouts import train_problem
 from apts_mpi.train.metrics import dimension_of_classes
 from apts_mpi.train.parser import make_parser, parse, spell
-from apts_mpi.train.training import RETRIES, why_not_accepted
+from apts_mpi.train.rejection import why_not_accepted
+from apts_mpi.train.training import RETRIES
 from apts_mpi.trust_region.acceptance import Judged
 
 # All that decides what a run does, whatever the defaults are.

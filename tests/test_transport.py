@@ -198,7 +198,7 @@ def iterates(world, options):
     found = []
     for batch in (classified(), None, classified(seed=3), None):
         solver.step(batch)
-        found.append(solver.vector.values.clone())
+        found.append(solver.holding.objective.vector.values.clone())
     return torch.stack(found)
 
 
@@ -230,7 +230,7 @@ def test_layout_staged_through_copies_is_direct_to_the_bit(world):
         solver = StagedAPTS(network, cross_entropy, comm=world, options=options)
         for batch in (classified(), None, classified(seed=3)):
             solver.step(batch)
-        return solver.vector.values.clone()
+        return solver.holding.objective.vector.values.clone()
 
     direct = run()
     use_transport(CPU, "staged")

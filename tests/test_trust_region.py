@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import TrustRegionOptions
-from apts_mpi.network.parameters import clip_to_ball, norm
-from apts_mpi.trust_region.subproblem import judge, minimise_in_ball, newton_in_ball, steepest_descent, subdomain_radius
+from apts_mpi.trust_region.acceptance import judge
+from apts_mpi.trust_region.norms import clip_to_ball, norm, steepest_descent, subdomain_radius
+from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
 # Multiples of 1/8, so that the arithmetic of the rule is exact and its borders are met.
 eighths = st.integers(-24, 24).map(lambda number: number / 8)
@@ -41,7 +42,7 @@ def rules(draw):
 )  # fmt: skip
 def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, length, earlier, noise):
     length = min(length, radius)
-    decision = judge(
+    judged = judge(
         rule,
         radius=radius,
         loss=loss,
@@ -54,16 +55,16 @@ def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, leng
     counted = earlier[max(len(earlier) - rule.window, 0) :]
     fall = Fraction(max([loss, *counted])) - Fraction(trial)
     ratio = (fall + Fraction(noise)) / (Fraction(predicted) + Fraction(noise))
-    assert decision.actual_reduction == float(fall)
-    assert decision.rho == pytest.approx(float(ratio), rel=1e-15)
-    assert decision.accepted == (ratio >= Fraction(rule.eta1))
+    assert judged.actual_reduction == float(fall)
+    assert judged.rho == pytest.approx(float(ratio), rel=1e-15)
+    assert judged.accepted == (ratio >= Fraction(rule.eta1))
     if ratio < Fraction(rule.shrink_below):
         expected = rule.decrease_factor * length
     elif ratio >= Fraction(rule.eta2) and length == radius:
         expected = rule.increase_factor * radius
     else:
         expected = radius
-    assert decision.radius == min(max(expected, rule.min_radius), rule.max_radius)
+    assert judged.next_radius == min(max(expected, rule.min_radius), rule.max_radius)
 
 
 infinite = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -74,23 +75,23 @@ def test_what_is_not_finite_is_a_rejection_with_a_shrink(rule, place, bad, radiu
     numbers = [1.0, 0.5, 0.5, radius]
     numbers[place] = bad
     loss, trial, predicted, length = numbers
-    decision = judge(rule, radius=radius, loss=loss, trial_loss=trial, predicted_reduction=predicted, step_norm=length)
-    assert not decision.accepted and decision.rho == -math.inf
-    assert decision.radius == max(rule.decrease_factor * radius, rule.min_radius)
+    judged = judge(rule, radius=radius, loss=loss, trial_loss=trial, predicted_reduction=predicted, step_norm=length)
+    assert not judged.accepted and judged.rho == -math.inf
+    assert judged.next_radius == max(rule.decrease_factor * radius, rule.min_radius)
 
 
 @given(rule=rules(), predicted=st.sampled_from([0.0, -0.0, -1.0, -1e-300]), radius=positive, trial=eighths)
 def test_a_model_that_predicts_no_reduction_is_a_rejection(rule, predicted, radius, trial):
-    decision = judge(rule, radius=radius, loss=1.0, trial_loss=trial, predicted_reduction=predicted, step_norm=radius)
-    assert not decision.accepted and decision.rho == -math.inf
-    assert decision.radius == max(rule.decrease_factor * radius, rule.min_radius)
+    judged = judge(rule, radius=radius, loss=1.0, trial_loss=trial, predicted_reduction=predicted, step_norm=radius)
+    assert not judged.accepted and judged.rho == -math.inf
+    assert judged.next_radius == max(rule.decrease_factor * radius, rule.min_radius)
 
 
 @given(rule=rules(), length=st.floats(0.0, 1.0), radius=positive)
 def test_the_radius_grows_on_the_boundary_only(rule, length, radius):
     """A step scaled to the boundary in float32 may miss it by 1e-7 or so; one at 99 % of it has not reached it."""
-    decision = judge(rule, radius=radius, loss=1.0, trial_loss=-9.0, predicted_reduction=1.0, step_norm=length * radius)
-    grew = decision.radius > radius
+    judged = judge(rule, radius=radius, loss=1.0, trial_loss=-9.0, predicted_reduction=1.0, step_norm=length * radius)
+    grew = judged.next_radius > radius
     if length < 0.99:
         assert not grew
     if length > 1.0 - 1e-6:
@@ -100,7 +101,7 @@ def test_the_radius_grows_on_the_boundary_only(rule, length, radius):
 def test_monotone_without_a_window():
     """Earlier losses are not looked at, however many are given."""
     rule = TrustRegionOptions(window=0)
-    decision = judge(
+    judged = judge(
         rule,
         radius=1.0,
         loss=1.0,
@@ -109,7 +110,7 @@ def test_monotone_without_a_window():
         step_norm=1.0,
         earlier_losses=(9.0, 9.0),
     )
-    assert not decision.accepted and decision.actual_reduction == -0.5
+    assert not judged.accepted and judged.actual_reduction == -0.5
 
 
 norms = st.sampled_from(["2", "inf"])

@@ -20,10 +20,10 @@ from apts_mpi import (
     TrustRegionOptions,
 )
 from apts_mpi.curvature.linearisation import Column, Linearisation
-from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.objective import Pass
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seed_stream
 from apts_mpi.tools.events import Events
@@ -175,9 +175,15 @@ def test_reduced_matrix_equals_the_dense_one_in_one_pass(name):
     )
     segmented.measure(inputs)
     network.load_state_dict(before)
-    buffers = Buffers(network, Communicator(MPI.COMM_SELF, Events()), vector.values)
-    linearisation = Linearisation(segmented, vector, buffers, cross_entropy, Events())
-    found = linearisation.reduced(Pass(inputs, targets, 1.0, (7,), (), 0, 9), columns)
+    objective = Objective(
+        segmented=segmented,
+        vector=vector,
+        loss=cross_entropy,
+        inexact=False,
+        keep_gradients=False,
+        comm=Communicator(MPI.COMM_SELF, Events()),
+    )
+    found = Linearisation(objective).reduced(Pass(inputs, targets, 1.0, (7,), (), 0, 9), columns)
     # Both are sums of a few hundred float64 products.
     torch.testing.assert_close(found, product.T @ hessian @ product, rtol=1e-10, atol=1e-14)
     for tensor, saved in zip(network.state_dict().values(), before.values(), strict=True):

@@ -5,8 +5,9 @@ import torch
 from networks import classifier, flat
 
 from apts_mpi import InvalidInput
-from apts_mpi.network.parameters import FlatParameters, norm
+from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.parallel.transport import Mirror, choose_device
+from apts_mpi.trust_region.norms import norm
 
 
 def test_norms():

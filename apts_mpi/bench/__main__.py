@@ -7,10 +7,11 @@ beside the iteration that they time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apts_mpi.tools.command import add_version, said_once
+from apts_mpi.tools.command import FAILED, add_version, said_once
 
 
 def positive(text: str) -> int:
@@ -56,14 +57,36 @@ def _add_repetitions(parser: argparse.ArgumentParser, default: int, words: str) 
     parser.add_argument("--repetitions", type=positive, default=default, help=f"{words} (default: {default})")
 
 
+def measurements() -> dict[str, Callable[..., None]]:
+    """By their names on the command line; imported here, as they need MPI."""
+    from apts_mpi.bench.checkpoint import checkpoint
+    from apts_mpi.bench.events import events
+    from apts_mpi.bench.iteration import iteration
+    from apts_mpi.bench.memory import memory
+    from apts_mpi.bench.pipeline import pipeline
+
+    return {
+        "iteration": iteration,
+        "checkpoint": checkpoint,
+        "memory": memory,
+        "pipeline": pipeline,
+        "events": events,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, on all ranks of ``MPI.COMM_WORLD``."""
     with said_once():
         options = vars(parse(arguments))
-    # Not above: it needs MPI, which --help and --version do without.
-    from apts_mpi.bench.measurements import make_measurement
+    # Not above: it is there with MPI, which --help and --version do without.
+    from mpi4py import MPI
 
-    make_measurement(options.pop("command"), options)
+    try:
+        measurements()[options.pop("command")](**options)
+    except Exception:
+        # The other ranks wait for this one.
+        traceback.print_exc()
+        MPI.COMM_WORLD.Abort(FAILED)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from apts_mpi.parallel.nonblocking import Pending, Starts
 from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.problems import build
-from apts_mpi.staged.holding import StagedAPTS
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events, Spans

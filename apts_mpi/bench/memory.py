@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
 from apts_mpi.bench.staged_networks import batch, network, options
-from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.build import build_stage
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.command import FILE_WIDTH
 
 MEBIBYTE = 2**20
@@ -65,8 +66,8 @@ def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intra
         while not made.step(data).accepted:
             pass
         total = tensor_bytes() - before
-        element = made.vector.values.element_size()
-        size = made.vector.values.numel() * element
-        gradients = (made.vector.gradients.numel() + made.objective.reduction.total.numel()) * element
+        objective = made.holding.objective
+        size = objective.vector.values.nbytes
+        gradients = objective.vector.gradients.nbytes + objective.reduction.total.nbytes
         own = [size, gradients, total - size - gradients, total]
     return [world.allreduce(value, MPI.MAX) for value in own]

@@ -19,8 +19,8 @@ from apts_mpi.bench.staged_networks import batch, network, options
 from apts_mpi.options import APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn, wait_for_all
-from apts_mpi.staged.holding import StagedAPTS
 from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import free_port
 from apts_mpi.tools.events import Event, Events

@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, vjp, vmap
 
 from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, with_differentiable
-from apts_mpi.objective.objective import Loss
+from apts_mpi.objective.passes import Loss
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 

@@ -37,6 +37,9 @@ class KroneckerFactors:
         ``nn.Linear``, or a convolution without groups.
     """
 
+    kind = "KroneckerFactors"
+    signed = False
+
     # What its parameters are called.
     names = ("weight", "bias")
 
@@ -104,11 +107,15 @@ class AttentionFactors(KroneckerFactors):
     The projection of what is attended to is a layer of its own.
     """
 
+    kind = "AttentionFactors"
     names = ("in_proj_weight", "in_proj_bias")
 
 
 class EmbeddingFactors:
     """K-FAC of an ``nn.Embedding``: its inputs are unit vectors, so that A is diagonal; or zero, those of padding."""
+
+    kind = "EmbeddingFactors"
+    signed = False
 
     def __init__(self, module: nn.Embedding) -> None:
         self._module = module
@@ -145,6 +152,9 @@ class NormalisationDiagonal:
     module
         ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GroupNorm``, or batch or instance normalisation.
     """
+
+    kind = "NormalisationDiagonal"
+    signed = False
 
     def __init__(self, module: Normalisation) -> None:
         self._module = module

@@ -42,7 +42,18 @@ class LayerBatch:
 
 
 class Curvature(Protocol):
-    """Approximate curvature of one layer, a running mean of what `measure` returns."""
+    """Approximate curvature of one layer, a running mean of what `measure` returns.
+
+    Attributes
+    ----------
+    kind : str
+        By which checkpoints know it; never to be renamed.
+    signed : bool
+        Whether it is measured by gradients with random signs of the samples.
+    """
+
+    kind: str
+    signed: bool
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """Statistics of one batch."""

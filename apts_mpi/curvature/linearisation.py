@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, tensors_of, with_differentiable
-from apts_mpi.network.buffers import Buffers
-from apts_mpi.network.parameters import Entry, FlatParameters
+from apts_mpi.network.parameters import Entry
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.objective import Loss, Pass
-from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
+from apts_mpi.tools.environment import random_state, set_random_state
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -64,20 +64,17 @@ class Linearisation:
 
     Parameters
     ----------
-    segmented, vector, buffers, loss
-        The network's segments, flat parameters and buffers, and the loss.
-    events
-        Where work is counted.
+    objective
+        Of the network: its segments, parameters and loss.
     """
 
-    def __init__(
-        self, segmented: SegmentedNetwork, vector: FlatParameters, buffers: Buffers, loss: Loss, events: Events
-    ) -> None:
+    def __init__(self, objective: Objective) -> None:
         _import_what_torch_imports_late()
-        self._segmented = segmented
-        self._buffers = buffers
-        self._loss = loss
-        self._events = events
+        self._objective = objective
+        self._segmented = segmented = objective.segmented
+        self._loss = objective.loss
+        self._events = objective.events
+        vector = objective.vector
         self._without_forward_mode: set[int] = set()
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
         self._own: list[dict[str, Entry]] = [
@@ -110,16 +107,13 @@ class Linearisation:
     @contextmanager
     def drawing(self, part: Pass) -> Iterator[None]:
         """Run the block for a pass: with its random stream and statistics, without graphs and leaving no trace."""
-        device = part.inputs.device
         with (
-            preserved_random_state(device),
             torch.no_grad(),
             _statistics_of_batch(self._segmented),
-            self._buffers.copied(),
+            self._objective.replayed(part.stream),
             # The fused kernels of attention have neither forward mode nor second derivatives.
             sdpa_kernel(SDPBackend.MATH),
         ):
-            seed_stream(device, *part.stream)
             yield
 
     def between(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,9 @@ class SignedFactors:
         Of the parameters, in their order.
     """
 
+    kind = "SignedFactors"
+    signed = True
+
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self._shapes = [(shape[0], shape[1:].numel()) if len(shape) > 1 else tuple(shape) for shape in shapes]
 

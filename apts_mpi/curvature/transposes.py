@@ -1,4 +1,4 @@
-"""Tangents by reverse mode."""
+"""Derivatives transposed: reverse mode alone, which every operation has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from apts_mpi.network.activations import Bundle, detached, differentiable
+
+
+def transposed(
+    values: Sequence[torch.Tensor],
+    variables: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    create_graph: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The transposed derivative of ``values`` times ``weights``; zero where there is nothing to differentiate."""
+    reached = [pair for pair in zip(values, weights, strict=True) if pair[0].requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(variable) for variable in variables)
+    values, weights = zip(*reached, strict=True)
+    return torch.autograd.grad(
+        values, variables, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
 
 
 def by_transposes(

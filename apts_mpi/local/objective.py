@@ -4,90 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from apts_mpi.curvature.dense import BlockJacobian
+from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
+from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
 from apts_mpi.network.recorder import LayerRecord
-from apts_mpi.objective.objective import Cache, Objective
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Cache
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.tools.environment import preserved_random_state, set_random_state
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.trust_region.models import GaussNewtonProducts, HessianProducts, Product, ProductKind
-
-
-class GaussNewtonRows:
-    """Rows of the Gauss-Newton matrix on the samples of one pass, for the neighbouring subdomains of a rank.
-
-    They are computed when first asked for, at the parameters of that moment, for all subdomains at once, which costs
-    little more than for one: each needs the same passes through the network.
-
-    Parameters
-    ----------
-    objective
-        The global objective.
-    caches
-        Of the subdomains, on the same samples.
-    events
-        Where work is counted.
-
-    Attributes
-    ----------
-    owned : set of (int, int)
-        Ranges of the flat vector that the subdomains own.
-    """
-
-    def __init__(self, objective: Objective, caches: Sequence[Cache], events: Events) -> None:
-        self._objective = objective
-        self._cache = min(caches, key=lambda cache: cache.subdomain.first_segment)
-        start, stop = min(c.subdomain.start for c in caches), max(c.subdomain.stop for c in caches)
-        self.owned = {(c.subdomain.owned_start, c.subdomain.owned_stop) for c in caches}
-        self._touched = objective.vector.touching(start, stop)
-        self._start = objective.vector.entries[self._touched][0].start
-        self._events = events
-        self._rows: torch.Tensor | None = None
-
-    def of(self, start: int, stop: int) -> torch.Tensor:
-        """R with ``R^T R`` the matrix of a range of the flat vector, shape (samples * outputs, stop - start)."""
-        if self._rows is None:
-            self._rows = self._compute()
-        return self._rows[:, start - self._start : stop - self._start]
-
-    def count(self) -> int:
-        """Number of rows, without computing them."""
-        if self._rows is not None:
-            return len(self._rows)
-        with torch.no_grad(), self._as_evaluated():
-            outputs = nn.Sequential(*self._segments())(self._cache.inputs[:1])
-        return len(self._cache.targets) * outputs.numel()
-
-    def _compute(self) -> torch.Tensor:
-        objective, cache = self._objective, self._cache
-        segments, first = objective.segmented, cache.subdomain.first_segment
-        parameters = objective.vector.parameters[self._touched]
-        jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
-        with self._as_evaluated():
-            rows = jacobian.rows(cache.inputs, cache.targets)
-        self._events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), jacobian.cost)
-        return rows
-
-    def _segments(self) -> Sequence[nn.Module]:
-        return self._objective.segmented.segments[self._cache.subdomain.first_segment :]
-
-    @contextmanager
-    def _as_evaluated(self) -> Iterator[None]:
-        """Run the block with the masks of the global evaluation, and leave no trace."""
-        device = self._cache.inputs.device
-        with preserved_random_state(device), self._objective.buffers.copied():
-            set_random_state(self._cache.random_state, device)
-            yield
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 
 class LocalObjective:
@@ -109,8 +40,6 @@ class LocalObjective:
         The ranks that share the subdomain's samples.
     weight
         This rank's share of the team's samples.
-    events
-        Where work is counted.
     rows : GaussNewtonRows, optional
         Those at theta_k on these samples, of this subdomain and others.
 
@@ -131,7 +60,6 @@ class LocalObjective:
         gradient: torch.Tensor,
         team: Communicator,
         weight: float,
-        events: Events,
         rows: GaussNewtonRows | None = None,
     ) -> None:
         subdomain = cache.subdomain
@@ -144,7 +72,6 @@ class LocalObjective:
         self._team = team
         self.weight = weight
         self.samples = sum(len(part.targets) for part in self._parts)
-        self._events = events
         self._rows = rows
         self._at_start = self.block if rows is None else self.block.clone()
         touched = vector.touching(subdomain.start, subdomain.stop)
@@ -272,7 +199,7 @@ class LocalObjective:
 
     def _present_rows(self) -> GaussNewtonRows:
         if self._rows is None or not torch.equal(self.block, self._at_start):
-            return GaussNewtonRows(self._objective, [self._cache], self._events)
+            return GaussNewtonRows(self._objective, [self._cache])
         return self._rows
 
     def products(self, kind: ProductKind) -> Product:
@@ -322,9 +249,7 @@ class LocalObjective:
     def _outputs(self, cache: Cache) -> Bundle:
         """What the objective's last segment returns, with the masks of the global evaluation."""
         objective = self._objective
-        device = self.block.device
-        with preserved_random_state(device), objective.buffers.copied():
-            set_random_state(cache.random_state, device)
+        with objective.replayed(cache.random_state):
             outputs = objective.load(cache.inputs)
             for segment in objective.segmented.segments[cache.subdomain.first_segment : self._last_segment + 1]:
                 outputs = objective.segmented.run(segment, outputs)
@@ -337,7 +262,7 @@ class LocalObjective:
 
     def _count(self, cost: float) -> None:
         share = self._objective.segmented.share(self._cache.subdomain.first_segment, self._last_segment)
-        self._events.count_work(self.samples, share, cost)
+        self._objective.events.count_work(self.samples, share, cost)
 
     def _over_team(self, gradient: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over the team's samples, of a block and a scalar in one message."""

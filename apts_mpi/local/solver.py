@@ -1,16 +1,24 @@
-"""What a local solver keeps from one iteration to the next, in a form that a checkpoint can hold."""
+"""What a local solver is: what it says of itself, what it is made for, and what it keeps."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+
+from apts_mpi.curvature.layer import Curvature
+from apts_mpi.local.objective import LocalObjective
+from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.trust_region.norms import NormKind, steepest_descent
 
 
 @dataclass
 class LayerState:
-    """Tensors that belong to a layer, and the name of the class that made them."""
+    """Tensors that belong to a layer, and the kind of curvature that made them."""
 
     kind: str
     tensors: list[torch.Tensor]
@@ -18,7 +26,7 @@ class LayerState:
 
 @dataclass
 class LocalState:
-    """State of the local solver of one subdomain.
+    """State of the local solver of one subdomain, in a form that a checkpoint can hold.
 
     Attributes
     ----------
@@ -35,12 +43,131 @@ class LocalState:
     layers: list[LayerState] = field(default_factory=list)
 
 
-class Memoryless:
-    """A local solver that keeps nothing."""
+class WholeLayer(NamedTuple):
+    """A layer of a subdomain: its curvature, its module, and its range within the block."""
+
+    curvature: Curvature
+    module: torch.nn.Module
+    part: slice
+
+
+@dataclass(frozen=True)
+class LocalSetting:
+    """What a local solver is made for: one subdomain on one team.
+
+    Attributes
+    ----------
+    options, trust_region
+        Those of local solvers, composed, and those of the ball.
+    block : Tensor, shape (stop - start,)
+        The subdomain's parameters.
+    layers : sequence of WholeLayer
+        Its layers, for a solver that asks for whole ones; else empty.
+    team
+        The ranks that share the subdomain's samples.
+    """
+
+    options: LocalOptions
+    trust_region: TrustRegionOptions
+    block: torch.Tensor
+    layers: Sequence[WholeLayer]
+    team: Communicator
+
+
+@dataclass(frozen=True)
+class Split:
+    """A network as its subdomains have it.
+
+    Attributes
+    ----------
+    called : bool
+        Whether a function calls the network, for more than its outputs.
+    normalised, random : bool
+        Whether it has batch normalisation, and dropout.
+    whole : bool
+        Whether every subdomain consists of whole layers.
+    largest : int
+        Parameters of the largest subdomain.
+    """
+
+    called: bool
+    normalised: bool
+    random: bool
+    whole: bool
+    largest: int
+
+
+class LocalSolver(ABC):
+    """Moves the block of a subdomain to a better point of its ball.
+
+    The class attributes say what a solver needs; all have a default. An instance is made for each subdomain that a rank
+    carries, from a `LocalSetting`.
+
+    Attributes
+    ----------
+    evaluates : bool
+        Whether it evaluates the local objective at its first iteration already, beyond the global gradient.
+    whole_layers : bool
+        Whether it needs whole layers: `LocalSetting.layers`, and `LocalObjective.records` of their inputs and output
+        gradients.
+    dense : bool
+        Whether it takes `LocalObjective.gauss_newton_rows`, so that blocks have to be small. The coarse level then uses
+        these rows as well.
+    divisible : bool
+        Whether its state can be given to other subdomains than those that it was saved of.
+    preconditions : bool
+        Whether `direction` knows the curvature.
+    damping, quadratic_damping : float or None
+        What ``local.damping`` is unless the user says otherwise, and what it is for a loss that is quadratic in the
+        outputs; None: the same.
+    local_data, coarse_norm, coarse_samples
+        What ``schwarz.local_data auto``, ``coarse.norm auto`` and ``coarse.samples null`` stand for with it.
+    """
+
+    evaluates: ClassVar[bool] = False
+    whole_layers: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
+    preconditions: ClassVar[bool] = False
+    damping: ClassVar[float | None] = None
+    quadratic_damping: ClassVar[float | None] = None
+    local_data: ClassVar[Literal["shard", "full"]] = "shard"
+    coarse_norm: ClassVar[Literal["2", "scaled"]] = "2"
+    coarse_samples: ClassVar[float | None] = None
+
+    @classmethod
+    def needs_exact(cls, options: LocalOptions) -> bool:
+        """Whether it needs the exact local objective."""
+        return False
+
+    @classmethod
+    def check(cls, options: APTSOptions, split: Split) -> None:
+        """Raise `apts_mpi.InvalidInput` for options, their variant chosen, or a network that it cannot work with."""
+
+    def __init__(self, setting: LocalSetting) -> None:
+        self.setting = setting
+
+    @abstractmethod
+    def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
+        """Move ``local.block`` from R_d theta_k by at most ``radius``. Collective over the team where it evaluates."""
+
+    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Minus an approximate inverse curvature times a gradient, both of shape (stop - start,)."""
+        return -gradient
 
     def state(self) -> LocalState:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
+        """What it keeps from one iteration to the next."""
         return LocalState()
 
     def restore(self, state: LocalState) -> None:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
+        """Take over the state of a solver of the same kind."""
+
+
+def ensure_descent(gradient: torch.Tensor, displacement: torch.Tensor, radius: float, kind: NormKind) -> torch.Tensor:
+    """``displacement``, or the steepest descent where it does not go down.
+
+    Directions with memory may point uphill after the batch or the point changed. Displacements that each go down have
+    a sum with a positive predicted reduction, so that a shrinking radius ends in an accepted step.
+    """
+    uphill = torch.dot(gradient, displacement) >= 0.0
+    return torch.where(uphill, steepest_descent(gradient, radius, kind), displacement)

@@ -7,31 +7,22 @@ from __future__ import annotations
 
 import torch
 
+from apts_mpi.errors import InvalidInput
 from apts_mpi.local.objective import LocalObjective
-from apts_mpi.local.solver import LocalState, Memoryless
-from apts_mpi.network.parameters import clip_to_ball, norm
-from apts_mpi.options import TrustRegionOptions
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.trust_region.models import LSR1, Model, ProductKind, ProductModel
-from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, judge
+from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, Split
+from apts_mpi.options import APTSOptions, LocalOptions
+from apts_mpi.trust_region.acceptance import judge
+from apts_mpi.trust_region.models import LSR1, Model, ProductModel
+from apts_mpi.trust_region.norms import NormKind, clip_to_ball, euclidean_radius, norm
 
 # Names of the two vectors of a pair in the state.
 PAIR = ("step", "change")
 
 
-class LSR1TrustRegion:
+class LSR1TrustRegion(LocalSolver):
     """Trust region on the local objective with a limited-memory SR1 model.
 
     An iteration costs one gradient of the local objective.
-
-    Parameters
-    ----------
-    iterations
-        Trials.
-    options
-        Of the ball.
-    team
-        The ranks that share the subdomain's samples.
 
     Attributes
     ----------
@@ -39,16 +30,17 @@ class LSR1TrustRegion:
         The pairs of all trials, rejected ones too; they last from one iteration to the next.
     """
 
-    def __init__(self, iterations: int, options: TrustRegionOptions, team: Communicator) -> None:
-        self._iterations = iterations
-        self._options = options
-        self._team = team
+    evaluates = True
+    divisible = False
+
+    def __init__(self, setting: LocalSetting) -> None:
+        super().__init__(setting)
         self.memory = LSR1()
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
-        trials = _Trials(local, radius, kind, self._options, self._team)
-        for _ in range(self._iterations):
+        """See `LocalSolver`."""
+        trials = _Trials(local, radius, kind, self.setting)
+        for _ in range(self.setting.options.iterations):
             before = trials.gradient
             step = trials.take(self.memory)
             value, gradient = local.value_and_gradient()
@@ -56,56 +48,63 @@ class LSR1TrustRegion:
             trials.judge(value, gradient)
 
     def state(self) -> LocalState:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
+        """See `LocalSolver`."""
         memory = self.memory
         pairs = enumerate(zip(memory.steps, memory.changes, strict=True))
         vectors = {f"{name}_{index}": vector for index, pair in pairs for name, vector in zip(PAIR, pair, strict=True)}
         return LocalState(numbers={"pairs": len(memory.steps), "gamma": memory.gamma}, vectors=vectors)
 
     def restore(self, state: LocalState) -> None:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
+        """See `LocalSolver`."""
         steps, changes = (
             [state.vectors[f"{name}_{index}"] for index in range(state.numbers["pairs"])] for name in PAIR
         )
         self.memory.restore(steps, changes, state.numbers["gamma"])
 
 
-class SteihaugTrustRegion(Memoryless):
+class SteihaugTrustRegion(LocalSolver):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
     An iteration costs up to ``apts_mpi.trust_region.models.CG_ITERATIONS`` + 1 products. The last one evaluates the
     objective without its gradient.
-
-    Parameters
-    ----------
-    iterations
-        Trials.
-    product
-        Which curvature.
-    options
-        Of the ball.
-    team
-        The ranks that share the subdomain's samples.
     """
 
-    def __init__(self, iterations: int, product: ProductKind, options: TrustRegionOptions, team: Communicator) -> None:
-        self._iterations = iterations
-        self._product = product
-        self._options = options
-        self._team = team
+    evaluates = True
+
+    @classmethod
+    def needs_exact(cls, options: LocalOptions) -> bool:
+        """See `LocalSolver`."""
+        return options.product == "gauss-newton"
+
+    @classmethod
+    def check(cls, options: APTSOptions, split: Split) -> None:
+        """See `LocalSolver`."""
+        if not cls.needs_exact(options.local):
+            return
+        if options.layout == "staged":
+            raise InvalidInput(
+                "local.product: 'gauss-newton' is not for layout staged, as it needs the layers up to the loss; choose "
+                "hessian"
+            )
+        if options.schwarz.variant == "inexact":
+            raise InvalidInput(
+                "local.product: 'gauss-newton' is zero with schwarz.variant inexact, whose local objectives are linear "
+                "in their outputs; choose --schwarz.variant exact, or --local.product hessian"
+            )
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
-        """See `apts_mpi.local.gradient.LocalSolver`."""
-        trials = _Trials(local, radius, kind, self._options, self._team)
-        for iteration in range(self._iterations):
-            trials.take(ProductModel(local.products(self._product), agree=self._agree))
-            if iteration < self._iterations - 1:
+        """See `LocalSolver`."""
+        trials = _Trials(local, radius, kind, self.setting)
+        options = self.setting.options
+        for iteration in range(options.iterations):
+            trials.take(ProductModel(local.products(options.product), agree=self._agree))
+            if iteration < options.iterations - 1:
                 trials.judge(*local.value_and_gradient())
             else:
                 trials.judge(local.value(), trials.gradient)
 
     def _agree(self, stop: bool) -> bool:
-        return bool(self._team.decide(lambda: [stop])[0])
+        return bool(self.setting.team.decide(lambda: [stop])[0])
 
 
 class _Trials:
@@ -117,13 +116,11 @@ class _Trials:
         Of the local objective at the last accepted point.
     """
 
-    def __init__(
-        self, local: LocalObjective, radius: float, kind: NormKind, options: TrustRegionOptions, team: Communicator
-    ) -> None:
+    def __init__(self, local: LocalObjective, radius: float, kind: NormKind, setting: LocalSetting) -> None:
         self._local = local
         self._kind = kind
-        self._options = options
-        self._team = team
+        self._options = setting.trust_region
+        self._team = setting.team
         self._centre = local.block.clone()
         self._radius = self._reach = radius
         local.begin()
@@ -150,7 +147,7 @@ class _Trials:
 
         def decide() -> tuple[float, float, float]:
             trial = float(value)
-            decision = judge(
+            judged = judge(
                 self._options,
                 radius=self._reach,
                 loss=self._value,
@@ -158,7 +155,7 @@ class _Trials:
                 predicted_reduction=self._predicted,
                 step_norm=self._length,
             )
-            return decision.accepted, min(decision.radius, self._radius), trial
+            return judged.accepted, min(judged.next_radius, self._radius), trial
 
         accepted, self._reach, trial = self._team.decide(decide)
         if accepted:

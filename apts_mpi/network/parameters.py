@@ -1,29 +1,13 @@
-"""The flat parameter and gradient buffers that the tensors of a network alias, and operations on flat vectors."""
+"""The flat parameter and gradient buffers that the tensors of a network alias."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.transport import ADMITTED_DTYPES
-
-
-def norm(vector: torch.Tensor, kind: Literal["2", "inf"]) -> torch.Tensor:
-    """Norm of a flat vector, shape (), without waiting for the device."""
-    return torch.linalg.vector_norm(vector, ord=2.0 if kind == "2" else torch.inf)
-
-
-def clip_to_ball(vector: torch.Tensor, radius: float | torch.Tensor, kind: Literal["2", "inf"]) -> None:
-    """Scale ``vector`` in place so that its norm is at most ``radius``."""
-    vector.mul_((radius / norm(vector, kind)).clamp(max=1.0).nan_to_num(nan=1.0))
-
-
-def dots(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, ...]:
-    """Inner products of pairs of flat vectors; waits for the device once."""
-    return tuple(torch.stack([torch.dot(left, right) for left, right in pairs]).tolist())
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,8 @@ class FlatParameters:
 
     Attributes
     ----------
+    network : nn.Module
+        As given.
     values : Tensor, shape (n,)
         The parameters.
     gradients : Tensor, shape (n,)
@@ -83,6 +69,7 @@ class FlatParameters:
                     f"network: parameter {name} is {parameter.dtype} on {parameter.device}, {named[0][0]} is "
                     f"{first.dtype} on {first.device}; convert the network to one dtype and device"
                 )
+        self.network = network
         self.parameters = tuple(parameter for _, parameter in named)
         size = sum(parameter.numel() for parameter in self.parameters)
         self.values = torch.empty(size, dtype=first.dtype, device=first.device)

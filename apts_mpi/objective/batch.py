@@ -1,16 +1,94 @@
-"""A batch cut into the passes of this rank."""
+"""A batch as a rank sees it: the samples that it runs the network over, in passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import Layout, Subdomain, split
-from apts_mpi.objective.objective import Pass
+from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.network.partition import Subdomain, split
+from apts_mpi.network.teams import Teams
+from apts_mpi.objective.passes import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
+
+# Inputs and targets, with the samples in the first dimension; None where another stage has them.
+Samples = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of the present function.
+
+    Attributes
+    ----------
+    samples
+        What the user gave.
+    rows : Tensor of int or None
+        Which of them count, in this order; None: all.
+    passes : list of Pass
+        Those of this rank.
+    size : int
+        Number of samples, of all ranks together.
+    shares : list of float
+        This rank's share of its team's samples in each pass.
+    """
+
+    samples: Samples
+    rows: torch.Tensor | None
+    passes: list[Pass]
+    size: int
+    shares: list[float]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of a tensor that count.
+
+    Attributes
+    ----------
+    data : Tensor
+        Samples in the first dimension.
+    rows : Tensor of int or None
+        Which of them, in this order; None: all.
+    """
+
+    data: torch.Tensor
+    rows: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.data if self.rows is None else self.rows)
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """A range of them: a copy of no more than that, or a view."""
+        return self.data[start:stop] if self.rows is None else self.data[self.rows[start:stop]]
+
+
+class Piece(NamedTuple):
+    """Samples ``start`` to ``stop`` of a selection, and the fields of their `Pass`."""
+
+    start: int
+    stop: int
+    weight: float
+    stream: tuple[int, ...]
+    subdomains: tuple[Subdomain, ...]
+    position: int
+    shard_size: int
+
+    def of(self, inputs: Selection, targets: Selection) -> Pass:
+        """The pass over these samples."""
+        parts = inputs.part(self.start, self.stop), targets.part(self.start, self.stop)
+        return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size)
+
+
+def check_counts(inputs: int, targets: int) -> None:
+    """Raise `InvalidInput` unless there are as many inputs as targets."""
+    if inputs != targets:
+        raise InvalidInput(f"batch: {inputs} inputs but {targets} targets; give as many of each")
 
 
 def samples_of_pass(network: torch.nn.Module) -> int:
@@ -19,31 +97,29 @@ def samples_of_pass(network: torch.nn.Module) -> int:
     return 2 if any(module.training or module.running_mean is None for module in norms) else 1
 
 
-def passes_of_batch(
-    batch: tuple[torch.Tensor, torch.Tensor],
+def cut_batch(
+    samples: Samples,
     rows: torch.Tensor | None,
     *,
-    layout: Layout,
-    subdomains: Sequence[Subdomain],
-    comm: Communicator,
+    decomposition: Decomposition,
     local_data: LocalData,
     whole: bool,
     stream: tuple[int, ...],
-    least: int = 1,
-) -> tuple[list[Pass], int]:
-    """This rank's passes, and the number of samples of the batch. Collective.
+    least: int,
+) -> Batch:
+    """Cut a batch into the passes of a rank that has the whole network. Collective.
 
     Parameters
     ----------
-    batch
-        Inputs and targets, samples in the first dimension: of the whole batch, or (``whole`` false) those of this
-        rank alone, in the order of its passes.
+    samples
+        Inputs and targets: of the whole batch, or (``whole`` false) those of this rank alone, in the order of its
+        passes.
     rows
-        Samples of ``batch`` that count, in this order; None: all.
-    layout, subdomains, comm
+        Samples that count, in this order; None: all.
+    decomposition
         Who owns what.
     local_data
-        See `Layout.shards`.
+        See `apts_mpi.network.teams.Teams.shards`.
     whole
         Whether every rank was given the whole batch.
     stream
@@ -56,48 +132,50 @@ def passes_of_batch(
     InvalidInput
         On every rank, if inputs and targets differ in samples on one, or if a pass would have too few.
     """
-    inputs, targets = batch
-    team = layout.team_of(comm.rank)
-    carried = [subdomains[index] for index in layout.subdomains_of(team)]
-    member = comm.rank - layout.ranks_of(team).start
-    groups = [(subdomain,) for subdomain in carried] if local_data == "shard" else [tuple(carried)]
-    count = len(inputs) if rows is None else len(rows)
+    teams, comm = decomposition.teams, decomposition.comm
+    full, carried = local_data == "full", decomposition.carried
+    groups = [carried] if full else [(subdomain,) for subdomain in carried]
     with comm.shared_errors():
-        if len(inputs) != len(targets):
-            raise InvalidInput(f"batch: {len(inputs)} inputs but {len(targets)} targets; give as many of each")
+        inputs, targets = samples
+        if inputs is None or targets is None:
+            raise InvalidInput("batch: it has no inputs or no targets; give both, samples in the first dimension")
+        check_counts(len(inputs), len(targets))
+        count = len(inputs if rows is None else rows)
         if whole:
-            ranges = layout.shards(comm.rank, count, local_data)
-            needed = least * layout.smallest_batch(local_data)
+            ranges = teams.shards(comm.rank, count, local_data)
         else:
             ranges = [split(count, len(groups), index) for index in range(len(groups))]
-            needed = least * len(groups)
-        if count < needed:
-            each = f", {least} a pass for batch normalisation" if least > 1 else ""
-            where = "the batch" if whole else "a rank's shard of the batch"
-            raise InvalidInput(
-                f"batch_size: {where} has {count} samples, but {layout.ranks} ranks with {layout.subdomains} "
-                f"subdomains need {needed}{each}; give a larger batch, or fewer ranks or subdomains"
-            )
+        _check_size(count, least, teams.smallest_batch(local_data) if whole else len(groups), whole, teams)
     own = sum(stop - start for start, stop in ranges)
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.
-    total = comm.total(own) if not whole else count * (layout.teams if local_data == "full" else 1)
-    batch_size = total // (layout.teams if local_data == "full" else 1)
-    passes = []
+    copies = teams.count if full else 1
+    total = count * copies if whole else comm.total(own)
+    pieces = []
     for (start, stop), group in zip(ranges, groups, strict=True):
-        shard = (0, count) if local_data == "full" else split(count, layout.subdomains, group[0].index)
-        part = slice(start, stop) if rows is None else rows[start:stop]
-        passes.append(
-            Pass(
-                inputs[part],
-                targets[part],
+        first, last = (0, count) if full else split(count, teams.subdomains, group[0].index)
+        pieces.append(
+            Piece(
+                start,
+                stop,
                 weight=(stop - start) / total,
-                stream=(*stream, group[0].index if local_data == "shard" else 0, member),
+                stream=(*stream, 0 if full else group[0].index, decomposition.team.rank),
                 subdomains=group,
-                position=start - shard[0] if whole else 0,
-                shard_size=shard[1] - shard[0] if whole else stop - start,
+                position=start - first if whole else 0,
+                shard_size=last - first if whole else stop - start,
             )
         )
-    return passes, batch_size
+    passes = [piece.of(Selection(inputs, rows), Selection(targets, rows)) for piece in pieces]
+    return Batch(samples, rows, passes, total // copies, team_shares(passes, decomposition.team))
+
+
+def _check_size(count: int, least: int, passes: int, whole: bool, teams: Teams) -> None:
+    if count < least * passes:
+        each = f", {least} a pass for batch normalisation" if least > 1 else ""
+        where = "the batch" if whole else "a rank's shard of the batch"
+        raise InvalidInput(
+            f"batch_size: {where} has {count} samples, but {teams.ranks} ranks with {teams.subdomains} subdomains need "
+            f"{least * passes}{each}; give a larger batch, or fewer ranks or subdomains"
+        )
 
 
 def team_shares(passes: Sequence[Pass], team: Communicator) -> list[float]:

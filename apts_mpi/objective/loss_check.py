@@ -13,31 +13,24 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
-from apts_mpi.objective.objective import Loss, Objective, Pass
+from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.tools.environment import preserved_random_state
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
 MOST, FEWEST = 64, 4
 
 
-def check_objective(
-    objective: Objective,
-    part: Pass,
-    batch: tuple[torch.Tensor, torch.Tensor],
-    rows: torch.Tensor | None,
-    comm: Communicator,
-) -> None:
+def check_objective(objective: Objective, batch: Batch, comm: Communicator) -> None:
     """Try the loss on a few samples at the present parameters, and leave no trace. Collective.
 
     Parameters
     ----------
     objective
         The network and its loss.
-    part
-        A pass of this rank.
-    batch, rows
-        The samples that this rank was given, see `apts_mpi.APTS.step`.
+    batch
+        The samples.
     comm
         The ranks.
 
@@ -46,10 +39,12 @@ def check_objective(
     SharedInvalidInput
         On every rank, see `check_loss`.
     """
-    inputs, targets = batch
-    few = some_rows(len(inputs), rows, part.samples, comm.rank)
+    inputs, targets = batch.samples
+    assert inputs is not None and targets is not None  # as the batch was cut
+    part = batch.passes[0]
+    few = some_rows(len(inputs), batch.rows, part.samples, comm.rank)
     sample = replace(part, inputs=inputs[few], targets=targets[few])
-    with comm.shared_refusals(), preserved_random_state(inputs.device), objective.buffers.copied(), torch.enable_grad():
+    with comm.shared_refusals(), objective.replayed(), torch.enable_grad():
         outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
         check_loss(objective.loss, outputs, sample.targets)
 

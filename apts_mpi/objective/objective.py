@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,118 +14,11 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.objective.passes import Cache, Loss, Pass, Run
 from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.transport import on_device
-from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Cache:
-    """What a local objective needs of a pass: it never runs the segments before its own again.
-
-    Attributes
-    ----------
-    subdomain : Subdomain
-        Whose cache it is.
-    inputs : Tensor or tuple of Tensor
-        Activations that enter the subdomain's first segment.
-    random_state : Tensor
-        State of the random stream there, so that a local evaluation draws the same dropout masks.
-    targets : Tensor
-        Targets of the pass.
-    outputs : Tensor, tuple of Tensor, or None
-        Output of the subdomain's last segment; None where the local objective uses the true loss.
-    output_gradient : Tensor, tuple of Tensor, or None
-        Gradient of the pass's loss with respect to `outputs`.
-    value : Tensor, shape (), float64
-        The local objective at theta_k, without the first-order correction.
-    gradient : Tensor, shape (stop - start,), or None
-        Its gradient with respect to the subdomain; kept where local solvers evaluate.
-    records : list of LayerRecord
-        Calls of the layers that the objective was asked to record, in the whole pass.
-    share : float
-        Factor of the true loss of these samples in the local objective.
-    micro_batches : list of Cache
-        What the local objective runs over, where the samples are in several parts; empty: this cache itself.
-    """
-
-    subdomain: Subdomain
-    inputs: Any
-    random_state: torch.Tensor
-    targets: torch.Tensor
-    outputs: Bundle | None = None
-    output_gradient: Any = None
-    value: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
-    records: list[LayerRecord] = field(default_factory=list)
-    share: float = 1.0
-    micro_batches: list[Cache] = field(default_factory=list)
-
-
-@dataclass
-class Pass:
-    """One run of the network over some of this rank's samples.
-
-    Attributes
-    ----------
-    inputs, targets : Tensor
-        The samples.
-    weight : float
-        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
-    stream : tuple of int
-        Key of the random stream; equal keys draw equal dropout masks.
-    subdomains : tuple of Subdomain
-        The subdomains whose caches are filled.
-    position, shard_size : int
-        Where these samples begin in the shard that the team shares, and the number of its samples.
-    """
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    weight: float
-    stream: tuple[int, ...]
-    subdomains: tuple[Subdomain, ...]
-    position: int
-    shard_size: int
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.inputs.shape[0]
-
-    def thinned(self, share: float) -> Pass | None:
-        """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
-        places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
-        counts = (places * share).ceil()
-        chosen = on_device((counts[1:] > counts[:-1]).nonzero().squeeze(1), self.inputs.device)
-        if len(chosen) == 0:
-            return None
-        shard_weight = self.weight * self.shard_size / self.samples
-        weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
-        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen], weight=weight)
-
-
-@dataclass
-class Run:
-    """A forward evaluation of all passes of this rank.
-
-    Attributes
-    ----------
-    loss : Tensor, shape (), float64
-        This rank's part of f: the weighted sum of its passes' mean losses.
-    losses : list of Tensor
-        Mean loss of each pass, with its graph until the backward pass.
-    caches : list of list of Cache
-        Caches of each pass.
-    """
-
-    loss: torch.Tensor
-    losses: list[torch.Tensor] = field(default_factory=list)
-    caches: list[list[Cache]] = field(default_factory=list)
+from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 
 class Objective:
@@ -134,8 +26,8 @@ class Objective:
 
     Parameters
     ----------
-    network, segmented, vector
-        The network, its segments and its flat parameters.
+    segmented, vector
+        The network's segments, and its flat parameters.
     loss
         Function of (outputs, targets) that returns the mean over samples, shape ().
     inexact
@@ -144,14 +36,26 @@ class Objective:
         Whether the caches keep the passes' own gradients; local solvers with more than one iteration need them.
     recorded
         Layers whose inputs and output gradients are recorded.
-    comm, events
-        The ranks, and where work is counted.
+    comm
+        The ranks.
+
+    Attributes
+    ----------
+    network
+        The network.
+    segmented, vector, loss, inexact, keep_gradients
+        As given.
+    buffers : Buffers
+        The network's.
+    reduction : GradientReduction
+        Its ``total`` is the gradient of the last `backward`.
+    events : Events
+        Where work is counted.
     """
 
     def __init__(
         self,
         *,
-        network: torch.nn.Module,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
         loss: Loss,
@@ -159,19 +63,35 @@ class Objective:
         keep_gradients: bool,
         recorded: Sequence[torch.nn.Module] = (),
         comm: Communicator,
-        events: Events,
     ) -> None:
-        self.network = network
+        self.network = vector.network
         self.segmented = segmented
         self.vector = vector
         self.loss = loss
         self.inexact = inexact
-        self.buffers = Buffers(network, comm, vector.values)
+        self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
-        self._keep_gradients = keep_gradients
+        self.keep_gradients = keep_gradients
         self._recorder = LayerRecorder(recorded)
-        self._events = events
+        self.events = comm.events
         self._device = vector.values.device
+
+    @contextmanager
+    def replayed(self, random: tuple[int, ...] | torch.Tensor | None = None) -> Iterator[None]:
+        """Run the network in the block as it is evaluated, and leave no trace in its buffers and the random state.
+
+        Parameters
+        ----------
+        random
+            The random numbers to draw: those of a stream (`Pass.stream`), from a state on (`Cache.random_state`), or
+            (None) whichever come.
+        """
+        with preserved_random_state(self._device), self.buffers.copied():
+            if isinstance(random, torch.Tensor):
+                set_random_state(random, self._device)
+            elif random is not None:
+                seed_stream(self._device, *random)
+            yield
 
     def forward(self, passes: Sequence[Pass], keep_graph: bool) -> Run:
         """Evaluate this rank's part of f at the present parameters.
@@ -188,7 +108,7 @@ class Objective:
         run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
         self.buffers.begin()
         with preserved_random_state(self._device):
-            with self.buffers.copied():
+            with self.replayed():
                 self.segmented.measure(passes[0].inputs[:8])
             for part in passes:
                 with (
@@ -203,7 +123,7 @@ class Objective:
                 if keep_graph:
                     run.losses.append(loss)
                     run.caches.append(caches)
-                self._events.count_work(part.samples, 1.0, FORWARD)
+                self.events.count_work(part.samples, 1.0, FORWARD)
         return run
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[torch.Tensor, list[Cache]]:
@@ -260,7 +180,7 @@ class Objective:
         self.vector.alias_gradients()
         gradients.zero_()
         for index, (part, loss, caches) in enumerate(zip(passes, run.losses, run.caches, strict=True)):
-            if self._keep_gradients:
+            if self.keep_gradients:
                 for cache in caches:
                     cache.gradient = gradients[cache.subdomain.start : cache.subdomain.stop].clone()
             if index == len(passes) - 1:
@@ -270,7 +190,7 @@ class Objective:
                 record.complete(part.weight)
             for cache in caches:
                 self._complete(cache, loss.detach(), part.weight)
-            self._events.count_work(part.samples, 1.0, BACKWARD)
+            self.events.count_work(part.samples, 1.0, BACKWARD)
         run.losses = []
         self.reduction.finish().wait()
 

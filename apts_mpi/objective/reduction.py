@@ -9,10 +9,7 @@ import torch
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
-from apts_mpi.parallel.transport import Mirror
-
-# Large enough for bandwidth, small enough that the first sum starts early in the backward pass.
-BUCKET_BYTES = 1 << 20
+from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
 
 
 class GradientReduction:

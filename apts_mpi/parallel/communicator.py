@@ -76,7 +76,7 @@ class Communicator:
     ) -> None:
         self._private = _private(comm)
         self._mpi = self._private.comm
-        self._events = events
+        self.events = events
         self.patience = patience
         self._starts = Starts() if starts is None else starts
         self.rank = self._mpi.Get_rank()
@@ -89,7 +89,7 @@ class Communicator:
             groups = self._private.groups
             if colors not in groups:
                 groups[colors] = self._mpi.Split(color, self.rank)
-        return Communicator(groups[colors], self._events, self.patience, self._starts)
+        return Communicator(groups[colors], self.events, self.patience, self._starts)
 
     @property
     def mpi(self) -> MPI.Intracomm:
@@ -106,7 +106,7 @@ class Communicator:
 
     def pending(self) -> Pending:
         """An empty set of operations."""
-        return Pending(self._events, self._starts, self.patience)
+        return Pending(self.events, self._starts, self.patience)
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
@@ -119,11 +119,11 @@ class Communicator:
         Of objects that are pickled the bytes are not known, and not counted.
         """
         self._starts.finish()
-        self._events.message(operation, size)
+        self.events.message(operation, size)
         if self.patience is not None:
-            self._events.message("barrier", 0)
+            self.events.message("barrier", 0)
         what = "all ranks to come to a reduction"
-        with self._events.timed("wait"):
+        with self.events.timed("wait"):
             if self.patience is not None:
                 self.patience.wait(self._mpi.Ibarrier().Test, what)
             with WAITING.noted(what):
@@ -131,7 +131,7 @@ class Communicator:
 
     def start_send(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:
         """Start to send a message to ``rank``; ``content`` must stay as it is until the operation has completed."""
-        self._events.message("pipeline", content.size)
+        self.events.message("pipeline", content.size)
         pending.add(content.push(), lambda: self._mpi.Isend(content.memory, rank, tag), lambda: None)
 
     def start_receive(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:
@@ -141,7 +141,7 @@ class Communicator:
     def send_object(self, value: Any, rank: int, tag: int) -> None:
         """Send a small object; returns when it can be forgotten."""
         self._starts.finish()
-        self._events.message("pipeline", 0)
+        self.events.message("pipeline", 0)
         request = self._mpi.isend(value, rank, tag)
         if self.patience is None:
             with WAITING.noted("a description to be received"):
@@ -153,7 +153,7 @@ class Communicator:
         """The next small object of ``rank`` with ``tag``."""
         self._starts.finish()
         what = "a description of activations"
-        with self._events.timed("wait"):
+        with self.events.timed("wait"):
             if self.patience is not None:
                 self.patience.wait(lambda: self._mpi.Iprobe(rank, tag), what)
             with WAITING.noted(what):
@@ -164,7 +164,7 @@ class Communicator:
 
         ``send`` and ``receive`` may be the same mirror.
         """
-        self._events.message("sum", (stop - start) * receive.tensor.element_size())
+        self.events.message("sum", (stop - start) * receive.tensor.element_size())
 
         def begin() -> MPI.Request:
             # Holding ``send``: its tensor is read until then.
@@ -179,7 +179,7 @@ class Communicator:
         whole = buffer.memory(0, buffer.tensor.numel())
         counts = [stop - start for start, stop in ranges]
         offsets = [start for start, _ in ranges]
-        self._events.message("gather", (stop - start) * buffer.tensor.element_size())
+        self.events.message("gather", (stop - start) * buffer.tensor.element_size())
         pending.add(
             buffer.push(start, stop),
             lambda: self._mpi.Iallgatherv(MPI.IN_PLACE, [whole, (counts, offsets)]),

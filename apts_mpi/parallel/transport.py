@@ -12,6 +12,10 @@ from apts_mpi.errors import InvalidInput
 # mpi4py silently reduces bfloat16 to garbage, refuses float16, and misreads a tensor that is not C-contiguous.
 ADMITTED_DTYPES = (torch.float32, torch.float64)
 
+# Of a vector that is summed piece by piece: large enough for bandwidth, small enough that the first sum starts early in
+# a backward pass.
+BUCKET_BYTES = 1 << 20
+
 
 class DeviceEvent(Protocol):
     """A moment in the work of a device, as ``torch.cuda.Event``."""

@@ -6,23 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from apts_mpi.curvature.products import LossHessian, ProductKind
+from apts_mpi.curvature.transposes import transposed
 from apts_mpi.network.activations import Bundle, differentiable, tensors_of
-from apts_mpi.objective.objective import Pass
+from apts_mpi.objective.passes import Pass
 from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.staged.schedules import forwards
-from apts_mpi.tools.environment import preserved_random_state
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
-from apts_mpi.trust_region.global_step import GlobalStep
-from apts_mpi.trust_region.models import LossHessian, Product, ProductKind
-
-
-class StagedGlobalStep(GlobalStep):
-    """`GlobalStep` where each rank has the parameters of its own stage; ``comm`` has the ranks that hold this stage."""
-
-    _objective: StagedObjective
-
-    def _products_of_rank(self, passes: Sequence[Pass]) -> Product:
-        return StageProducts(self._objective, passes, self._options.product, self._events)
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 
 class StageProducts:
@@ -44,22 +34,19 @@ class StageProducts:
         Micro-batches of this rank.
     kind
         Which curvature.
-    events
-        Where work is counted.
     """
 
-    def __init__(self, objective: StagedObjective, passes: Sequence[Pass], kind: ProductKind, events: Events) -> None:
+    def __init__(self, objective: StagedObjective, passes: Sequence[Pass], kind: ProductKind) -> None:
         self._objective = objective
         self._pipeline = objective.pipeline
         self._passes = passes
         self._hessian = kind == "hessian"
-        self._events = events
         self._own: dict[int, _Differentiated] = {}
         self._at_outputs: dict[int, torch.Tensor] = {}
         # Activations have the shapes of the evaluation. Only a Hessian needs the gradient behind the stages.
         keys = [part.samples for part in passes]
         actions = objective.actions(len(passes)) if self._hessian else forwards(len(passes))
-        with preserved_random_state(objective.vector.values.device), objective.buffers.copied():
+        with objective.replayed():
             self._pipeline.run(actions, keys, self._run_forward, self._pull_gradient)
         self._count(FORWARD + BACKWARD)
 
@@ -77,7 +64,7 @@ class StageProducts:
     def _count(self, cost: float) -> None:
         segmented = self._objective.segmented
         share = segmented.share(0, len(segmented) - 1)
-        self._events.count_work(sum(part.samples for part in self._passes), share, cost)
+        self._objective.events.count_work(sum(part.samples for part in self._passes), share, cost)
 
     def _run_forward(self, index: int, entering: Bundle | None) -> Bundle:
         """Run the stage with its graph."""
@@ -146,12 +133,12 @@ class _Differentiated:
     def pull(self, gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """``F'^T l`` of what entered, for gradients l of what left."""
         self._weights = [gradient.detach().requires_grad_() for gradient in gradients]
-        self._pulled = _transposed(self.leaving, self._variables, self._weights, create_graph=True)
+        self._pulled = transposed(self.leaving, self._variables, self._weights, create_graph=True)
         return tuple(part.detach() for part in self._pulled[: self._entering])
 
     def push(self) -> tuple[torch.Tensor, ...]:
         """``F' t``."""
-        return _transposed(self._pulled, self._weights, self.tangents)
+        return transposed(self._pulled, self._weights, self.tangents)
 
     def pull_back(
         self, derivatives: Sequence[torch.Tensor], hessian: bool
@@ -159,24 +146,8 @@ class _Differentiated:
         """``F'^T c`` of what entered and of the parameters, and with it ``(l . F)'' t``; no c is zero."""
         parts = tuple(torch.zeros_like(variable) for variable in self._variables)
         if derivatives:
-            parts = _transposed(self.leaving, self._variables, derivatives)
+            parts = transposed(self.leaving, self._variables, derivatives)
         if hessian:
-            curved = _transposed(self._pulled, self._variables, self.tangents)
+            curved = transposed(self._pulled, self._variables, self.tangents)
             parts = tuple(part + more for part, more in zip(parts, curved, strict=True))
         return parts[: self._entering], parts[self._entering :]
-
-
-def _transposed(
-    values: Sequence[torch.Tensor],
-    variables: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    create_graph: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """The transposed derivative of ``values`` times ``weights``; zero where there is nothing to differentiate."""
-    reached = [pair for pair in zip(values, weights, strict=True) if pair[0].requires_grad]
-    if not reached:
-        return tuple(torch.zeros_like(variable) for variable in variables)
-    values, weights = zip(*reached, strict=True)
-    return torch.autograd.grad(
-        values, variables, weights, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )

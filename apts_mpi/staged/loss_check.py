@@ -7,27 +7,20 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.loss_check import check_loss, some_rows
-from apts_mpi.objective.objective import Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.objective import StagedObjective
-from apts_mpi.tools.environment import preserved_random_state
 
 
 def check_staged_objective(
-    objective: StagedObjective,
-    part: Pass,
-    batch: tuple[torch.Tensor | None, torch.Tensor | None],
-    rows: torch.Tensor | None,
-    count: int,
-    replica: int,
-    comm: Communicator,
+    objective: StagedObjective, batch: Batch, count: int, replica: int, comm: Communicator
 ) -> None:
-    """`check_objective` where each rank has a stage. Collective.
+    """`apts_mpi.objective.loss_check.check_objective` where each rank has a stage. Collective.
 
     Parameters
     ----------
-    objective, part, batch, rows
+    objective, batch
         As there; the first stage has inputs and the last one targets.
     count
         Number of samples that the ranks of this replica were given.
@@ -36,11 +29,11 @@ def check_staged_objective(
     comm
         All ranks.
     """
-    inputs, targets = batch
-    few = some_rows(count, rows, part.samples, replica)
+    inputs, targets = batch.samples
+    few = some_rows(count, batch.rows, batch.passes[0].samples, replica)
     entering = inputs[few] if objective.pipeline.is_first and inputs is not None else few
     found: list[Any] = []
-    with preserved_random_state(part.inputs.device), objective.buffers.copied():
+    with objective.replayed():
         objective.infer([entering], lambda _, outputs: found.append(outputs))
     with comm.shared_refusals(), torch.enable_grad():
         for outputs in found:  # on the last stage

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import Subdomain, split
-from apts_mpi.objective.objective import Pass
+from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.network.partition import split
+from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, check_counts
 from apts_mpi.parallel.communicator import Communicator
-
-Batch = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def placeholder(samples: int, numbers: int) -> torch.Tensor:
@@ -17,32 +16,31 @@ def placeholder(samples: int, numbers: int) -> torch.Tensor:
     return torch.zeros(1, 1, dtype=torch.uint8).expand(samples, numbers)
 
 
-def micro_batches_of_batch(
-    batch: Batch,
+def cut_micro_batches(
+    samples: Samples,
     rows: torch.Tensor | None,
     *,
     micro_batches: int,
-    subdomains: tuple[Subdomain, ...],
+    decomposition: Decomposition,
     stages: Communicator,
-    team: Communicator,
     whole: bool,
     stream: tuple[int, ...],
-) -> tuple[list[Pass], int]:
-    """This rank's micro-batches, and the number of samples of the batch. Collective.
+) -> Batch:
+    """Cut a batch into the micro-batches of this replica. Collective.
 
     Parameters
     ----------
-    batch
+    samples
         Inputs, which the first stage needs, and targets, which the last stage needs: of the whole batch, or (``whole``
         false) of this replica's share.
     rows
-        Samples of ``batch`` that count, in this order; None: all.
+        Those that count, in this order; None: all.
     micro_batches
         Their number.
-    subdomains
-        Those of this stage.
-    stages, team
-        The ranks of this replica, one a stage, and those that hold this stage, one a replica.
+    decomposition
+        Of this stage; its team holds the stage, one a replica.
+    stages
+        The ranks of this replica, one a stage.
     whole
         Whether the batch is that of all replicas.
     stream
@@ -53,18 +51,18 @@ def micro_batches_of_batch(
     InvalidInput
         On every rank of the replica, if inputs and targets differ in samples, or there are too few.
     """
-    inputs = batch[0] if stages.rank == 0 else None
-    targets = batch[1] if stages.rank == stages.size - 1 else None
+    team = decomposition.team
+    inputs = samples[0] if stages.rank == 0 else None
+    targets = samples[1] if stages.rank == stages.size - 1 else None
     numbers = 0 if targets is None else targets[0].numel()
-    found = stages.collect((_samples(inputs, rows), _samples(targets, rows), numbers))
+    found = stages.collect((_count(inputs, rows), _count(targets, rows), numbers))
     (count, _, _), (others, numbers) = found[0], found[-1][1:]
     with stages.shared_errors():
         if count is None or others is None:
             raise InvalidInput(
                 "batch: the first stage was given no inputs or the last one no targets; give them on those ranks"
             )
-        if count != others:
-            raise InvalidInput(f"batch: {count} inputs but {others} targets; give as many of each")
+        check_counts(count, others)
         start, stop = split(count, team.size, team.rank) if whole else (0, count)
         smallest = count // team.size if whole else count
         if smallest < micro_batches:
@@ -73,25 +71,17 @@ def micro_batches_of_batch(
                 "a larger batch, or fewer --micro-batches"
             )
     total = count if whole else team.total(count)
-    passes = []
+    pieces = []
     for index in range(micro_batches):
         first, last = (start + edge for edge in split(stop - start, micro_batches, index))
-        chosen = slice(first, last) if rows is None else rows[first:last]
-        passes.append(
-            Pass(
-                placeholder(last - first, 0) if inputs is None else inputs[chosen],
-                placeholder(last - first, numbers) if targets is None else targets[chosen],
-                weight=(last - first) / total,
-                stream=(*stream, team.rank, index, stages.rank),
-                subdomains=subdomains,
-                position=first,
-                shard_size=count,
-            )
-        )
-    return passes, total
+        weight, key = (last - first) / total, (*stream, team.rank, index, stages.rank)
+        pieces.append(Piece(first, last, weight, key, decomposition.carried, first, count))
+    entering = Selection(placeholder(count, 0)) if inputs is None else Selection(inputs, rows)
+    compared = Selection(placeholder(count, numbers)) if targets is None else Selection(targets, rows)
+    passes = [piece.of(entering, compared) for piece in pieces]
+    own = sum(part.samples for part in passes)
+    return Batch(samples, rows, passes, total, [own / team.total(own)])
 
 
-def _samples(data: torch.Tensor | None, rows: torch.Tensor | None) -> int | None:
-    if data is None:
-        return None
-    return len(data) if rows is None else len(rows)
+def _count(data: torch.Tensor | None, rows: torch.Tensor | None) -> int | None:
+    return None if data is None else len(Selection(data, rows))

@@ -15,13 +15,14 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.objective import Cache, Loss, Objective, Pass, Run
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Cache, Loss, Pass, Run
 from apts_mpi.options import PipelineOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.pipeline import Pipeline
 from apts_mpi.staged.schedules import SCHEDULES, Action, backwards, forwards
 from apts_mpi.tools.environment import preserved_random_state
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
+from apts_mpi.tools.events import BACKWARD, FORWARD
 
 
 @dataclass
@@ -67,15 +68,15 @@ class StagedObjective(Objective):
 
     Parameters
     ----------
-    network, segmented, vector
+    segmented, vector
         This rank's stage.
     pipeline
         The stages.
     options
         Of the pipeline.
-    stages, team
-        The ranks that hold the stages of this replica, and those that hold this stage.
-    loss, keep_gradients, recorded, events
+    team
+        The ranks that hold this stage.
+    loss, keep_gradients, recorded
         See `Objective`.
 
     Attributes
@@ -87,7 +88,6 @@ class StagedObjective(Objective):
     def __init__(
         self,
         *,
-        network: torch.nn.Module,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
         loss: Loss,
@@ -95,15 +95,12 @@ class StagedObjective(Objective):
         recorded: Sequence[torch.nn.Module],
         pipeline: Pipeline,
         options: PipelineOptions,
-        stages: Communicator,
         team: Communicator,
-        events: Events,
     ) -> None:
         # Gradients that are given make torch import for seconds: better here than in one stage after the other.
         point = torch.ones(1, requires_grad=True)
         torch.autograd.backward(2.0 * point, torch.ones(1))
         super().__init__(
-            network=network,
             segmented=segmented,
             vector=vector,
             loss=loss,
@@ -111,13 +108,11 @@ class StagedObjective(Objective):
             keep_gradients=keep_gradients,
             recorded=recorded,
             comm=team,
-            events=events,
         )
         self.pipeline = pipeline
         self._schedule = SCHEDULES[options.schedule]
         self._cache_dtype = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
         self._recompute = options.recompute
-        self._stages = stages
         self._measured = False
         self.enters_tuple = False
         self._drive_progress()
@@ -175,13 +170,13 @@ class StagedObjective(Objective):
         again = FORWARD if self._recompute else 0.0
         for direction, cost in (("forward", FORWARD), ("backward", BACKWARD + again)):
             if any(action.direction == direction for action in actions):
-                self._events.count_work(samples, self.segmented.share(0, len(self.segmented) - 1), cost)
+                self.events.count_work(samples, self.segmented.share(0, len(self.segmented) - 1), cost)
         return run
 
     def _share_multiplications(self) -> None:
         """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
         if not self._measured:
-            self.segmented.multiplications = sum(self._stages.collect(self.segmented.multiplications))
+            self.segmented.multiplications = sum(self.pipeline.comm.collect(self.segmented.multiplications))
             self._measured = True
 
     def _forward(
@@ -298,7 +293,7 @@ class StagedObjective(Objective):
                 records=[record for part in of_subdomain for record in part.records],
                 micro_batches=list(of_subdomain),
             )
-            if self._keep_gradients:
+            if self.keep_gradients:
                 own = self.vector.gradients[cache.subdomain.start : cache.subdomain.stop]
                 cache.gradient = own / weight
             merged.append(cache)

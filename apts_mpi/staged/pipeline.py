@@ -13,7 +13,6 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Bytes
 from apts_mpi.staged.schedules import Action, Direction
-from apts_mpi.tools.events import Events
 
 TAGS: dict[Direction, int] = {"forward": 1, "backward": 2}
 DESCRIPTION = 3
@@ -70,15 +69,13 @@ class Pipeline:
         Names of the stages, for messages.
     device
         Where this rank's tensors are.
-    events
-        Where its passes are told to a trace.
     """
 
-    def __init__(self, comm: Communicator, names: Sequence[str], device: torch.device, events: Events) -> None:
-        self._comm = comm
+    def __init__(self, comm: Communicator, names: Sequence[str], device: torch.device) -> None:
+        self.comm = comm
         self._names = names
         self._device = device
-        self._events = events
+        self._events = comm.events
         self.stage, self.stages = comm.rank, comm.size
         self._entering: dict[Hashable, Description] = {}
         self._leaving: dict[Hashable, Description] = {}
@@ -156,8 +153,8 @@ class Pipeline:
 
     def progress(self) -> None:
         """Give the MPI library time to move data, as most move nothing outside of a call, and give a sign of life."""
-        if self._comm.patience is not None:
-            self._comm.patience.sign()
+        if self.comm.patience is not None:
+            self.comm.patience.sign()
         self._sends = [(pending, tensors) for pending, tensors in self._sends if not pending.progress()]
         for receive in self._receives.values():
             receive.pending.progress()
@@ -183,7 +180,7 @@ class Pipeline:
         description = self._described(action.direction).get(key)
         if description is None:
             return False
-        self._receives[action] = _Receive(self._comm, description, source, TAGS[action.direction], self._device)
+        self._receives[action] = _Receive(self.comm, description, source, TAGS[action.direction], self._device)
         return True
 
     def _arrived(self, action: Action, keys: Sequence[Hashable]) -> Bundle | None:
@@ -191,7 +188,7 @@ class Pipeline:
         if source is None:
             return None
         if action not in self._receives:
-            self._described(action.direction)[key] = self._comm.receive_object(source, DESCRIPTION)
+            self._described(action.direction)[key] = self.comm.receive_object(source, DESCRIPTION)
             self._post(action, keys)
         content = "activations" if action.direction == "forward" else "output gradients"
         what = f"the {content} of micro-batch {action.micro_batch} from {self._names[source]}"
@@ -205,7 +202,7 @@ class Pipeline:
         assert bundle is not None
         if key not in self._leaving:
             self._leaving[key] = Description.of(bundle)
-            self._comm.send_object(self._leaving[key], self.stage + 1, DESCRIPTION)
+            self.comm.send_object(self._leaving[key], self.stage + 1, DESCRIPTION)
             if not self._describe_back:
                 self._returning[key] = self._leaving[key].gradients()
         self._send(detached(bundle), self.stage + 1, TAGS["forward"])
@@ -214,14 +211,14 @@ class Pipeline:
         assert bundle is not None
         if self._describe_back and key not in self._returned:
             self._returned.add(key)
-            self._comm.send_object(Description.of(bundle), self.stage - 1, DESCRIPTION)
+            self.comm.send_object(Description.of(bundle), self.stage - 1, DESCRIPTION)
         self._send(bundle, self.stage - 1, TAGS["backward"])
 
     def _send(self, bundle: Bundle | None, rank: int, tag: int) -> None:
         assert bundle is not None
         # What is contiguous is not copied: nobody may write to it until it is sent.
         tensors = tuple(tensor.contiguous() for tensor in tensors_of(bundle))
-        pending = self._comm.pending()
+        pending = self.comm.pending()
         for tensor in tensors:
-            self._comm.start_send(pending, Bytes(tensor), rank, tag)
+            self.comm.start_send(pending, Bytes(tensor), rank, tag)
         self._sends.append((pending, tensors))

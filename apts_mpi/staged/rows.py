@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from apts_mpi.curvature.dense import pull_rows, roots
-from apts_mpi.local.objective import GaussNewtonRows
+from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, tensors_of
 from apts_mpi.staged.objective import StagedObjective
-from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 
 
@@ -48,8 +47,8 @@ class StagedGaussNewtonRows(GaussNewtonRows):
             return by_inputs
 
         keys = [("rows", len(part.targets)) for part in parts]
-        with torch.no_grad(), preserved_random_state(objective.vector.values.device), objective.buffers.copied():
+        with torch.no_grad(), objective.replayed():
             pipeline.run(objective.actions(len(parts)), keys, forward, backward, describe_back=True)
         share = objective.segmented.share(0, len(objective.segmented) - 1)
-        self._events.count_work(sum(len(part.targets) for part in parts), share, FORWARD + BACKWARD)
+        objective.events.count_work(sum(len(part.targets) for part in parts), share, FORWARD + BACKWARD)
         return torch.cat([found[index] for index in range(len(parts))])

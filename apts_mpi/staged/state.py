@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import torch
 
-from apts_mpi.checkpoint import Array, Checkpoint, Slab
-from apts_mpi.local.gradient import LocalSolver
+from apts_mpi.checkpoint.arrays import Array, Slab
+from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.local.solver import LocalSolver
 from apts_mpi.network.partition import Layer, Subdomain
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.state.local_solvers import save_local_solvers
-from apts_mpi.state.solver import Part, load_solver
-from apts_mpi.state.tensors import named_tensors, take_tensors, to_numpy
+from apts_mpi.state.solver import SOLVER
+from apts_mpi.state.tensors import to_numpy
 
 # Where vectors of all parameters are.
-SOLVER = "solver/"
+VECTORS = f"{SOLVER}/"
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,14 @@ class Extent:
     size: int
     subdomains: tuple[Subdomain, ...]
     first_subdomain: int
+
+    def layers(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The stage's layers as they are in the whole network."""
+        return [replace(layer, start=layer.start + self.start, stop=layer.stop + self.start) for layer in layers]
+
+    def solvers(self, solvers: Mapping[int, LocalSolver]) -> dict[int, LocalSolver]:
+        """The stage's local solvers by the numbers of their subdomains in the whole network."""
+        return {index + self.first_subdomain: solver for index, solver in solvers.items()}
 
     @staticmethod
     def of(subdomains: Sequence[Subdomain], size: int, first_segment: int, stages: Communicator) -> Extent:
@@ -70,39 +76,28 @@ def _moved(part: Subdomain, index: int, parameters: int, segments: int) -> Subdo
     )
 
 
-class _Whole:
-    """A stage's Schwarz level with its subdomains and layers as they are in the whole network."""
-
-    def __init__(self, schwarz: AdditiveSchwarz, extent: Extent, comm: Communicator) -> None:
-        self.comm = comm
-        self.leads = schwarz.leads
-        self.correction, self.assembled = schwarz.correction, schwarz.assembled
-        self.local_solver = schwarz.local_solver
-        self.subdomains = extent.subdomains
-        self.solvers: dict[int, LocalSolver] = {
-            index + extent.first_subdomain: solver for index, solver in schwarz.solvers.items()
-        }
-        self.layers: list[Layer] = [
-            replace(layer, start=layer.start + extent.start, stop=layer.stop + extent.start) for layer in schwarz.layers
-        ]
-
-
-def save_staged(
-    network: torch.nn.Module,
-    parts: Mapping[str, Part | None],
-    correction: torch.Tensor | None,
-    schwarz: AdditiveSchwarz,
+def make_arrays(
+    tensors: Mapping[str, torch.Tensor],
+    vectors: Mapping[str, torch.Tensor],
     extent: Extent,
+    leads: bool,
     comm: Communicator,
-) -> tuple[list[Array], dict[str, Any]]:
-    """`apts_mpi.state.solver.save_solver` for stages. Collective."""
-    tensors: dict[str, torch.Tensor] = {}
-    states = {name: None if part is None else part.state() for name, part in parts.items()}
-    metadata = take_tensors(states | {"correction": correction}, SOLVER.rstrip("/"), tensors)
-    solvers, metadata["subdomains"] = save_local_solvers(cast(AdditiveSchwarz, _Whole(schwarz, extent, comm)))
-    metadata["local_solver"] = schwarz.local_solver
-    vectors = [_vector(name, to_numpy(tensor), extent, schwarz.leads, comm.rank) for name, tensor in tensors.items()]
-    return [*_tensors(named_tensors(network), schwarz.leads, comm), *vectors, *solvers], metadata
+) -> list[Array]:
+    """`apts_mpi.state.solver.MakeArrays` of a stage. Collective.
+
+    Parameters
+    ----------
+    tensors, vectors
+        Those of the stage.
+    extent
+        Where it lies.
+    leads
+        Whether this rank speaks for its stage, as one of the replicas.
+    comm
+        All ranks.
+    """
+    parts = [_vector(name, to_numpy(tensor), extent, leads, comm.rank) for name, tensor in vectors.items()]
+    return [*_tensors(tensors, leads, comm), *parts]
 
 
 def _vector(name: str, values: np.ndarray, extent: Extent, leads: bool, rank: int) -> Array:
@@ -129,32 +124,36 @@ def _tensors(own: Mapping[str, torch.Tensor], leads: bool, comm: Communicator) -
     return found
 
 
-def load_staged(
-    network: torch.nn.Module,
-    parts: Mapping[str, Part | None],
-    schwarz: AdditiveSchwarz,
-    checkpoint: Checkpoint,
-    metadata: dict[str, Any],
-    extent: Extent,
-    names: Collection[str],
-) -> tuple[torch.Tensor | None, list[str]]:
-    """`apts_mpi.state.solver.load_solver` for stages; ``names`` are those of the tensors of all stages."""
-    own = _StagePart(checkpoint, extent, set(names) - set(named_tensors(network)))
-    whole = cast(AdditiveSchwarz, _Whole(schwarz, extent, schwarz.comm))
-    return load_solver(network, parts, whole, cast(Checkpoint, own), metadata)
+class StagePart:
+    """A checkpoint without the tensors of other stages, with the stage's part of vectors of all parameters.
 
-
-class _StagePart:
-    """A checkpoint without the tensors of other stages, with the stage's part of vectors of all parameters."""
+    Parameters
+    ----------
+    checkpoint
+        Of any layout.
+    extent
+        Where the stage lies.
+    others
+        Names of the tensors of other stages.
+    """
 
     def __init__(self, checkpoint: Checkpoint, extent: Extent, others: Collection[str]) -> None:
-        self.path, self.shape, self.dtype = checkpoint.path, checkpoint.shape, checkpoint.dtype
+        self.path = checkpoint.path
         self.names = tuple(name for name in checkpoint.names if name not in others)
         self._checkpoint = checkpoint
         self._extent = extent
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `apts_mpi.state.tensors.Source`."""
+        return self._checkpoint.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """See `apts_mpi.state.tensors.Source`."""
+        return self._checkpoint.dtype(name)
+
     def read(self, name: str, first_row: int = 0, rows: int | None = None) -> np.ndarray:
+        """See `apts_mpi.state.tensors.Source`."""
         extent = self._extent
-        if rows is None and name.startswith(SOLVER) and self.shape(name) == (extent.size,):
+        if rows is None and name.startswith(VECTORS) and self.shape(name) == (extent.size,):
             first_row, rows = extent.start, extent.stop - extent.start
         return self._checkpoint.read(name, first_row, rows)

@@ -9,27 +9,57 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from apts_mpi.checkpoint import Array, Checkpoint, Slab
-from apts_mpi.local.solver import LayerState, LocalState
-from apts_mpi.local.trust_region import LSR1TrustRegion
+from apts_mpi.checkpoint.arrays import Array, Slab
+from apts_mpi.local.solver import LayerState, LocalSolver, LocalState
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
-from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.state.tensors import to_numpy
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.state.tensors import Source, to_numpy
 
 VECTORS, LAYERS = "solver/local/vectors/", "solver/local/layers/"
 
 
-def save_local_solvers(schwarz: AdditiveSchwarz) -> tuple[list[Array], list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class LocalSolvers:
+    """The local solvers of a rank, with subdomains and layers as they are in the whole network.
+
+    Attributes
+    ----------
+    name : str
+        Of the kind of solver.
+    solvers : dict of int to LocalSolver
+        Those of the subdomains that this rank carries, by the numbers of these.
+    subdomains
+        All subdomains.
+    layers
+        The layers whose parameters this rank holds.
+    comm
+        All ranks.
+    leads : bool
+        Whether this rank speaks for those that carry the same subdomains.
+    device
+        Where tensors are.
+    """
+
+    name: str
+    solvers: Mapping[int, LocalSolver]
+    subdomains: Sequence[Subdomain]
+    layers: Sequence[Layer]
+    comm: Communicator
+    leads: bool
+    device: torch.device
+
+
+def save_local_solvers(local: LocalSolvers) -> tuple[list[Array], list[dict[str, Any]]]:
     """Arrays of a checkpoint, and a record of each subdomain for its metadata. Collective."""
-    states = {index: solver.state() for index, solver in schwarz.solvers.items()} if schwarz.leads else {}
-    collected = schwarz.comm.collect(
-        [_describe(schwarz.subdomains[index], state, schwarz.layers) for index, state in states.items()]
+    states = {index: solver.state() for index, solver in local.solvers.items()} if local.leads else {}
+    collected = local.comm.collect(
+        [_describe(local.subdomains[index], state, local.layers) for index, state in states.items()]
     )
     records = sorted(itertools.chain.from_iterable(collected), key=lambda record: record["index"])
     return [*_vectors(states, records), *_layer_arrays(states, records)], records
@@ -89,17 +119,14 @@ def _place(layer: str, number: int) -> str:
     return f"{LAYERS}{layer or '(network)'}/{number}"
 
 
-def load_local_solvers(
-    schwarz: AdditiveSchwarz, checkpoint: Checkpoint, records: Sequence[dict[str, Any]]
-) -> list[str]:
+def load_local_solvers(local: LocalSolvers, source: Source, records: Sequence[dict[str, Any]]) -> list[str]:
     """Give the local solvers of this rank what `save_local_solvers` has saved; return what could not be given."""
-    same = [_extent(record) for record in records] == [_extent(asdict(part)) for part in schwarz.subdomains]
-    if not same and any(isinstance(solver, LSR1TrustRegion) for solver in schwarz.solvers.values()):
-        return ["the pairs of local solver lsr1 are dropped: they belong to the saved subdomains, which are others now"]
-    device = schwarz.correction.device
-    for index, solver in schwarz.solvers.items():
-        source = _Reader(checkpoint, records, device, index if same else None)
-        solver.restore(source.read(schwarz.subdomains[index], schwarz.layers))
+    same = [_extent(record) for record in records] == [_extent(asdict(part)) for part in local.subdomains]
+    if not same and not all(solver.divisible for solver in local.solvers.values()):
+        return [f"the state of local solver {local.name} is dropped: it belongs to the saved subdomains, others now"]
+    for index, solver in local.solvers.items():
+        reader = _Reader(source, records, local.device, index if same else None)
+        solver.restore(reader.read(local.subdomains[index], local.layers))
     return []
 
 
@@ -111,20 +138,20 @@ class _Reader:
     """Reads the state of a subdomain from saved ones: from its own, or (``index`` None) from the owners."""
 
     def __init__(
-        self, checkpoint: Checkpoint, records: Sequence[dict[str, Any]], device: torch.device, index: int | None
+        self, source: Source, records: Sequence[dict[str, Any]], device: torch.device, index: int | None
     ) -> None:
-        self._checkpoint = checkpoint
+        self._source = source
         self._records = records
         self._starts = _first_rows(records)
         self._device = device
         self._index = index
 
     def read(self, subdomain: Subdomain, layers: Sequence[Layer]) -> LocalState:
-        source = self._owner(subdomain.owned_start) if self._index is None else self._records[self._index]
+        record = self._owner(subdomain.owned_start) if self._index is None else self._records[self._index]
         own_layers = layers_between(layers, subdomain.start, subdomain.stop)
         return LocalState(
-            numbers=source["numbers"],
-            vectors={name: self._vector(name, subdomain) for name in source["vectors"]},
+            numbers=record["numbers"],
+            vectors={name: self._vector(name, subdomain) for name in record["vectors"]},
             layers=[state for layer in own_layers for state in self._layer(layer)],
         )
 
@@ -157,7 +184,7 @@ class _Reader:
         return [LayerState(kept["kind"], tensors)]
 
     def _tensor(self, name: str, first_row: int, rows: int) -> torch.Tensor:
-        return torch.from_numpy(self._checkpoint.read(name, first_row, rows)).to(self._device)
+        return torch.from_numpy(self._source.read(name, first_row, rows)).to(self._device)
 
 
 def _kept(record: Mapping[str, Any], name: str) -> dict[str, Any] | None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.state.local_solvers import load_local_solvers, save_local_solvers
-from apts_mpi.state.tensors import (
-    load_network,
-    named_tensors,
-    put_tensors,
-    reader,
-    replicated_arrays,
-    take_tensors,
-)
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.state.local_solvers import LocalSolvers, load_local_solvers, save_local_solvers
+from apts_mpi.state.tensors import Source, load_network, named_tensors, put_tensors, reader, take_tensors
+
+# Where vectors of all parameters are.
+SOLVER = "solver"
+
+# Makes arrays of named tensors of the network, and of vectors of the parameters, of which ranks may hold parts.
+MakeArrays = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], list[Array]]
 
 
 class Part(Protocol):
@@ -27,43 +25,55 @@ class Part(Protocol):
     def state(self) -> dict[str, Any]:
         """Numbers and tensors by name."""
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Take over a state; return what is of no use here, one sentence each."""
+
+
+@dataclass(frozen=True)
+class SolverParts:
+    """What of a solver is saved.
+
+    Attributes
+    ----------
+    network
+        The network.
+    parts
+        Parts by name; None for one that it lacks.
+    local
+        The local solvers.
+    assembled : Tensor
+        What the Schwarz level has assembled.
+    """
+
+    network: torch.nn.Module
+    parts: Mapping[str, Part | None]
+    local: LocalSolvers
+    assembled: torch.Tensor
 
 
 def save_solver(
-    network: torch.nn.Module,
-    parts: Mapping[str, Part | None],
-    correction: torch.Tensor | None,
-    schwarz: AdditiveSchwarz,
-    comm: Communicator,
+    solver: SolverParts, correction: torch.Tensor | None, make_arrays: MakeArrays
 ) -> tuple[list[Array], dict[str, Any]]:
     """Arrays and metadata of a solver. Collective.
 
     Parameters
     ----------
-    network, schwarz, comm
-        Of the solver.
-    parts
-        Its other parts, by name; None for one that it lacks.
+    solver
+        What is saved.
     correction
         What was assembled and is to be used again, or None.
+    make_arrays
+        How its tensors are spread over the ranks.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    states = {name: None if part is None else part.state() for name, part in parts.items()}
-    metadata = take_tensors(states | {"correction": correction}, "solver", tensors)
-    solvers, metadata["subdomains"] = save_local_solvers(schwarz)
-    metadata["local_solver"] = schwarz.local_solver
-    return [*replicated_arrays(named_tensors(network) | tensors, comm), *solvers], metadata
+    vectors: dict[str, torch.Tensor] = {}
+    states = {name: None if part is None else part.state() for name, part in solver.parts.items()}
+    metadata = take_tensors(states | {"correction": correction}, SOLVER, vectors)
+    of_local, metadata["subdomains"] = save_local_solvers(solver.local)
+    metadata["local_solver"] = solver.local.name
+    return [*make_arrays(named_tensors(solver.network), vectors), *of_local], metadata
 
 
-def load_solver(
-    network: torch.nn.Module,
-    parts: Mapping[str, Part | None],
-    schwarz: AdditiveSchwarz,
-    checkpoint: Checkpoint,
-    metadata: dict[str, Any],
-) -> tuple[torch.Tensor | None, list[str]]:
+def load_solver(solver: SolverParts, source: Source, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
     """The inverse of `save_solver`: returns the correction, and what could not be taken over.
 
     Raises
@@ -71,15 +81,16 @@ def load_solver(
     InvalidInput
         If the network is another one.
     """
-    load_network(network, checkpoint)
-    saved = put_tensors(metadata, reader(checkpoint, schwarz.correction.device))
-    for name, part in parts.items():
+    load_network(solver.network, source)
+    saved = put_tensors(metadata, reader(source, solver.assembled.device))
+    notices = []
+    for name, part in solver.parts.items():
         if part is not None and saved[name] is not None:
-            part.restore(saved[name])
-    correction, notices = saved["correction"], []
-    if correction is not None and correction.shape != schwarz.assembled.shape:
+            notices += part.restore(saved[name])
+    correction = saved["correction"]
+    if correction is not None and correction.shape != solver.assembled.shape:
         correction = None
         notices.append("corrections that were to be tried again in a smaller ball are computed anew")
-    if metadata["local_solver"] != schwarz.local_solver:
+    if metadata["local_solver"] != solver.local.name:
         return correction, [*notices, f"the state of local solver {metadata['local_solver']} is of no use to another"]
-    return correction, notices + load_local_solvers(schwarz, checkpoint, metadata["subdomains"])
+    return correction, notices + load_local_solvers(solver.local, source, metadata["subdomains"])

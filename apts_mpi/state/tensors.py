@@ -6,17 +6,39 @@ checkpoint without a solver is a ``state_dict``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from apts_mpi.checkpoint import Array, Checkpoint, split_evenly
+from apts_mpi.checkpoint.arrays import Array, split_evenly
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
 
 PARAMETERS, BUFFERS = "parameters/", "buffers/"
+
+
+class Source(Protocol):
+    """Where saved arrays are read from: a checkpoint, or the part of it that a rank needs."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file, for messages."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the arrays."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an array."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of its elements."""
+
+    def read(self, name: str, first_row: int = 0, rows: int | None = None) -> np.ndarray:
+        """Some of its rows, or all."""
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -43,7 +65,7 @@ def named_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_network(network: torch.nn.Module, checkpoint: Checkpoint) -> None:
+def load_network(network: torch.nn.Module, source: Source) -> None:
     """Put the parameters and buffers of a checkpoint into a network.
 
     Raises
@@ -52,23 +74,23 @@ def load_network(network: torch.nn.Module, checkpoint: Checkpoint) -> None:
         If they are not those of the network, naming the first difference; the network is then as before.
     """
     own = named_tensors(network)
-    saved = [name for name in checkpoint.names if name.startswith((PARAMETERS, BUFFERS))]
+    saved = [name for name in source.names if name.startswith((PARAMETERS, BUFFERS))]
     remedy = "; give the checkpoint of the same network, or the options with which it was made"
     for name in [*own, *saved]:
-        place = f"{checkpoint.path}: {name}"
+        place = f"{source.path}: {name}"
         if name not in own:
             raise InvalidInput(f"{place} is not in the network{remedy}")
         if name not in saved:
             raise InvalidInput(f"{place} of the network is missing{remedy}")
         for what, there, here in (
-            ("shape", checkpoint.shape(name), tuple(own[name].shape)),
-            ("type", checkpoint.dtype(name), to_numpy(own[name]).dtype),
+            ("shape", source.shape(name), tuple(own[name].shape)),
+            ("type", source.dtype(name), to_numpy(own[name]).dtype),
         ):
             if there != here:
                 raise InvalidInput(f"{place} has {what} {there}, in the network it has {here}{remedy}")
     for name, tensor in own.items():
         # Not in place through the tensor itself: a solver takes that for a change by the user.
-        tensor.data.copy_(torch.from_numpy(checkpoint.read(name)))
+        tensor.data.copy_(torch.from_numpy(source.read(name)))
 
 
 def take_tensors(tree: Any, name: str, found: dict[str, torch.Tensor]) -> Any:
@@ -94,6 +116,6 @@ def put_tensors(tree: Any, read: Callable[[str], torch.Tensor]) -> Any:
     return tree
 
 
-def reader(checkpoint: Checkpoint, device: torch.device) -> Callable[[str], torch.Tensor]:
+def reader(source: Source, device: torch.device) -> Callable[[str], torch.Tensor]:
     """Function that reads a whole array as a tensor on ``device``."""
-    return lambda name: torch.from_numpy(checkpoint.read(name)).to(device)
+    return lambda name: torch.from_numpy(source.read(name)).to(device)

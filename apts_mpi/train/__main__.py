@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -15,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     # Not above: it needs MPI, which the version does without.
     from apts_mpi.train.command import carry_out
+    from apts_mpi.train.layouts import make_training
     from apts_mpi.train.run import run
 
-    if status := carry_out(given, run):
+    if status := carry_out(given, functools.partial(run, make_training)):
         sys.exit(status)
 
 

@@ -10,12 +10,15 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.checkpoint import Array, Checkpoint
+from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
-from apts_mpi.network.partition import Layout, Subdomain
+from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.segments import Forward, SegmentedNetwork
-from apts_mpi.objective.batch import passes_of_batch, samples_of_pass
+from apts_mpi.network.teams import Teams
+from apts_mpi.objective.batch import Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
-from apts_mpi.objective.objective import Loss, Objective
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Loss
 from apts_mpi.options import lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.state.tensors import (
@@ -78,18 +81,18 @@ class DataParallel:
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             self.vector = FlatParameters(network)
         self.comm.share_tensors([self.vector.values, *network.buffers()])
-        self.layout = Layout(self.comm.size, self.comm.size, 1)
         size, last = self.vector.values.numel(), len(segmented) - 1
-        self._everything = [Subdomain(rank, 0, size, 0, size, 0, last) for rank in range(self.comm.size)]
+        ranks = self.comm.size
+        everything = [Subdomain(rank, 0, size, 0, size, 0, last) for rank in range(ranks)]
+        team = self.comm.group(self.comm.rank)
+        self._decomposition = Decomposition(everything, (), Teams(ranks, ranks, 1), self.comm, team, ranks)
         self.objective = Objective(
-            network=network,
             segmented=segmented,
             vector=self.vector,
             loss=loss,
             inexact=False,
             keep_gradients=False,
             comm=self.comm,
-            events=self.events,
         )
         self._flat = torch.nn.Parameter(self.vector.values)
         self._flat.grad = self.objective.reduction.total
@@ -98,25 +101,23 @@ class DataParallel:
         self._loss_is_checked = False
         self.iteration = 0
 
-    def step(self, batch: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None) -> BaselineResult:
+    def step(self, batch: Samples, rows: torch.Tensor | None = None) -> BaselineResult:
         """One step on the whole batch, given on every rank. Collective. See `apts_mpi.APTS.step`."""
         started = seconds()
         self.events.work = 0.0
         self.iteration += 1
         with self.events.timed("data"):
-            passes, batch_size = passes_of_batch(
+            cut = cut_batch(
                 batch,
                 rows,
-                layout=self.layout,
-                subdomains=self._everything,
-                comm=self.comm,
+                decomposition=self._decomposition,
                 local_data="shard",
                 whole=True,
                 stream=(self._seed, self.iteration),
                 least=samples_of_pass(self.network),
             )
             if not self._loss_is_checked:
-                check_objective(self.objective, passes[0], batch, rows, self.comm)
+                check_objective(self.objective, cut, self.comm)
                 self._loss_is_checked = True
         first: list[tuple[float, float]] = []
         most_work = 0.0
@@ -124,7 +125,7 @@ class DataParallel:
         def closure() -> float:
             nonlocal most_work
             with self.events.timed("global evaluation"):
-                run = self.objective.evaluate(passes)
+                run = self.objective.evaluate(cut.passes)
                 own = [float(run.loss), self.events.work]
                 loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
                 if not first:
@@ -134,7 +135,7 @@ class DataParallel:
 
         with self.events.timed("optimizer"):
             self.optimizer.step(closure)
-        evaluations = most_work * self.comm.size / batch_size
+        evaluations = most_work * self.comm.size / cut.size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
 
     @property
@@ -145,7 +146,12 @@ class DataParallel:
     @property
     def smallest_batch(self) -> int:
         """See `apts_mpi.APTS`."""
-        return samples_of_pass(self.network) * self.layout.smallest_batch("shard")
+        return samples_of_pass(self.network) * self._decomposition.teams.smallest_batch("shard")
+
+    @property
+    def subdomains(self) -> int:
+        """Shards of a batch."""
+        return self.comm.size
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """Network and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""

@@ -16,15 +16,17 @@ from mpi4py import MPI
 
 from apts_mpi.apts import APTS
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import Layout, split
+from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
+from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem, Wanted, build
-from apts_mpi.staged.holding import StagedAPTS, build_stage
+from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
+from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.metrics import PIECE, Consume, Samples, whole_outputs
+from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.training import Method, Training
 
@@ -106,9 +108,9 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
 
     comm = Communicator(world, Events())
     with comm.shared_errors():
-        layout = Layout(comm.size, max(comm.size // options.replicas, 1), options.replicas)
-        stage = layout.team_of(comm.rank)
-        wanted = Wanted(inputs=stage == 0, targets=stage == layout.teams - 1)
+        teams = Teams(comm.size, max(comm.size // options.replicas, 1), options.replicas)
+        stage = teams.team_of(comm.rank)
+        wanted = Wanted(inputs=stage == 0, targets=stage == teams.count - 1)
     make = functools.partial(make, wanted=wanted)
     problem = build_stage(make, comm=world, options=options.solver_options(), parts=parts)
     return _without_what_others_have(problem, wanted, comm)
@@ -129,7 +131,7 @@ def _without_what_others_have(problem: Problem, wanted: Wanted, comm: Communicat
     return replace(problem, **own)
 
 
-def _of_stage(data: Samples, wanted: Wanted, count: int) -> Samples:
+def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
     inputs, targets = data
     return (
         inputs if wanted.inputs else placeholder(count, 0),
@@ -143,12 +145,12 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
         problem.network, problem.loss, comm=world, options=options.solver_options(), sample=problem.train[0]
     )
     outputs = functools.partial(_staged_outputs, solver)
-    return Method(solver, outputs, part=solver.replica.rank, places="\n".join(solver.processes))
+    return Method(solver, outputs, part=solver.holding.replica.rank, places="\n".join(solver.holding.processes))
 
 
-def _staged_outputs(solver: StagedAPTS, data: Samples, consume: Consume) -> None:
+def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
-    first, last = split(len(data[0]), solver.options.replicas, solver.schwarz.comm.rank)
+    first, last = split(len(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
     edges = [*range(first, last, PIECE), last]
     inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
     solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))

@@ -11,13 +11,14 @@ from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 
-Samples = tuple[torch.Tensor, torch.Tensor]
+# Inputs and targets of some samples, on one device.
+Data = tuple[torch.Tensor, torch.Tensor]
 
 # Takes outputs and the targets that belong to them.
 Consume = Callable[[torch.Tensor, torch.Tensor], None]
 
 # Calls a `Consume` with the outputs for this rank's share of some samples, piece by piece, where this rank has them.
-Outputs = Callable[[Samples, Consume], None]
+Outputs = Callable[[Data, Consume], None]
 
 # Samples of a piece: bounds the memory of the activations.
 PIECE = 2048
@@ -26,7 +27,7 @@ PIECE = 2048
 def whole_outputs(called: Callable[[torch.Tensor], torch.Tensor], comm: Communicator) -> Outputs:
     """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of."""
 
-    def outputs(data: Samples, consume: Consume) -> None:
+    def outputs(data: Data, consume: Consume) -> None:
         first, last = split(len(data[0]), comm.size, comm.rank)
         for start in range(first, last, PIECE):
             inputs, targets = (part[start : min(start + PIECE, last)] for part in data)
@@ -53,7 +54,7 @@ class Metrics:
         self._comm = comm
         self._outputs = outputs
 
-    def measure(self, train: Samples, test: Samples | None) -> dict[str, Any]:
+    def measure(self, train: Data, test: Data | None) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
         network = self._problem.network
         network.eval()
@@ -66,7 +67,7 @@ class Metrics:
         return values
 
     @torch.no_grad()
-    def _loss_and_accuracy(self, name: str, data: Samples) -> dict[str, float]:
+    def _loss_and_accuracy(self, name: str, data: Data) -> dict[str, float]:
         sums = [0.0, 0.0, 0.0]
 
         def consume(outputs: torch.Tensor, targets: torch.Tensor) -> None:

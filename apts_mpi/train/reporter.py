@@ -9,7 +9,6 @@ from rich.progress import Progress
 
 from apts_mpi.records.directory import RunDirectory
 from apts_mpi.train.tensorboard import ScalarWriter
-from apts_mpi.train.training import Training
 
 
 class Reporter:
@@ -17,8 +16,8 @@ class Reporter:
 
     Parameters
     ----------
-    training
-        The run.
+    total, done
+        Accepted steps that the run will come to, and those before it was resumed.
     directory
         Where records go; None on the other ranks, which report nothing.
     console
@@ -31,7 +30,8 @@ class Reporter:
 
     def __init__(
         self,
-        training: Training,
+        total: int,
+        done: int,
         directory: RunDirectory | None,
         console: Console,
         monitor: bool,
@@ -42,9 +42,7 @@ class Reporter:
         self._console = console
         self._monitor = monitor
         self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
-        self._task = self._progress.add_task(
-            "training", total=training.epochs * training.batches, completed=training.progress.accepted
-        )
+        self._task = self._progress.add_task("training", total=total, completed=done)
 
     def __enter__(self) -> Reporter:
         self._progress.start()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mpi4py import MPI
 from rich.console import Console
 
@@ -21,7 +22,6 @@ from apts_mpi.tools import environment
 from apts_mpi.tools.command import REQUEUE, say
 from apts_mpi.train.checkpointing import Survival
 from apts_mpi.train.device import take_device
-from apts_mpi.train.layouts import make_training
 from apts_mpi.train.log_view import event_table, print_events
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
@@ -42,6 +42,8 @@ from apts_mpi.train.training import Training
 
 # Shows a message, on rank 0.
 Tell = Callable[[str], None]
+
+MakeTraining = Callable[[TrainingOptions, torch.device, Communicator, MPI.Intracomm], Training]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Destinations:
 
 
 def run(
+    make_training: MakeTraining,
     arguments: Sequence[str],
     options: TrainingOptions,
     config: str,
@@ -80,6 +83,8 @@ def run(
 
     Parameters
     ----------
+    make_training
+        See `apts_mpi.train.layouts.make_training`.
     arguments, options, config
         Of the command line, and what `apts_mpi.train.parser.parse` makes of them.
     comm, world
@@ -96,12 +101,18 @@ def run(
             with comm.shared_errors():
                 options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
                 options = same_subdomains(options, checkpoint)
-        training = set_up(options, checkpoint, comm, world, tell)
+        with comm.shared_errors():
+            if options.tensorboard and comm.rank == 0:
+                check_tensorboard()
+        training = make_training(options, take_device(options, comm), comm, world)
+        begin(training, checkpoint, options.view, tell)
         destinations = open_destinations(training, options, config, checkpoint, comm, stack)
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
-        with Reporter(training, destinations.records, console, options.monitor, destinations.scalars) as reporter:
+        total, done = training.epochs * training.batches, training.progress.accepted
+        records, scalars = destinations.records, destinations.scalars
+        with Reporter(total, done, records, console, options.monitor, scalars) as reporter:
             metrics = training.run(reporter.record, survival.boundary)
         if trace is not None:
             trace.end()
@@ -116,23 +127,16 @@ def run(
     return 0
 
 
-def set_up(
-    options: TrainingOptions, checkpoint: Checkpoint | None, comm: Communicator, world: MPI.Intracomm, tell: Tell
-) -> Training:
-    """The run that the options describe, where the checkpoint left it, with what is to be said of it. Collective."""
-    with comm.shared_errors():
-        if options.tensorboard and comm.rank == 0:
-            check_tensorboard()
-    training = make_training(options, take_device(options, comm), comm, world)
+def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: Tell) -> None:
+    """Go on where the checkpoint left the run, and say what is to be said at its beginning. Collective."""
     if training.places:
         tell(training.places)
     if checkpoint is not None:
         for notice in training.load(checkpoint):
             tell(f"note: {notice}")
         tell(f"resumed after iteration {training.progress.iteration} from {checkpoint.path}")
-    if options.view:
+    if view:
         tell(training.solver.describe())
-    return training
 
 
 def open_destinations(

@@ -14,12 +14,13 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
-from apts_mpi.tools.events import OTHER
+from apts_mpi.result import StepResult
+from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
-from apts_mpi.train.metrics import Metrics, Outputs, Samples
+from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.trust_region.acceptance import Judged, StepResult
+from apts_mpi.train.rejection import why_not_accepted
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
@@ -126,9 +127,19 @@ class Training:
         least = self.solver.smallest_batch
         if self.batch_size < least:
             raise SharedInvalidInput(
-                f"batch_size: {self.batch_size} is too small for {self.solver.layout.ranks} ranks with "
-                f"{self.solver.layout.subdomains} subdomains; give at least {least}, or fewer ranks or subdomains"
+                f"batch_size: {self.batch_size} is too small for {self.comm.size} ranks with "
+                f"{self.solver.subdomains} subdomains; give at least {least}, or fewer ranks or subdomains"
             )
+
+    @property
+    def iteration(self) -> int:
+        """Steps so far."""
+        return self.progress.iteration
+
+    @property
+    def events(self) -> Events:
+        """Of the solver."""
+        return self.solver.events
 
     @property
     def batches(self) -> int:
@@ -310,7 +321,7 @@ class Training:
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
             "ranks": self.comm.size,
-            "subdomains": self.solver.layout.subdomains,
+            "subdomains": self.solver.subdomains,
             "batch_size": self.batch_size,
             "targets_per_sample": int(targets),
             "parameters": self.solver.parameters,
@@ -325,25 +336,5 @@ class Training:
         }
 
 
-def why_not_accepted(judged: Judged) -> str:
-    """What is known of why a step was rejected."""
-    if not math.isfinite(judged.loss):
-        return "the loss is not finite; look for nan and inf in the inputs, the targets and the network's outputs"
-    if not math.isfinite(judged.gradient_norm):
-        return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
-    if judged.gradient_norm == 0.0:
-        return "the gradient is 0; look for what cuts the network off from the loss"
-    if not 0.0 < judged.predicted_reduction < math.inf:
-        return (
-            f"the predicted reduction is {judged.predicted_reduction:g}; choose --coarse none, or another local solver"
-        )
-    if not math.isfinite(judged.trial_loss):
-        return "the loss after the step is not finite; give a smaller --trust-region.initial-radius"
-    return (
-        f"the last one had rho {judged.rho:.3g} with radius {judged.radius:.3g}; give more --epochs, in which the "
-        "radius shrinks further, or a smaller --trust-region.initial-radius"
-    )
-
-
-def _to(data: Samples, device: torch.device) -> Samples:
+def _to(data: Data, device: torch.device) -> Data:
     return data[0].to(device), data[1].to(device)

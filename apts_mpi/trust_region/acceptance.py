@@ -1,34 +1,23 @@
-"""What an iteration leaves to the next, and what it reports."""
+"""When a step is accepted, and how the radius follows. No communication."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.trust_region.inner_products import InnerProducts
-from apts_mpi.trust_region.subproblem import judge
 
-
-@dataclass
-class State:
-    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
-
-    iteration: int = 0
-    functions: int = 0
-    radius: float | None = None
-    losses: list[float] = field(default_factory=list)
-    gradient_evaluations: float = 0.0
-    accepted: int = 0
-    rejected: int = 0
+# A step that was scaled to the boundary in float32 misses it by rounding.
+BOUNDARY_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One judged step; all numbers are those of rank 0.
+    """One judged step.
 
     Attributes
     ----------
@@ -37,13 +26,13 @@ class Judged:
     predicted_reduction, actual_reduction, rho
         Of the model, of f_k (from the maximum of the window, if any), and their ratio.
     accepted
-        Whether the step was taken.
+        Whether the step is taken.
     radius
         Radius of the ball in which the step was looked for.
     next_radius
         Radius of the next step.
     step_norm, gradient_norm
-        Norms of the step (in the norm of the ball) and of the gradient (2-norm).
+        Norms of the step (in the norm of the ball) and of the gradient (2-norm); not a number where nobody asked.
     """
 
     loss: float
@@ -55,7 +44,62 @@ class Judged:
     radius: float
     next_radius: float
     step_norm: float
-    gradient_norm: float
+    gradient_norm: float = math.nan
+
+
+def judge(
+    options: TrustRegionOptions,
+    *,
+    radius: float,
+    loss: float,
+    trial_loss: float,
+    predicted_reduction: float,
+    step_norm: float,
+    earlier_losses: tuple[float, ...] = (),
+    noise: float = 0.0,
+) -> Judged:
+    """Judge a step. The rule::
+
+        reference = max(loss, earlier losses of the window)
+        actual    = reference - trial_loss
+        rho       = (actual + noise) / (predicted_reduction + noise)
+        accept     if rho >= eta1
+        next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
+                      increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
+                      radius                                     otherwise, within [min_radius, max_radius]
+
+    Anything not finite, and a predicted reduction that is not positive, is a rejection with
+    ``radius * decrease_factor``, as in PETSc (src/snes/impls/tr/tr.c).
+
+    Parameters
+    ----------
+    options
+        The constants.
+    radius, step_norm
+        Radius of the ball and norm of the step.
+    loss, trial_loss
+        Loss before and after the step on one batch.
+    predicted_reduction
+        Of the model that gave the step.
+    earlier_losses
+        Losses of earlier iterations; the last ``options.window`` of them count.
+    noise
+        Of a loss, absolute: reductions below it are not to be seen (Conn, Gould and Toint, Trust-Region Methods,
+        section 17.4.2).
+    """
+    window = earlier_losses[-options.window :] if options.window else ()
+    actual = max(loss, *window) - trial_loss if window else loss - trial_loss
+    rho, following = -math.inf, options.decrease_factor * radius
+    if all(map(math.isfinite, (loss, trial_loss, predicted_reduction, step_norm))) and predicted_reduction > 0.0:
+        rho = (actual + noise) / (predicted_reduction + noise)
+        following = radius
+        if rho < options.shrink_below:
+            following = options.decrease_factor * min(radius, step_norm)
+        elif rho >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
+            following = options.increase_factor * radius
+    following = min(max(following, options.min_radius), options.max_radius)
+    accepted = rho >= options.eta1
+    return Judged(loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm)
 
 
 def judged_of(record: Sequence[float]) -> Judged:
@@ -73,7 +117,7 @@ def judge_table(
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
     rounding: float,
-) -> tuple[float, ...]:
+) -> Judged:
     """Judge a step from what all ranks know of it; on rank 0.
 
     Parameters
@@ -90,16 +134,11 @@ def judge_table(
         Of the window.
     rounding
         Relative error of a loss.
-
-    Returns
-    -------
-    tuple of float
-        The numbers of a `Judged`.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = products.of_table(table[:, 2:])
     predicted = -slope if predicted_reduction is None else predicted_reduction
-    decision = judge(
+    judged = judge(
         options,
         radius=radius,
         loss=loss,
@@ -109,46 +148,4 @@ def judge_table(
         earlier_losses=tuple(earlier_losses),
         noise=options.noise * rounding * abs(loss),
     )
-    return (
-        loss,
-        trial_loss,
-        predicted,
-        decision.actual_reduction,
-        decision.rho,
-        decision.accepted,
-        radius,
-        decision.radius,
-        step_norm,
-        gradient_norm,
-    )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one iteration did; the same on every rank.
-
-    Attributes
-    ----------
-    iteration
-        Its number, from 1.
-    schwarz
-        The judged Schwarz step.
-    global_step
-        The judged global step, or None without one.
-    gradient_evaluations
-        Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
-        the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
-    seconds
-        Wall time of this iteration on this rank.
-    """
-
-    iteration: int
-    schwarz: Judged
-    global_step: Judged | None
-    gradient_evaluations: float
-    seconds: float
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the parameters changed."""
-        return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
+    return replace(judged, gradient_norm=gradient_norm)

@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apts_mpi.network.activations import Bundle
-from apts_mpi.objective.objective import Objective, Pass
+from apts_mpi.curvature.products import Product
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.tools.environment import preserved_random_state, seed_stream
-from apts_mpi.tools.events import BACKWARD, FORWARD, Events
 from apts_mpi.trust_region.inner_products import InnerProducts
-from apts_mpi.trust_region.models import LSR1, GaussNewtonProducts, HessianProducts, Product, ProductModel
+from apts_mpi.trust_region.models import LSR1, ProductModel
 
 
 class Preconditioner(Protocol):
@@ -39,12 +37,14 @@ class GlobalStep:
         Model and product.
     objective
         The global objective.
-    schwarz
-        The preconditioner of steihaug; None is none.
-    comm, events
-        The ranks that hold the same parameters, and where work is counted.
-    products
+    preconditioner
+        Of steihaug; None is none.
+    comm
+        The ranks that hold the same parameters.
+    inner
         Inner products of vectors of all parameters, and the norm of the ball.
+    products_of_rank
+        Makes products with the curvature at the present point, summed over some passes of this rank.
 
     Attributes
     ----------
@@ -54,21 +54,21 @@ class GlobalStep:
 
     def __init__(
         self,
-        *,
         options: GlobalStepOptions,
+        *,
         objective: Objective,
-        schwarz: Preconditioner | None,
+        preconditioner: Preconditioner | None,
         comm: Communicator,
-        events: Events,
-        products: InnerProducts,
+        inner: InnerProducts,
+        products_of_rank: Callable[[Sequence[Pass]], Product],
     ) -> None:
         self._options = options
-        self._inner = products
+        self._inner = inner
         self._objective = objective
-        self._schwarz = schwarz
+        self._preconditioner = preconditioner
         self._comm = comm
-        self._events = events
-        self.memory = LSR1(inner=products)
+        self._products_of_rank = products_of_rank
+        self.memory = LSR1(inner=inner)
         self._function: int | None = None
         self._values = self._gradient = objective.vector.values[:0]
 
@@ -105,11 +105,12 @@ class GlobalStep:
             "gamma": memory.gamma,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` has returned."""
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Take over what `state` has returned, all of it."""
         if state:
             self._function, self._values, self._gradient = state["function"], state["values"], state["gradient"]
             self.memory.restore(state["steps"], state["changes"], state["gamma"])
+        return []
 
     def find(self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float) -> tuple[torch.Tensor, float | None]:
         """The model's step within ``radius``. Collective.
@@ -134,7 +135,7 @@ class GlobalStep:
         if self._options.model == "lsr1":
             model: LSR1 | ProductModel = self.memory
         else:
-            model = ProductModel(self._products(passes), self._preconditioner(), self._agree, self._inner.dots)
+            model = ProductModel(self._products(passes), self._precondition(), self._agree, self._inner.dots)
         step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
         self._inner.clip(step, radius)
         # Rank 0's for all: a model magnifies the different rounding errors of the ranks' sums.
@@ -152,50 +153,14 @@ class GlobalStep:
 
         return product
 
-    def _products_of_rank(self, passes: Sequence[Pass]) -> Product:
-        """The same, summed over this rank's passes."""
-        objective = self._objective
-        parameters, loss = objective.vector.parameters, objective.loss
-        own: list[Product] = []
-        for part in passes:
-            # The fused kernels of attention have no second derivatives.
-            with sdpa_kernel(SDPBackend.MATH):
-                outputs = self._outputs(part)
-            if self._options.product == "hessian":
-                own.append(HessianProducts(loss(outputs, part.targets), parameters))
-            else:
-                own.append(GaussNewtonProducts(outputs, part.targets, loss, parameters))
-            self._events.count_work(part.samples, 1.0, FORWARD + BACKWARD)
-
-        def product(direction: torch.Tensor) -> torch.Tensor:
-            total = torch.zeros_like(direction)
-            for part, of_pass in zip(passes, own, strict=True):
-                total.add_(of_pass(direction), alpha=part.weight)
-                self._events.count_work(part.samples, 1.0, 2.0 * BACKWARD)
-            return total
-
-        return product
-
-    def _outputs(self, part: Pass) -> torch.Tensor:
-        """The network's outputs with their graph, with the masks of the global evaluation."""
-        objective = self._objective
-        device = part.inputs.device
-        with preserved_random_state(device), objective.buffers.copied():
-            seed_stream(device, *part.stream)
-            outputs: Bundle = part.inputs
-            for segment in objective.segmented.segments:
-                outputs = objective.segmented.run(segment, outputs)
-        assert isinstance(outputs, torch.Tensor)
-        return outputs
-
-    def _preconditioner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        schwarz = self._schwarz
-        if schwarz is None:
+    def _precondition(self) -> Product | None:
+        preconditioner = self._preconditioner
+        if preconditioner is None:
             return None
         solved = Mirror(self._objective.vector.values.clone())
 
         def precondition(residual: torch.Tensor) -> torch.Tensor:
-            schwarz.precondition(residual, solved)
+            preconditioner.precondition(residual, solved)
             return solved.tensor
 
         return precondition

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from apts_mpi.objective.objective import Objective, Pass
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.trust_region.inner_products import InnerProducts

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from apts_mpi.network.parameters import clip_to_ball, dots, norm
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.trust_region.subproblem import NormKind, euclidean_radius, steepest_descent
+from apts_mpi.trust_region.norms import NormKind, clip_to_ball, dots, euclidean_radius, norm, steepest_descent
 
 
 class InnerProducts:
@@ -26,16 +25,24 @@ class InnerProducts:
         The ranks, where each holds a part of a vector; None where every rank holds all of it, which needs no message.
     rows
         Ranks that hold one part each, in the order of the parts; those behind one hold copies of its part.
+
+    Attributes
+    ----------
+    kind : str
+        As given.
+    spread : bool
+        Whether ranks hold parts.
     """
 
     def __init__(self, kind: NormKind, comm: Communicator | None = None, rows: Sequence[int] = (0,)) -> None:
-        self._kind = kind
+        self.kind = kind
+        self.spread = comm is not None
         self._comm = comm
         self._rows = list(rows)
 
     def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[torch.Tensor]:
         """This rank's part of what `of_table` finds, float64 of shape (), for a message that goes anyway."""
-        products = torch.dot(gradient, step), norm(step, self._kind), norm(gradient, "2")
+        products = torch.dot(gradient, step), norm(step, self.kind), norm(gradient, "2")
         return [product.double() for product in products]
 
     def of_table(self, table: np.ndarray) -> tuple[float, float, float]:
@@ -45,7 +52,7 @@ class InnerProducts:
 
     def _join(self, norms: Sequence[float] | np.ndarray) -> float:
         """Norm of a vector from those of its parts; not a number if one of them is not."""
-        return math.hypot(*norms) if self._kind == "2" else float(np.max(norms))
+        return math.hypot(*norms) if self.kind == "2" else float(np.max(norms))
 
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Sum over the parts of an array of float64 numbers. Collective over the parts."""
@@ -56,7 +63,7 @@ class InnerProducts:
 
     def norm(self, vector: torch.Tensor) -> float:
         """Norm of the ball. Collective over the parts."""
-        own = float(norm(vector, self._kind))
+        own = float(norm(vector, self.kind))
         if self._comm is None:
             return own
         return self._comm.agree([own], lambda table: [self._join(table[self._rows, 0])])[0]
@@ -112,7 +119,7 @@ class InnerProducts:
     def clip(self, vector: torch.Tensor, radius: float) -> None:
         """Scale ``vector`` in place so that its norm is at most ``radius``. Collective over the parts."""
         if self._comm is None:
-            clip_to_ball(vector, radius, self._kind)
+            clip_to_ball(vector, radius, self.kind)
             return
         length = self.norm(vector)
         if length > radius:
@@ -120,12 +127,12 @@ class InnerProducts:
 
     def steepest_descent(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
         """Minimiser of ``gradient . step`` in the ball, zero for a zero gradient. Collective over the parts."""
-        if self._comm is None or self._kind == "inf":
-            return steepest_descent(gradient, radius, self._kind)
+        if self._comm is None or self.kind == "inf":
+            return steepest_descent(gradient, radius, self.kind)
         (length,) = self.euclidean_norms(gradient)
         return gradient * (-radius / (length or 1.0))
 
     def euclidean_radius(self, radius: float, vector: torch.Tensor) -> float:
         """Radius of the smallest 2-norm ball that holds the ball of ``radius``. Collective over the parts."""
         (size,) = self.sum(np.array([float(len(vector))]))
-        return euclidean_radius(radius, int(size), self._kind)
+        return euclidean_radius(radius, int(size), self.kind)

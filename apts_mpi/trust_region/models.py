@@ -1,4 +1,4 @@
-"""Quadratic models of an objective: limited-memory SR1, and Hessian and Gauss-Newton products.
+"""Quadratic models of an objective: limited-memory SR1, and one of which only products are known.
 
 A model is ``m(s) = g . s + 1/2 s . B s`` for a gradient g that the caller has; ``predict`` returns ``-m(s)``.
 """
@@ -6,19 +6,15 @@ A model is ``m(s) = g . s + 1/2 s . B s`` for a gradient g that the caller has; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from apts_mpi.errors import named_failures
-from apts_mpi.network.parameters import dots
-from apts_mpi.objective.objective import Loss
+from apts_mpi.curvature.products import Product
 from apts_mpi.trust_region.inner_products import InnerProducts
-from apts_mpi.trust_region.subproblem import Dots, minimise_in_ball, steihaug
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-ProductKind = Literal["gauss-newton", "hessian"]
+from apts_mpi.trust_region.norms import Dots, dots
+from apts_mpi.trust_region.subproblem import minimise_in_ball, steihaug
 
 # Pairs that an L-SR1 model remembers.
 PAIRS = 5
@@ -30,12 +26,6 @@ CG_ITERATIONS = 10
 # A pair is left out where the denominator of its update is below this share of its factors (Nocedal and Wright,
 # Numerical Optimization, 6.26).
 SKIP = 1e-8
-
-# What is said where there are no second derivatives.
-WITHOUT_PRODUCTS = (
-    "local.solver and global_step.model: 'steihaug' differentiates the network and the loss twice",
-    "choose others",
-)
 
 
 class Model(Protocol):
@@ -196,93 +186,6 @@ class ProductModel:
     def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
         """See `Model`; collective where the product is."""
         return _predict(gradient, step, self._product(step), self._dots)
-
-
-class HessianProducts:
-    """Products with the Hessian of a value, by differentiating its gradient once more (Pearlmutter 1994).
-
-    They hold while the parameters stay as they are. The graph of the gradient is kept.
-
-    Parameters
-    ----------
-    value : Tensor, shape ()
-        With its graph.
-    parameters
-        The tensors to differentiate by.
-    """
-
-    def __init__(self, value: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
-        with named_failures(*WITHOUT_PRODUCTS):
-            slopes = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-        self._slope = torch.cat([slope.flatten() for slope in slopes])
-
-    def __call__(self, direction: torch.Tensor) -> torch.Tensor:
-        """The Hessian times ``direction``, both in the order of the parameters."""
-        return _transposed(self._slope, self._parameters, direction)
-
-
-class GaussNewtonProducts:
-    """Products with ``J^T H J``: J the Jacobian of the outputs, H the Hessian of the loss with respect to them.
-
-    ``J v`` is the derivative of ``w -> J^T w``, transposed: reverse mode alone, which every layer has. The products
-    hold while the parameters stay as they are. Graphs of the outputs and of ``J^T w`` are kept.
-
-    Parameters
-    ----------
-    outputs : Tensor
-        The network's outputs with their graph.
-    targets : Tensor
-        What they are compared with.
-    loss
-        The loss.
-    parameters
-        The tensors to differentiate by.
-    """
-
-    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
-        self._outputs = outputs
-        self._parameters = parameters
-        self._weights = torch.zeros_like(outputs, requires_grad=True)
-        with named_failures(*WITHOUT_PRODUCTS):
-            parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
-        self._pulled = torch.cat([part.flatten() for part in parts])
-        self._curved = LossHessian(outputs, targets, loss)
-
-    def __call__(self, direction: torch.Tensor) -> torch.Tensor:
-        """The matrix times ``direction``, both in the order of the parameters."""
-        tangent = _transposed(self._pulled, [self._weights], direction).view_as(self._outputs)
-        return _transposed(self._outputs, self._parameters, self._curved(tangent))
-
-
-class LossHessian:
-    """Products with the Hessian of the loss with respect to the outputs.
-
-    Parameters
-    ----------
-    outputs, targets : Tensor
-        Where, and what the outputs are compared with.
-    loss
-        The loss.
-    """
-
-    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss) -> None:
-        self._point = outputs.detach().requires_grad_()
-        with named_failures(*WITHOUT_PRODUCTS):
-            (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
-
-    def __call__(self, tangent: torch.Tensor) -> torch.Tensor:
-        """The Hessian times ``tangent``, both of the shape of the outputs."""
-        return _transposed(self._slope, [self._point], tangent).view_as(tangent)
-
-
-def _transposed(values: torch.Tensor, variables: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """The transposed derivative of ``values`` times ``weights``, flat; zero where there is nothing to differentiate."""
-    if not values.requires_grad:
-        return torch.cat([torch.zeros_like(variable).flatten() for variable in variables]).detach()
-    with named_failures(*WITHOUT_PRODUCTS):
-        parts = torch.autograd.grad(values, variables, weights, retain_graph=True, materialize_grads=True)
-    return torch.cat([part.flatten() for part in parts])
 
 
 def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor, dots: Dots) -> float:

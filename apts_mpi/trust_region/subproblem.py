@@ -1,115 +1,17 @@
-"""Judging a step and moving the radius, and the minimisers of models in a ball. No communication."""
+"""Minimisers of quadratic models in a ball. No communication."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 
-from apts_mpi.network.parameters import clip_to_ball, dots, norm
-from apts_mpi.options import TrustRegionOptions
+from apts_mpi.trust_region.norms import Dots, clip_to_ball, dots, norm
 
 # Of the length of a step that shall reach the boundary, and how often its shift is corrected at most.
 LENGTH_TOLERANCE, FACTORISATIONS = 0.1, 12
-
-NormKind = Literal["2", "inf"]
-
-Dots = Callable[..., tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What `judge` found: whether the step is accepted, its ratio, and the next radius."""
-
-    accepted: bool
-    rho: float
-    radius: float
-    actual_reduction: float
-
-
-def judge(
-    options: TrustRegionOptions,
-    *,
-    radius: float,
-    loss: float,
-    trial_loss: float,
-    predicted_reduction: float,
-    step_norm: float,
-    earlier_losses: tuple[float, ...] = (),
-    noise: float = 0.0,
-) -> Decision:
-    """Judge a step. The rule::
-
-        reference = max(loss, earlier losses of the window)
-        actual    = reference - trial_loss
-        rho       = (actual + noise) / (predicted_reduction + noise)
-        accept     if rho >= eta1
-        next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
-                      increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
-                      radius                                     otherwise, within [min_radius, max_radius]
-
-    Anything not finite, and a predicted reduction that is not positive, is a rejection with
-    ``radius * decrease_factor``, as in PETSc (src/snes/impls/tr/tr.c).
-
-    Parameters
-    ----------
-    options
-        The constants.
-    radius, step_norm
-        Radius of the ball and norm of the step.
-    loss, trial_loss
-        Loss before and after the step on one batch.
-    predicted_reduction
-        Of the model that gave the step.
-    earlier_losses
-        Losses of earlier iterations; the last ``options.window`` of them count.
-    noise
-        Of a loss, absolute: reductions below it are not to be seen (Conn, Gould and Toint, Trust-Region Methods,
-        section 17.4.2).
-    """
-    window = earlier_losses[-options.window :] if options.window else ()
-    actual = max(loss, *window) - trial_loss if window else loss - trial_loss
-    numbers = (loss, trial_loss, predicted_reduction, step_norm)
-    if not all(map(math.isfinite, numbers)) or predicted_reduction <= 0.0:
-        return Decision(False, -math.inf, max(options.decrease_factor * radius, options.min_radius), actual)
-    rho = (actual + noise) / (predicted_reduction + noise)
-    following = radius
-    if rho < options.shrink_below:
-        following = options.decrease_factor * min(radius, step_norm)
-    elif rho >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
-        following = options.increase_factor * radius
-    following = min(max(following, options.min_radius), options.max_radius)
-    return Decision(rho >= options.eta1, rho, following, actual)
-
-
-# A step that was scaled to the boundary in float32 misses it by rounding.
-BOUNDARY_TOLERANCE = 1e-3
-
-
-def steepest_descent(gradient: torch.Tensor, radius: float | torch.Tensor, kind: NormKind) -> torch.Tensor:
-    """Minimiser of ``gradient . step`` in the ball of ``radius``, shape (n,); zero for a zero gradient."""
-    if kind == "inf":
-        return gradient.sign().mul_(-radius)
-    length = norm(gradient, "2")
-    return gradient * (-radius / torch.where(length > 0.0, length, torch.ones_like(length)))
-
-
-def subdomain_radius(radius: float, subdomains: int, kind: NormKind) -> float:
-    """Radius of each subdomain's ball such that their steps sum to one within ``radius``.
-
-    In the maximum norm blocks within ``radius`` sum to one within it; in the 2-norm N orthogonal blocks of length
-    r sum to one of length sqrt(N) r.
-    """
-    return radius if kind == "inf" else radius / math.sqrt(subdomains)
-
-
-def euclidean_radius(radius: float, size: int, kind: NormKind) -> float:
-    """Radius of the smallest 2-norm ball in R^size that holds the ball of ``radius``."""
-    return radius if kind == "2" else radius * math.sqrt(size)
 
 
 def minimise_in_ball(

@@ -1,0 +1,68 @@
+"""Rows of the Gauss-Newton matrix of a rank's subdomains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from apts_mpi.curvature.dense import BlockJacobian
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Cache
+
+
+class GaussNewtonRows:
+    """Rows of the Gauss-Newton matrix on the samples of one pass, for the neighbouring subdomains of a rank.
+
+    They are computed when first asked for, at the parameters of that moment, for all subdomains at once, which costs
+    little more than for one: each needs the same passes through the network.
+
+    Parameters
+    ----------
+    objective
+        The global objective.
+    caches
+        Of the subdomains, on the same samples.
+
+    Attributes
+    ----------
+    owned : set of (int, int)
+        Ranges of the flat vector that the subdomains own.
+    """
+
+    def __init__(self, objective: Objective, caches: Sequence[Cache]) -> None:
+        self._objective = objective
+        self._cache = min(caches, key=lambda cache: cache.subdomain.first_segment)
+        start, stop = min(c.subdomain.start for c in caches), max(c.subdomain.stop for c in caches)
+        self.owned = {(c.subdomain.owned_start, c.subdomain.owned_stop) for c in caches}
+        self._touched = objective.vector.touching(start, stop)
+        self._start = objective.vector.entries[self._touched][0].start
+        self._rows: torch.Tensor | None = None
+
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """R with ``R^T R`` the matrix of a range of the flat vector, shape (samples * outputs, stop - start)."""
+        if self._rows is None:
+            self._rows = self._compute()
+        return self._rows[:, start - self._start : stop - self._start]
+
+    def count(self) -> int:
+        """Number of rows, without computing them."""
+        if self._rows is not None:
+            return len(self._rows)
+        with torch.no_grad(), self._objective.replayed(self._cache.random_state):
+            outputs = nn.Sequential(*self._segments())(self._cache.inputs[:1])
+        return len(self._cache.targets) * outputs.numel()
+
+    def _compute(self) -> torch.Tensor:
+        objective, cache = self._objective, self._cache
+        segments, first = objective.segmented, cache.subdomain.first_segment
+        parameters = objective.vector.parameters[self._touched]
+        jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
+        with objective.replayed(cache.random_state):
+            rows = jacobian.rows(cache.inputs, cache.targets)
+        self._objective.events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), jacobian.cost)
+        return rows
+
+    def _segments(self) -> Sequence[nn.Module]:
+        return self._objective.segmented.segments[self._cache.subdomain.first_segment :]

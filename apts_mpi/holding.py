@@ -1,0 +1,75 @@
+"""What the loop asks of what a rank holds: all of a network, or a part of it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.objective.batch import Batch, Samples
+from apts_mpi.objective.objective import Objective
+from apts_mpi.options import APTSOptions
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.schwarz.additive import AdditiveSchwarz
+from apts_mpi.schwarz.coarse import CoarseLevel
+from apts_mpi.trust_region.global_step import GlobalStep
+from apts_mpi.trust_region.inner_products import InnerProducts
+
+
+class Holding(Protocol):
+    """All of a network or a part of it, and the parts of the solver that work on it.
+
+    Attributes
+    ----------
+    network
+        The network.
+    options
+        Composed.
+    comm
+        All ranks.
+    inner
+        Inner products of vectors of all parameters, and the norm of the ball.
+    decomposition
+        The subdomains of the parameters held here.
+    schwarz, coarse, global_step
+        The parts; None for one that is switched off.
+    """
+
+    network: torch.nn.Module
+    options: APTSOptions
+    comm: Communicator
+    inner: InnerProducts
+    decomposition: Decomposition
+    schwarz: AdditiveSchwarz
+    coarse: CoarseLevel | None
+    global_step: GlobalStep | None
+
+    @property
+    def objective(self) -> Objective:
+        """The global objective."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained, on all ranks together."""
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples that a batch needs."""
+
+    def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
+        """The batch as this rank sees it, with random numbers keyed by ``stream``. Collective."""
+
+    def check_loss(self, batch: Batch) -> None:
+        """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective."""
+
+    def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
+        """Arrays and metadata of a checkpoint, with a correction that is to be used again. Collective."""
+
+    def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
+        """The inverse of `save`: returns the correction, and what could not be taken over."""
+
+    def describe(self) -> str:
+        """The composed solver, in words."""

@@ -1,0 +1,122 @@
+"""Passes of the network over samples, and what is kept of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from apts_mpi.network.activations import Bundle
+from apts_mpi.network.partition import Subdomain
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.parallel.transport import on_device
+
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Cache:
+    """What a local objective needs of a pass: it never runs the segments before its own again.
+
+    Attributes
+    ----------
+    subdomain : Subdomain
+        Whose cache it is.
+    inputs : Tensor or tuple of Tensor
+        Activations that enter the subdomain's first segment.
+    random_state : Tensor
+        State of the random stream there, so that a local evaluation draws the same dropout masks.
+    targets : Tensor
+        Targets of the pass.
+    outputs : Tensor, tuple of Tensor, or None
+        Output of the subdomain's last segment; None where the local objective uses the true loss.
+    output_gradient : Tensor, tuple of Tensor, or None
+        Gradient of the pass's loss with respect to `outputs`.
+    value : Tensor, shape (), float64
+        The local objective at theta_k, without the first-order correction.
+    gradient : Tensor, shape (stop - start,), or None
+        Its gradient with respect to the subdomain; kept where local solvers evaluate.
+    records : list of LayerRecord
+        Calls of the layers that the objective was asked to record, in the whole pass.
+    share : float
+        Factor of the true loss of these samples in the local objective.
+    micro_batches : list of Cache
+        What the local objective runs over, where the samples are in several parts; empty: this cache itself.
+    """
+
+    subdomain: Subdomain
+    inputs: Any
+    random_state: torch.Tensor
+    targets: torch.Tensor
+    outputs: Bundle | None = None
+    output_gradient: Any = None
+    value: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    records: list[LayerRecord] = field(default_factory=list)
+    share: float = 1.0
+    micro_batches: list[Cache] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """One run of the network over some of this rank's samples.
+
+    Attributes
+    ----------
+    inputs, targets : Tensor
+        The samples.
+    weight : float
+        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
+    stream : tuple of int
+        Key of the random stream; equal keys draw equal dropout masks.
+    subdomains : tuple of Subdomain
+        The subdomains whose caches are filled.
+    position, shard_size : int
+        Where these samples begin in the shard that the team shares, and the number of its samples.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    weight: float
+    stream: tuple[int, ...]
+    subdomains: tuple[Subdomain, ...]
+    position: int
+    shard_size: int
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.inputs.shape[0]
+
+    def thinned(self, share: float) -> Pass | None:
+        """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
+        places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
+        counts = (places * share).ceil()
+        chosen = on_device((counts[1:] > counts[:-1]).nonzero().squeeze(1), self.inputs.device)
+        if len(chosen) == 0:
+            return None
+        shard_weight = self.weight * self.shard_size / self.samples
+        weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
+        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen], weight=weight)
+
+
+@dataclass
+class Run:
+    """A forward evaluation of all passes of this rank.
+
+    Attributes
+    ----------
+    loss : Tensor, shape (), float64
+        This rank's part of f: the weighted sum of its passes' mean losses.
+    losses : list of Tensor
+        Mean loss of each pass, with its graph until the backward pass.
+    caches : list of list of Cache
+        Caches of each pass.
+    """
+
+    loss: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+    caches: list[list[Cache]] = field(default_factory=list)

@@ -1,0 +1,162 @@
+"""What a rank holds where every rank has the whole network."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.curvature.products import PassProducts
+from apts_mpi.defaults import compose, describe, may_be_dense, split_parameters
+from apts_mpi.local.registry import needs_evaluations, solver_class
+from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.segments import Forward, SegmentedNetwork
+from apts_mpi.network.teams import Teams
+from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
+from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Loss
+from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
+from apts_mpi.schwarz.coarse import make_coarse_level
+from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
+from apts_mpi.state.local_solvers import LocalSolvers
+from apts_mpi.state.solver import SolverParts, load_solver, save_solver
+from apts_mpi.state.tensors import replicated_arrays
+from apts_mpi.tools.events import Events
+from apts_mpi.trust_region.inner_products import InnerProducts
+
+
+class Replicated:
+    """The whole network on every rank, of which each corrects its own subdomains; see `apts_mpi.holding.Holding`.
+
+    Making it is collective: rank 0's parameters and buffers are given to all ranks.
+
+    Parameters
+    ----------
+    network, loss, comm, options, forward
+        See `apts_mpi.APTS`.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        loss: Loss,
+        comm: MPI.Intracomm | None,
+        options: APTSOptions,
+        forward: Forward | None,
+    ) -> None:
+        self.network = network
+        self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
+        called = forward is not None
+        with self.comm.shared_errors():
+            segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
+            vector = FlatParameters(network)
+            layers = segmented.layers(vector)
+            subdomains = split_parameters(options, layers, self.comm.size, may_be_dense(options, network, called))
+            teams = Teams(self.comm.size, len(subdomains), options.replicas)
+            self.options = options = compose(
+                options, network=network, loss=loss, called=called, layers=layers, subdomains=subdomains
+            )
+        self.inner = InnerProducts(options.trust_region.norm)
+        self.comm.share_tensors([vector.values, *network.buffers()])
+        team = self.comm.group(teams.team_of(self.comm.rank))
+        self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
+        self.objective = Objective(
+            segmented=segmented,
+            vector=vector,
+            loss=loss,
+            inexact=options.schwarz.variant == "inexact",
+            keep_gradients=needs_evaluations(options.local),
+            recorded=self.decomposition.modules_carried(network)
+            if solver_class(options.local.solver).whole_layers
+            else (),
+            comm=self.comm,
+        )
+        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition)
+        self.coarse = make_coarse_level(
+            options,
+            self.decomposition,
+            like=vector.values,
+            comm=self.comm,
+            curvature=self._curvature,
+            inner=self.inner,
+            size=self.parameters,
+        )
+        products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
+        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, self.inner, products)
+
+    def _curvature(self) -> ReducedCurvature:
+        """Of the coarse level: from the rows of the local solvers where those of all ranks have all of its samples."""
+        options, samples = self.options, self.options.coarse.samples
+        rows = solver_class(options.local.solver).dense and options.schwarz.local_data == "full"
+        if rows and options.batch == "whole" and samples == 1.0:
+            return RowCurvature(lambda: self.schwarz.rows, self.comm)
+        return TangentCurvature(self.objective, self.comm, samples)
+
+    @property
+    def parameters(self) -> int:
+        """See `apts_mpi.holding.Holding`."""
+        return self.objective.vector.values.numel()
+
+    @property
+    def smallest_batch(self) -> int:
+        """See `apts_mpi.holding.Holding`."""
+        teams = self.decomposition.teams
+        return samples_of_pass(self.network) * teams.smallest_batch(self.options.schwarz.local_data)
+
+    def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
+        """See `apts_mpi.holding.Holding`."""
+        with self.comm.shared_errors():
+            self.objective.vector.check_alias()
+        return cut_batch(
+            samples,
+            rows,
+            decomposition=self.decomposition,
+            local_data=self.options.schwarz.local_data,
+            whole=self.options.batch == "whole",
+            stream=stream,
+            least=samples_of_pass(self.network),
+        )
+
+    def check_loss(self, batch: Batch) -> None:
+        """See `apts_mpi.holding.Holding`."""
+        check_objective(self.objective, batch, self.comm)
+
+    def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
+        """See `apts_mpi.holding.Holding`."""
+        return save_solver(self._parts(), correction, self._arrays)
+
+    def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
+        """See `apts_mpi.holding.Holding`."""
+        return load_solver(self._parts(), checkpoint, metadata)
+
+    def _arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
+        return replicated_arrays({**tensors, **vectors}, self.comm)
+
+    def _parts(self) -> SolverParts:
+        schwarz, decomposition = self.schwarz, self.decomposition
+        local = LocalSolvers(
+            name=schwarz.local_solver,
+            solvers=schwarz.solvers,
+            subdomains=decomposition.subdomains,
+            layers=decomposition.layers,
+            comm=self.comm,
+            leads=decomposition.leads,
+            device=schwarz.correction.device,
+        )
+        parts = {"coarse": self.coarse, "global_step": self.global_step}
+        return SolverParts(self.network, parts, local, schwarz.assembled)
+
+    def describe(self) -> str:
+        """See `apts_mpi.holding.Holding`."""
+        dtype, segments = self.objective.vector.values.dtype, len(self.objective.segmented)
+        network = f"{self.parameters} parameters, {dtype}, {segments} segments"
+        return describe(self.options, self.decomposition.teams, self.decomposition.subdomains, network)

@@ -1,0 +1,81 @@
+"""What an iteration leaves to the next, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from apts_mpi.trust_region.acceptance import Judged
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one iteration did; the same on every rank.
+
+    Attributes
+    ----------
+    iteration
+        Its number, from 1.
+    schwarz
+        The judged Schwarz step.
+    global_step
+        The judged global step, or None without one.
+    gradient_evaluations
+        Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
+        the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
+    seconds
+        Wall time of this iteration on this rank.
+    """
+
+    iteration: int
+    schwarz: Judged
+    global_step: Judged | None
+    gradient_evaluations: float
+    seconds: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters changed."""
+        return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
+
+
+@dataclass
+class State:
+    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
+
+    iteration: int = 0
+    functions: int = 0
+    radius: float | None = None
+    losses: list[float] = field(default_factory=list)
+    gradient_evaluations: float = 0.0
+    accepted: int = 0
+    rejected: int = 0
+
+    @property
+    def present_radius(self) -> float:
+        """Of the ball, which the first gradient gives at the latest."""
+        assert self.radius is not None
+        return self.radius
+
+    def move(self, judged: Judged, window: int) -> None:
+        """Take over the next radius, and the loss of an accepted step into the window of the last ``window`` ones."""
+        self.radius = judged.next_radius
+        if judged.accepted:
+            self.losses = [*self.losses, judged.loss][-window:] if window else []
+
+    def count(self, result: StepResult) -> None:
+        """Take note of an iteration that has come to its end."""
+        self.iteration += 1
+        self.accepted += result.accepted
+        self.rejected += not result.accepted
+        self.gradient_evaluations += result.gradient_evaluations
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was known at the point of a checkpoint: loss, gradient, and a rejected correction to be used again."""
+
+    evaluated: bool = False
+    differentiated: bool = False
+    correction: torch.Tensor | None = None

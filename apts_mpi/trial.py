@@ -1,0 +1,126 @@
+"""A step on trial: f_k at its end, one decision for all ranks, and the step taken or the point restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+
+import numpy as np
+import torch
+
+from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Run
+from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.result import State
+from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
+from apts_mpi.trust_region.initial_radius import cauchy_length
+from apts_mpi.trust_region.inner_products import InnerProducts
+
+
+class Trials:
+    """Judges steps of all parameters in the one ball of the trust region.
+
+    Parameters
+    ----------
+    objective
+        The global objective.
+    inner
+        Inner products over all parameters.
+    comm
+        All ranks.
+    options
+        Of the whole solver.
+
+    Attributes
+    ----------
+    work : float
+        Of the present iteration as of the last trial, on the rank with most, see `apts_mpi.tools.events.Events.work`.
+    """
+
+    def __init__(self, objective: Objective, inner: InnerProducts, comm: Communicator, options: APTSOptions) -> None:
+        self._objective = objective
+        self._inner = inner
+        self._comm = comm
+        self._options = options.trust_region
+        self._values = objective.vector.values
+        self._before = self._values.clone()
+        self._is_lower = options.autocast != "none"
+        # Of the evaluations.
+        self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps
+        self.work = 0.0
+
+    def first_radius(self, batch: Batch) -> float:
+        """The length of the Cauchy step, where the gradient is known. Collective."""
+        with self._comm.events.timed("global evaluation"):
+            return cauchy_length(
+                self._objective,
+                batch.passes,
+                self._inner,
+                self._comm,
+                self._options,
+                epsilon=self._epsilon,
+                scratch=self._before,
+            )
+
+    def judge(
+        self,
+        state: State,
+        batch: Batch,
+        present: Run,
+        step: torch.Tensor,
+        predicted_reduction: float | None,
+        keep_graph: bool,
+    ) -> tuple[Judged, Run]:
+        """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point. Collective.
+
+        Parameters
+        ----------
+        state
+            Its radius and window move on.
+        batch, present
+            The samples, and their evaluation at the present point, with its gradient.
+        step : Tensor, shape (n,)
+            The step.
+        predicted_reduction
+            None: that of the first-order model.
+        keep_graph
+            Whether the evaluation at the end of the step will be differentiated.
+
+        Returns
+        -------
+        judged : Judged
+        trial : Run
+            The evaluation there.
+        """
+        with self._comm.events.timed("judge"):
+            self._before.copy_(self._values)
+            self._values.add_(step)
+            trial = self._objective.forward(batch.passes, keep_graph)
+            # With autocast samples are rounded independently of each other; what is summed of them much less.
+            rounding = self._epsilon / (batch.size**0.5 if self._is_lower else 1.0)
+
+            def decide(table: np.ndarray) -> Sequence[float]:
+                judged = judge_table(
+                    table[:, 1:],
+                    options=self._options,
+                    products=self._inner,
+                    radius=state.present_radius,
+                    predicted_reduction=predicted_reduction,
+                    earlier_losses=state.losses,
+                    rounding=rounding,
+                )
+                return [*astuple(judged), table[:, 0].max()]
+
+            # The device is waited for here, once for all numbers.
+            products = self._inner.own(self._objective.reduction.total, step)
+            own = torch.stack([present.loss, trial.loss, *products]).tolist()
+            *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            judged = judged_of(record)
+            state.move(judged, self._options.window)
+            if judged.accepted:
+                self._objective.buffers.accept()
+            else:
+                self._values.copy_(self._before)
+        return judged, trial
