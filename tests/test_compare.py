@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from apts_mpi.compare import __main__ as compare
+from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.plots import plot_losses, plot_robustness
-from apts_mpi.compare.runs import GRIDS, ComparisonOptions, Grids, Plan
+from apts_mpi.compare.runs import Plan
 from apts_mpi.compare.table import Comparison, number
 from apts_mpi.errors import InvalidInput
 
@@ -333,7 +334,8 @@ def test_not_under_mpirun(tmp_path, monkeypatch):
 
 
 def test_matplotlib_is_missed_before_work(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "apts_mpi.compare.plots", raising=False)
+    for name in ("plot.figure", "compare.plots"):
+        monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InvalidInput, match=r"pip install apts_mpi\[plot\]"):

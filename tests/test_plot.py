@@ -193,11 +193,10 @@ def test_names_with_dots(tmp_path):
 
 
 def test_without_matplotlib(runs, tmp_path, monkeypatch, capsys):
-    for name in ("comparison_plots", "run_plots"):
+    for name in ("plot.figure", "plot.runs"):
         monkeypatch.delitem(sys.modules, f"apts_mpi.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delattr("apts_mpi.plot.runs")
     with pytest.raises(SystemExit) as ended:
         plot.main([str(runs / "adam"), "--out", str(tmp_path / "p")])
     assert ended.value.code == 2 and "pip install apts_mpi[plot]" in capsys.readouterr().err
