@@ -1,4 +1,4 @@
-"""``python -m apts_mpi.bench iteration|checkpoint|events``: what a part costs, as ratios within one run.
+"""``python -m apts_mpi.bench iteration|checkpoint|memory|pipeline|events``: what a part costs, within one run.
 
 An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes, the timers of the events
 beside the iteration that they time.
@@ -7,123 +7,11 @@ beside the iteration that they time.
 from __future__ import annotations
 
 import argparse
-import itertools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from mpi4py import MPI
-from rich.console import Console
-from rich.table import Table
-from torch.nn.functional import cross_entropy
-
-from apts_mpi.apts import APTS
-from apts_mpi.bench.checkpoint import checkpoint
-from apts_mpi.bench.events import events
-from apts_mpi.bench.pipeline import memory, pipeline
-from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
-from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
-from apts_mpi.tools.command import FAILED
-
-BATCH = 2000
-WIDTHS = (784, 128, 128, 128, 128, 128, 10)
-
-PLAIN = APTSOptions(local=LocalOptions(solver="sgd"), coarse=CoarseOptions(model="none"))
-
-
-def network() -> torch.nn.Sequential:
-    """The 784-128^5-10 network, the same on every call."""
-    torch.manual_seed(0)
-    layers: list[torch.nn.Module] = []
-    for inputs, outputs in itertools.pairwise(WIDTHS):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images and labels, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(BATCH, WIDTHS[0], generator=generator),
-        torch.randint(0, WIDTHS[-1], (BATCH,), generator=generator),
-    )
-
-
-class BarePasses:
-    """A plain torch loop: ``gradients`` times forward and backward, ``losses`` times forward alone."""
-
-    def __init__(self, gradients: int, losses: int) -> None:
-        self._network = network()
-        self._batch = batch()
-        self._gradients = gradients
-        self._losses = losses
-
-    def __call__(self) -> None:
-        """The passes of one iteration."""
-        inputs, targets = self._batch
-        for _ in range(self._gradients):
-            self._network.zero_grad()
-            cross_entropy(self._network(inputs), targets).backward()
-        with torch.no_grad():
-            for _ in range(self._losses):
-                cross_entropy(self._network(inputs), targets)
-
-
-class Iteration:
-    """Iterations of a solver on one batch."""
-
-    def __init__(self, comm: MPI.Intracomm, options: APTSOptions) -> None:
-        self._solver = APTS(network(), cross_entropy, comm=comm, options=options)
-        self._batch = batch()
-
-    def __call__(self) -> None:
-        """One iteration."""
-        self._solver.step(self._batch)
-
-
-def iteration(repetitions: int) -> None:
-    """Time iterations on one rank beside their passes, and on all ranks beside one rank. Collective."""
-    world = MPI.COMM_WORLD
-    subdomains = APTSOptions(subdomains=world.size)
-    plain = APTSOptions(subdomains=world.size, local=PLAIN.local, coarse=PLAIN.coarse)
-    alone: list[Timing] = []
-    if world.rank == 0:
-        calls: list[Callable[[], None]] = [
-            BarePasses(gradients=1, losses=1),
-            Iteration(MPI.COMM_SELF, PLAIN),
-            Iteration(MPI.COMM_SELF, APTSOptions()),
-            Iteration(MPI.COMM_SELF, plain),
-            Iteration(MPI.COMM_SELF, subdomains),
-        ]
-        alone = time_in_turn(calls, repetitions)
-    wait_for_all(world, 0.01)
-    together = time_in_turn([Iteration(world, plain), Iteration(world, subdomains)], repetitions)
-    if world.rank == 0:
-        print_table(alone, together, world.size)
-
-
-def print_table(alone: list[Timing], together: list[Timing], ranks: int) -> None:
-    """Print the medians with their quartiles and the ratios."""
-    bare, plain, default, plain_split, default_split = alone
-    table = Table(title=f"784-128^5-10, batch {BATCH}, {torch.get_num_threads()} thread(s) a rank")
-    for column in ("iteration", "milliseconds", "quartiles", "ratio to", "ratio"):
-        table.add_column(column, justify="left" if column in ("iteration", "ratio to") else "right")
-
-    def row(name: str, timing: Timing, base: Timing | None = None, base_name: str = "") -> None:
-        ratio = f"{timing.median / base.median:.3f}" if base else ""
-        spread = f"{1e3 * timing.low:.2f} to {1e3 * timing.high:.2f}"
-        table.add_row(name, f"{1e3 * timing.median:.2f}", spread, base_name, ratio)
-
-    row("bare passes: forward, backward, forward", bare)
-    row("plain sum, 1 subdomain, 1 rank", plain, bare, "bare passes")
-    row("default solver, 1 subdomain, 1 rank", default, bare, "bare passes")
-    if ranks > 1:
-        row(f"plain sum, {ranks} subdomains, 1 rank", plain_split, bare, "bare passes")
-        row(f"plain sum, {ranks} subdomains, {ranks} ranks", together[0], plain_split, "1 rank")
-        row(f"default solver, {ranks} subdomains, 1 rank", default_split, bare, "bare passes")
-        row(f"default solver, {ranks} subdomains, {ranks} ranks", together[1], default_split, "1 rank")
-    Console().print(table)
+from apts_mpi.tools.command import FAILED, add_version, said_once
 
 
 def positive(text: str) -> int:
@@ -134,37 +22,67 @@ def positive(text: str) -> int:
     return number
 
 
-def main() -> None:
-    """The command line."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
     parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
-    one.add_argument("--repetitions", type=positive, default=30, help="timed calls of each kind (default: 30)")
-    one.set_defaults(command=iteration)
-    two = subparsers.add_parser("checkpoint", help="saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4")
-    two.add_argument("--repetitions", type=positive, default=10, help="timed calls of each kind (default: 10)")
-    two.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
-    two.add_argument(
-        "--directory", type=Path, default=Path.cwd(), help="on the disk to measure (default: the current directory)"
+    add_version(parser)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
+    _add_repetitions(iteration, 30, "timed calls of each kind")
+    saving = "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4"
+    checkpoint = subparsers.add_parser("checkpoint", help=saving)
+    _add_repetitions(checkpoint, 10, "timed calls of each kind")
+    checkpoint.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
+    checkpoint.add_argument(
+        "--directory",
+        type=Path,
+        default=Path.cwd(),
+        help="on the disk to measure (default: the current directory)",
     )
-    two.set_defaults(command=checkpoint)
-    three = subparsers.add_parser("memory", help="a rank's memory in both layouts; for mpirun -n 8")
-    three.add_argument("--layers", type=int, default=8, help="equal layers, one stage each at 8 ranks (default: 8)")
-    three.add_argument("--width", type=int, default=512, help="their width (default: 512)")
-    three.set_defaults(command=memory)
-    four = subparsers.add_parser("pipeline", help="a pipeline beside one rank and torch's own; for mpirun -n 2")
-    four.add_argument("--layers", type=int, default=8, help="equal layers (default: 8)")
-    four.add_argument("--width", type=int, default=1024, help="their width (default: 1024)")
-    four.add_argument("--samples", type=int, default=1024, help="samples of the batch (default: 1024)")
-    four.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
-    four.add_argument("--repetitions", type=positive, default=10, help="timed calls of each kind (default: 10)")
-    four.set_defaults(command=pipeline)
-    five = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
-    five.add_argument("--repetitions", type=positive, default=100, help="timed iterations of each kind (default: 100)")
-    five.set_defaults(command=events)
-    arguments = vars(parser.parse_args())
+    memory = subparsers.add_parser("memory", help="a rank's memory in both layouts; for mpirun -n 8")
+    memory.add_argument("--layers", type=int, default=8, help="equal layers, one stage each at 8 ranks (default: 8)")
+    memory.add_argument("--width", type=int, default=512, help="their width (default: 512)")
+    pipeline = subparsers.add_parser("pipeline", help="a pipeline beside one rank and torch's own; for mpirun -n 2")
+    pipeline.add_argument("--layers", type=int, default=8, help="equal layers (default: 8)")
+    pipeline.add_argument("--width", type=int, default=1024, help="their width (default: 1024)")
+    pipeline.add_argument("--samples", type=int, default=1024, help="samples of the batch (default: 1024)")
+    pipeline.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
+    _add_repetitions(pipeline, 10, "timed calls of each kind")
+    events = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
+    _add_repetitions(events, 100, "timed iterations of each kind")
+    return parser.parse_args(arguments)
+
+
+def _add_repetitions(parser: argparse.ArgumentParser, default: int, words: str) -> None:
+    parser.add_argument("--repetitions", type=positive, default=default, help=f"{words} (default: {default})")
+
+
+def measurements() -> dict[str, Callable[..., None]]:
+    """By their names on the command line; imported here, as they need MPI."""
+    from apts_mpi.bench.checkpoint import checkpoint
+    from apts_mpi.bench.events import events
+    from apts_mpi.bench.iteration import iteration
+    from apts_mpi.bench.memory import memory
+    from apts_mpi.bench.pipeline import pipeline
+
+    return {
+        "iteration": iteration,
+        "checkpoint": checkpoint,
+        "memory": memory,
+        "pipeline": pipeline,
+        "events": events,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, on all ranks of ``MPI.COMM_WORLD``."""
+    with said_once():
+        options = vars(parse(arguments))
+    # Not above: it is there with MPI, which --help and --version do without.
+    from mpi4py import MPI
+
     try:
-        arguments.pop("command")(**arguments)
+        measurements()[options.pop("command")](**options)
     except Exception:
         # The other ranks wait for this one.
         traceback.print_exc()

@@ -23,14 +23,12 @@ from apts_mpi.checkpoint import Array, CheckpointDirectory, split_evenly
 from apts_mpi.checkpoint.writers import choose_writer
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import pause
 from apts_mpi.tools.events import Events
 
 SIZES = (1, 2, 4)
 LAYERS, ROWS = 16, 1024
-
-# Columns of a table that goes to a file.
-FILE_WIDTH = 100
 
 # Bytes of one raw write.
 BLOCK = 2**24

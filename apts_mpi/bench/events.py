@@ -17,18 +17,17 @@ from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.problems import build
 from apts_mpi.staged.solver import StagedAPTS
+from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events, Spans
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.options import BaselineOptions
 
 # Notes of each kind in a series, and series, of which the median counts.
 NOTES, SERIES = 10_000, 5
 
 # Operations that are not waited for where they begin.
 NON_BLOCKING = ("sum", "gather", "pipeline")
-
-# Columns of a table that goes to a file.
-WIDTH = 100
 
 
 def cost(note: Callable[[], None]) -> float:
@@ -84,7 +83,8 @@ class Iterations:
         inputs, targets = problem.train
         self._batch = inputs[: problem.batch_size], targets[: problem.batch_size]
         if kind == "adam":
-            return DataParallel(problem.network, problem.loss, comm=comm, optimizer="adam", learning_rate=1e-3)
+            adam = BaselineOptions(optimizer="adam", learning_rate=1e-3)
+            return DataParallel(problem.network, problem.loss, comm=comm, options=adam)
         if kind == "staged":
             assert isinstance(problem.network, nn.Sequential)
             return StagedAPTS(problem.network, problem.loss, comm=comm, options=APTSOptions(layout="staged"))
@@ -143,4 +143,4 @@ def _print(
     for kind, timing, (timers, messages, _), (share, with_trace) in zip(kinds, timings, notes, shares, strict=True):
         row = (kind, f"{1e3 * timing.median:.2f}", f"{timers:.1f}", f"{messages:.1f}")
         table.add_row(*row, f"{share:.2%}", f"{with_trace:.2%}")
-    Console(width=max(Console().width, WIDTH)).print(table)
+    Console(width=max(Console().width, FILE_WIDTH)).print(table)

@@ -1,13 +1,11 @@
-"""What a stage costs in memory, and what a pipeline costs in time, beside one rank and beside torch's own pipeline."""
+"""What a pipeline costs in time, beside one rank and beside torch's own pipeline."""
 
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -17,105 +15,15 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.nn.functional import cross_entropy
 
-from apts_mpi.apts import APTS
-from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, PipelineOptions, SchwarzOptions
+from apts_mpi.bench.staged_networks import batch, network, options
+from apts_mpi.options import APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn, wait_for_all
-from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.schedules import SCHEDULES, ideal_bubble
 from apts_mpi.staged.solver import StagedAPTS
+from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import free_port
 from apts_mpi.tools.events import Event, Events
-
-CLASSES = 10
-
-# A rank that is late by the time that another one measures alone has not stalled.
-PATIENCE = 600.0
-
-MEBIBYTE = 2**20
-
-# Columns of a table that goes to a file.
-WIDTH = 120
-
-
-def network(layers: int, width: int) -> nn.Sequential:
-    """Equal layers, the same on every call; the targets are some of the outputs."""
-    torch.manual_seed(0)
-    return nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)])
-
-
-def batch(samples: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random inputs and classes, the same on every rank."""
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(samples, width, generator=generator),
-        torch.randint(0, CLASSES, (samples,), generator=generator),
-    )
-
-
-def options(layout: Any, subdomains: int, solver: Any, **pipeline: Any) -> APTSOptions:
-    """The same solver in both layouts."""
-    return APTSOptions(
-        layout=layout,
-        subdomains=subdomains,
-        schwarz=SchwarzOptions(variant="inexact", local_data="full"),
-        local=LocalOptions(solver=solver),
-        pipeline=PipelineOptions(**pipeline),
-        stall_timeout=PATIENCE,
-    )
-
-
-def tensor_bytes() -> int:
-    """Bytes of all tensors of this process, each memory once."""
-    gc.collect()
-    # Not isinstance: some of torch's objects warn when they are asked for their class.
-    found = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor) and not value.is_meta]
-    memories = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in found}
-    return sum(memories.values())
-
-
-def memory(layers: int, width: int) -> None:
-    """Print the bytes of parameters, gradients and solver state of the busiest rank in both layouts. Collective."""
-    world = MPI.COMM_WORLD
-    table = Table(title=f"MiB on the busiest of {world.size} ranks, {layers} layers of {width}x{width}")
-    for column in ("local solver", "what", "one rank", "replicated", "staged", "of one rank", "of replicated"):
-        table.add_column(column, justify="left" if column in ("local solver", "what") else "right")
-    for solver in ("sgd", "adam", "kfac"):
-        rows = zip(
-            *[_memory_of(kind, solver, layers, width, world) for kind in ("one rank", "replicated", "staged")],
-            strict=True,
-        )
-        for what, (one, replicated, staged) in zip(("parameters", "gradients", "state", "sum"), rows, strict=True):
-            numbers = [f"{value / MEBIBYTE:.2f}" for value in (one, replicated, staged)]
-            table.add_row(solver, what, *numbers, f"{staged / one:.4f}", f"{staged / replicated:.4f}")
-    if world.rank == 0:
-        Console(width=max(Console().width, WIDTH)).print(table)
-
-
-def _memory_of(kind: str, solver: str, layers: int, width: int, world: MPI.Intracomm) -> list[int]:
-    """Largest bytes of a rank: parameters, gradients, the rest, and their sum."""
-    own = [0, 0, 0, 0]
-    if kind != "one rank" or world.rank == 0:
-        data = batch(8 * layers, width)
-        before = tensor_bytes()
-        comm = MPI.COMM_SELF if kind == "one rank" else world
-        made: APTS
-        if kind == "staged":
-            chosen = options("staged", layers, solver)
-            stage = build_stage(
-                functools.partial(network, layers, width), comm=comm, options=chosen, parts=lambda made: (made, None)
-            )
-            made = StagedAPTS(stage, cross_entropy, comm=comm, options=chosen)
-        else:
-            made = APTS(network(layers, width), cross_entropy, comm=comm, options=options("replicated", layers, solver))
-        while not made.step(data).accepted:
-            pass
-        total = tensor_bytes() - before
-        objective = made.holding.objective
-        size = objective.vector.values.nbytes
-        gradients = objective.vector.gradients.nbytes + objective.reduction.total.nbytes
-        own = [size, gradients, total - size - gradients, total]
-    return [world.allreduce(value, MPI.MAX) for value in own]
 
 
 def pipeline(layers: int, width: int, samples: int, micro_batches: int, repetitions: int) -> None:
@@ -195,7 +103,7 @@ def _print_times(
     table.add_row(
         "local iterations, staged", f"{1e3 * staged:.2f}", "", f"{staged / one:.3f}", f"{1 / ranks:.3f}", "", ""
     )
-    Console(width=max(Console().width, WIDTH)).print(table)
+    Console(width=max(Console().width, FILE_WIDTH)).print(table)
 
 
 class _Evaluation:

@@ -1,4 +1,9 @@
-"""Checkpoints: named global arrays and small metadata in HDF5, written in parallel, complete or not there at all."""
+"""Checkpoints: named global arrays and small metadata in HDF5, written in parallel, complete or not there at all.
+
+It may import errors, tools and, for the ranks that write together, parallel; to read needs no MPI, and solvers are
+not known here. Read ``format`` first for what is in a file, then ``directory``, ``saving`` and ``writers`` in the
+order in which a save comes to them.
+"""
 
 from apts_mpi.checkpoint.arrays import Array, Slab, split_evenly
 from apts_mpi.checkpoint.directory import CheckpointDirectory, newest_valid, resolve

@@ -22,7 +22,7 @@ from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.writers import write_file
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.command import FILE_WIDTH
+from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
 FOUND, ERROR = 1, 2
@@ -39,6 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="apts_mpi.checkpoint", description="A FILE may be a directory of checkpoints: its latest is meant."
     )
+    add_version(parser)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     commands: tuple[tuple[str, Callable[..., int], str | int, Any, str], ...] = (
         ("info", info, "+", "FILE", "Show the arrays and the metadata."),
@@ -171,11 +172,6 @@ def replaced(path: Path) -> Iterator[Path]:
 def first_line(error: Exception) -> str:
     """The message of an error, which torch follows with pages of advice."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is."""
-    console.print(line, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apts_mpi.parallel.communicator import Communicator
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
 from apts_mpi.checkpoint.saving import LATEST, Saving, explained, file_name
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import pause
+
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 LOCK = ".lock"
 TEMPORARY = ".step-*.tmp"

@@ -12,14 +12,16 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.seals import SealedFile, damaged
-from apts_mpi.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 GROUP = "checkpoint"
 INDEX, METADATA = f"{GROUP}/index", f"{GROUP}/metadata"

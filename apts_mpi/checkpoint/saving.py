@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint, describe, part_name
@@ -28,7 +29,9 @@ from apts_mpi.checkpoint.writers import (
     write_together,
 )
 from apts_mpi.errors import InvalidInput
-from apts_mpi.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 LATEST = "latest"
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,7 +22,9 @@ from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.format import GROUP, INDEX, METADATA, Checkpoint, describe, part_name
 from apts_mpi.checkpoint.seals import Region, Written, read_back, seal
 from apts_mpi.errors import InvalidInput
-from apts_mpi.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from apts_mpi.parallel.communicator import Communicator
 
 Writer = Literal["mpio", "parts"]
 
@@ -33,13 +35,13 @@ HDF5_VERSION = ("v110", "v110")
 LARGEST_SLAB = 2**28
 
 # Seconds that a collective write may take, besides those for its bytes at the slowest rate in bytes a second.
-PATIENCE, SLOWEST = 60.0, 1e6
+WRITE_LIMIT, SLOWEST = 60.0, 1e6
 
 # Bytes for HDF5's own structure in a file.
 RESERVE = 2**16
 
 
-class Place(NamedTuple):
+class SlabPlace(NamedTuple):
     """Where a slab belongs: its rank, number of its array, first row and number of rows."""
 
     rank: int
@@ -105,14 +107,16 @@ def pieces(array: Array, copy: bool) -> Iterator[Slab]:
                 yield Slab(slab.first_row + start, values[start : start + rows])
 
 
-def own_places(arrays: Sequence[Array], rank: int) -> list[Place]:
+def own_places(arrays: Sequence[Array], rank: int) -> list[SlabPlace]:
     """The slabs of a rank, in the order of arrays and slabs."""
     return [
-        Place(rank, number, slab.first_row, slab.rows) for number, array in enumerate(arrays) for slab in array.slabs
+        SlabPlace(rank, number, slab.first_row, slab.rows)
+        for number, array in enumerate(arrays)
+        for slab in array.slabs
     ]
 
 
-def agree_on_places(arrays: Sequence[Array], comm: Communicator) -> list[Place]:
+def agree_on_places(arrays: Sequence[Array], comm: Communicator) -> list[SlabPlace]:
     """The slabs of all ranks, in the order of ranks, arrays and slabs. Collective.
 
     Raises
@@ -136,7 +140,7 @@ def agree_on_places(arrays: Sequence[Array], comm: Communicator) -> list[Place]:
     return places
 
 
-def check_cover(array: Array, places: Sequence[Place]) -> None:
+def check_cover(array: Array, places: Sequence[SlabPlace]) -> None:
     """Raise `InvalidInput` unless slabs cover each row of an array once, and rank 0 gives a scalar."""
     if array.shape == () and any(place.rank for place in places):
         raise InvalidInput(f"checkpoint: {array.name} of shape () comes from another rank; it is rank 0's to give")
@@ -187,7 +191,7 @@ def written_slabs(dataset: h5py.Dataset, array: Array) -> list[Written]:
 
 
 def write_together(
-    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[Place], comm: Communicator
+    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[SlabPlace], comm: Communicator
 ) -> list[Written]:
     """Write the slabs that all ranks have of the arrays ``numbers`` into one file through MPI. Collective.
 
@@ -205,7 +209,7 @@ def write_together(
     written = []
     size = sum(math.prod(arrays[number].shape) * arrays[number].dtype.itemsize for number in numbers)
     with (
-        ended_after(PATIENCE + size / SLOWEST),
+        ended_after(WRITE_LIMIT + size / SLOWEST),
         h5py.File(path, "w", driver="mpio", comm=comm.mpi, libver=HDF5_VERSION, locking=False) as file,
     ):
         collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
@@ -268,7 +272,7 @@ def write_own(path: Path, arrays: Sequence[Array]) -> list[Written]:
 
 
 def show_parts(
-    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[Place], parts: str
+    path: Path, arrays: Sequence[Array], numbers: Sequence[int], places: Sequence[SlabPlace], parts: str
 ) -> None:
     """On rank 0: make of the slabs in directory ``parts`` virtual datasets of the main file, the arrays ``numbers``."""
     with h5py.File(path, "a", libver=HDF5_VERSION, locking=False) as file:

@@ -11,12 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.compare.runs import GRIDS, ComparisonOptions, Grids, Plan, Run, execute, missing
+from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
+from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
 from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE
+from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE, add_version, say
 from apts_mpi.tools.jobs import check_can_start
-from apts_mpi.train.__main__ import spell
+from apts_mpi.train.parser import spell
+
+PROGRAM = "apts_mpi.compare"
 
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:
@@ -28,11 +31,12 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
         For an option or a value that is not known.
     """
     parser = jsonargparse.ArgumentParser(
-        prog="apts_mpi.compare",
+        prog=PROGRAM,
         description="Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over "
         "grids of step sizes. Runs that have ended are kept: the same command goes on where it stopped.",
         exit_on_error=False,
     )
+    add_version(parser)
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})
@@ -53,11 +57,11 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     """
     from apts_mpi.compare.plots import plot_losses, plot_robustness
 
-    check_can_start(options.ranks, "apts_mpi.compare")
+    check_can_start(1, PROGRAM)
     comparisons = []
     for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
-        failures = run_all([*plan.runs, *plan.sweep], options.jobs, console)
-        failures |= run_all(plan.add_radii(), options.jobs, console)
+        failures = run_all([*plan.runs, *plan.sweep], options, console)
+        failures |= run_all(plan.add_radii(), options, console)
         comparison = Comparison(plan, failures)
         plan.path.mkdir(parents=True, exist_ok=True)
         (plan.path / "table.md").write_text(comparison.markdown(), encoding="utf-8")
@@ -69,18 +73,20 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     return comparisons
 
 
-def run_all(runs: Iterable[Run], jobs: int, console: Console) -> dict[Run, str]:
-    """Do the runs, with a line for each that ends and, on a terminal, a bar."""
+def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Console) -> dict[PlannedRun, str]:
+    """Do the runs, with a line for each that ends and, on a terminal, a bar; those that are finished need no MPI."""
     to_do = missing(runs)
+    if to_do:
+        check_can_start(options.ranks, PROGRAM)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(to_do))
 
-        def report(run: Run, failure: str | None) -> None:
-            outcome = f"failed: {failure}" if failure else f"loss {run.history().column('train_loss')[-1]:.4g}"
-            console.print(f"{run.path}  {outcome}", markup=False, highlight=False, soft_wrap=True)
+        def report(run: PlannedRun, failure: str | None) -> None:
+            outcome = f"failed: {failure}" if failure else f"loss {run.final_loss():.4g}"
+            say(console, f"{run.path}  {outcome}")
             progress.advance(task)
 
-        return execute(to_do, jobs, report)
+        return execute(to_do, options.jobs, report)
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -92,7 +98,7 @@ def show(comparison: Comparison, console: Console) -> None:
         table.add_row(*cells, style="bold" if "best" in cells[1] else None)
     console.print(table)
     for line in [comparison.verdict(), *comparison.reasons(), f"table and plots: {comparison.plan.path}"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         compare(options, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     except InvalidInput as error:
-        print(f"apts_mpi.compare: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        print("apts_mpi.compare: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

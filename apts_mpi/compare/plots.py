@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from apts_mpi.compare.table import METHODS, Comparison, Row
+from apts_mpi.compare.table import METHODS, Comparison, Outcome
 from apts_mpi.plot.figure import STYLES, Axes, Figure, save
 from apts_mpi.plot.files import files_of
 
@@ -46,8 +46,8 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
     _finish(figure, [panels[0]], f"{comparison.plan.problem}{spread}", path / "loss")
 
 
-def _curve(axes: Axes, row: Row, name: str) -> None:
-    losses = list(zip(*(history.column("train_loss") for history in row.histories), strict=False))
+def _curve(axes: Axes, row: Outcome, name: str) -> None:
+    losses = list(zip(*(run.column("epochs", "train_loss") for run in row.finished), strict=False))
     style = STYLES[row.setting.method]
     label = METHODS[row.setting.method]
     if row.setting.learning_rate is not None:
@@ -61,10 +61,10 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
     """Write ``robustness.png`` and ``robustness.svg``: final training loss against initial radius or learning rate."""
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    initial = [history.first["loss"] for row in comparison.sweep for history in row.histories]
+    initial = [run.iterations[0]["loss"] for row in comparison.sweep for run in row.finished]
     ceiling = DIVERGED * max((loss for loss in initial if loss is not None), default=1.0)
     for method in dict.fromkeys(row.setting.method for row in comparison.sweep):
-        rows = [row for row in comparison.sweep if row.setting.method == method and row.histories]
+        rows = [row for row in comparison.sweep if row.setting.method == method and row.finished]
         axes = panels[0 if method == "apts" else 1]
         places = [row.setting.learning_rate or row.setting.factor for row in rows]
         losses = [row.final("train_loss")[0] for row in rows]

@@ -4,123 +4,28 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from apts_mpi.errors import InvalidInput, require
+from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
+from apts_mpi.errors import InvalidInput
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
-from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
+from apts_mpi.records.directory import CONFIG
+from apts_mpi.records.reading import RunRecords, read_records, read_summary
 from apts_mpi.tools import environment
-from apts_mpi.train.__main__ import parse
-
-# What a run printed, in its directory.
-OUTPUT = "output.txt"
+from apts_mpi.tools.jobs import OUTPUT, failure_in
+from apts_mpi.train.parser import parse
 
 # Seconds between two looks at the running processes, and how long one that was told to end may take.
-POLL, PATIENCE = 0.1, 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonOptions:
-    """Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over grids of step sizes.
-
-    Runs that have ended are kept: the same command goes on where it stopped.
-
-    Parameters
-    ----------
-    problems
-        Names of problems of the package, or MODULE:FUNCTION for ones of your own.
-    out
-        Directory of the runs, tables and plots, one directory a problem.
-    seeds
-        Number of seeds: of initial networks and orders of the samples, the same for all methods.
-    epochs
-        Passes over the training samples. null: the problem's own number.
-    max_seconds
-        Stop each run after that many seconds of iterations, whatever the epochs: give many of these.
-    baseline_epochs_factor
-        Give the baselines that many times the epochs, where epochs of equal number are no fair measure.
-    batch_size
-        Samples a batch, over all ranks. null: the problem's own number.
-    train_samples
-        Use the first that many training samples. null: all.
-    data_dir
-        Directory (or text file) of the data, for problems that read some.
-    dtype
-        Of the networks and their inputs.
-    subdomains
-        Number of subdomains of APTS. null: its default.
-    ranks
-        Ranks of each run; more than 1 are started by mpirun.
-    jobs
-        Runs at once. Their seconds mean little where they share cores.
-    robustness
-        Also try initial radii and learning rates over six decades, with one seed.
-    """
-
-    problems: tuple[str, ...]
-    out: str = "comparisons"
-    seeds: int = 3
-    epochs: int | None = None
-    max_seconds: float | None = None
-    baseline_epochs_factor: int = 1
-    batch_size: int | None = None
-    train_samples: int | None = None
-    data_dir: str | None = None
-    dtype: Literal["float32", "float64"] = "float32"
-    subdomains: int | None = None
-    ranks: int = 1
-    jobs: int = 1
-    robustness: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "baseline_epochs_factor", "ranks", "jobs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("epochs", "subdomains"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "give 1 or more, or null")
-        limit = self.max_seconds
-        require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grids:
-    """Step sizes to try.
-
-    Parameters
-    ----------
-    learning_rates
-        Of each baseline that takes part.
-    sweep_rates
-        Learning rates of every baseline for the robustness plot.
-    sweep_factors
-        Initial radii for the robustness plot, in automatic radii.
-    """
-
-    learning_rates: Mapping[str, tuple[float, ...]]
-    sweep_rates: tuple[float, ...]
-    sweep_factors: tuple[float, ...]
-
-
-GRIDS = Grids(
-    learning_rates={
-        "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        "sgd": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        "lbfgs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-    },
-    sweep_rates=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
-    sweep_factors=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0),
-)
+POLL, GRACE = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +61,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One process of apts_mpi.train, to do or done.
 
     Parameters
@@ -202,8 +107,8 @@ class Run:
     def _summary(self) -> dict[str, Any] | None:
         """What the run came to; None for a run that did not write all of it."""
         try:
-            return json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            return read_summary(self.path)
+        except json.JSONDecodeError:
             return None
 
     def start(self) -> subprocess.Popen:
@@ -220,23 +125,13 @@ class Run:
         """Why the run failed, in the last words about an error that it printed."""
         return failure_in(self.path / OUTPUT)
 
-    def history(self) -> History:
-        """The records of a finished run."""
-        text = (self.path / HISTORY).read_text(encoding="utf-8")
-        records = [json.loads(line) for line in text.splitlines()]
-        return History(records[0], tuple(record for record in records if "train_loss" in record))
+    def records(self) -> RunRecords:
+        """What a finished run left behind."""
+        return read_records(self.path)
 
-
-@dataclass(frozen=True)
-class History:
-    """The first iteration of a run, and one record an epoch."""
-
-    first: dict[str, Any]
-    epochs: tuple[dict[str, Any], ...]
-
-    def column(self, name: str) -> list[float]:
-        """One value an epoch; what was not finite is not a number."""
-        return [math.nan if record[name] is None else float(record[name]) for record in self.epochs]
+    def final_loss(self) -> float:
+        """Of a finished run, on the training samples."""
+        return self.records().column("epochs", "train_loss")[-1]
 
 
 class Plan:
@@ -263,7 +158,7 @@ class Plan:
         for method, rates in grids.learning_rates.items():
             settings += [Setting(method, rate) for rate in rates]
         self.runs = [self._run(setting, seed) for setting in settings for seed in range(options.seeds)]
-        self.sweep: list[Run] = []
+        self.sweep: list[PlannedRun] = []
         if options.robustness:
             swept = [Setting(method, rate) for method in grids.learning_rates for rate in grids.sweep_rates]
             self.sweep = [self._run(setting, 0) for setting in swept]
@@ -273,12 +168,12 @@ class Plan:
         dtype = getattr(torch, options.dtype)
         return build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype).epochs
 
-    def add_radii(self) -> list[Run]:
+    def add_radii(self) -> list[PlannedRun]:
         """Add other initial radii than the automatic one to the sweep, now that a finished run tells that one.
 
         Returns
         -------
-        list of Run
+        list of PlannedRun
             What was added.
 
         Raises
@@ -289,7 +184,7 @@ class Plan:
         automatic = self.runs[0]
         if not self.options.robustness or not automatic.is_finished():
             return []
-        unit, bounds = automatic.history().first["radius"], TrustRegionOptions()
+        unit, bounds = automatic.records().iterations[0]["radius"], TrustRegionOptions()
         runs = []
         for factor in self.grids.sweep_factors:
             if factor == 1.0:
@@ -299,7 +194,7 @@ class Plan:
         self.sweep += runs
         return runs
 
-    def _run(self, setting: Setting, seed: int) -> Run:
+    def _run(self, setting: Setting, seed: int) -> PlannedRun:
         options = self.options
         values: dict[str, Any] = {
             "problem": self.problem,
@@ -321,24 +216,19 @@ class Plan:
             values["epochs"] *= options.baseline_epochs_factor
         arguments = tuple(f"--{name}={value}" for name, value in values.items() if value is not None)
         path = self.path / f"{setting.name}-seed{seed}"
-        run = Run(setting, seed, options.ranks, path, arguments, parse(arguments)[1])
+        run = PlannedRun(setting, seed, options.ranks, path, arguments, parse(arguments)[1])
         run.check()
         return run
 
 
-def failure_in(output: Path) -> str:
-    """The last words about an error in what a run printed."""
-    lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
-    errors = [line.strip() for line in lines if re.search(r"error\b", line, re.IGNORECASE)]
-    return (errors or lines or ["it printed nothing"])[-1]
-
-
-def missing(runs: Iterable[Run]) -> list[Run]:
+def missing(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
     """The runs that are not finished, each once."""
     return [run for run in dict.fromkeys(runs) if not run.is_finished()]
 
 
-def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], None]) -> dict[Run, str]:
+def execute(
+    runs: Iterable[PlannedRun], jobs: int, report: Callable[[PlannedRun, str | None], None]
+) -> dict[PlannedRun, str]:
     """Do the runs, and return why some failed.
 
     However this function is left, the processes that it started have ended.
@@ -353,8 +243,8 @@ def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], 
         Called with each run as it ends, and why it failed or None.
     """
     waiting = deque(runs)
-    running: dict[Run, subprocess.Popen] = {}
-    failures: dict[Run, str] = {}
+    running: dict[PlannedRun, subprocess.Popen] = {}
+    failures: dict[PlannedRun, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -370,7 +260,7 @@ def execute(runs: Iterable[Run], jobs: int, report: Callable[[Run, str | None], 
             process.terminate()
         for process in running.values():
             try:
-                process.wait(PATIENCE)
+                process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
     return failures

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from apts_mpi.compare.runs import OUTPUT, History, Plan, Run, Setting
+from apts_mpi.compare.runs import Plan, PlannedRun, Setting
+from apts_mpi.records.reading import RunRecords
+from apts_mpi.tools.jobs import OUTPUT
 
 METHODS = {"apts": "APTS", "adam": "Adam", "sgd": "SGD with momentum", "lbfgs": "L-BFGS"}
 
@@ -16,36 +18,36 @@ POSITIONS = ("epoch", "iteration", "gradient_evaluations", "seconds")
 
 
 @dataclass(frozen=True)
-class Row:
+class Outcome:
     """The finished runs of one setting, over the seeds.
 
     Attributes
     ----------
     setting
         The method and its step size.
-    histories
-        Of the runs that finished.
+    finished
+        Records of the runs that finished.
     failures
         How many did not.
     """
 
     setting: Setting
-    histories: tuple[History, ...]
+    finished: tuple[RunRecords, ...]
     failures: int
 
     def final(self, name: str) -> list[float]:
         """A metric at the end of each run."""
-        return [history.column(name)[-1] for history in self.histories]
+        return [run.column("epochs", name)[-1] for run in self.finished]
 
     def mean(self, name: str) -> list[float]:
         """The mean over the runs, one value an epoch, as far as all runs came."""
-        columns = [history.column(name) for history in self.histories]
+        columns = [run.column("epochs", name) for run in self.finished]
         return [statistics.fmean(values) for values in zip(*columns, strict=False)]
 
     @property
     def rank(self) -> float:
         """The mean final training loss; infinite if a run failed or diverged."""
-        loss = statistics.fmean(self.final("train_loss")) if self.histories and not self.failures else math.nan
+        loss = statistics.fmean(self.final("train_loss")) if self.finished and not self.failures else math.nan
         return loss if math.isfinite(loss) else math.inf
 
 
@@ -60,29 +62,29 @@ class Comparison:
         Why some failed.
     """
 
-    def __init__(self, plan: Plan, failures: Mapping[Run, str]) -> None:
+    def __init__(self, plan: Plan, failures: Mapping[PlannedRun, str]) -> None:
         self.plan = plan
         self.failures = failures
         self.rows = self._rows(plan.runs)
         self.sweep = self._rows(plan.sweep)
 
-    def _rows(self, runs: Sequence[Run]) -> list[Row]:
+    def _rows(self, runs: Sequence[PlannedRun]) -> list[Outcome]:
         rows = []
         for setting in dict.fromkeys(run.setting for run in runs):
             own = [run for run in runs if run.setting == setting]
-            finished = tuple(run.history() for run in own if run.is_finished())
-            rows.append(Row(setting, finished, len(own) - len(finished)))
+            finished = tuple(run.records() for run in own if run.is_finished())
+            rows.append(Outcome(setting, finished, len(own) - len(finished)))
         return rows
 
     @property
     def metrics(self) -> list[str]:
         """Names of the losses and of the problem's other metrics."""
-        records = [history.epochs[-1] for row in self.rows for history in row.histories]
+        records = [run.epochs[-1] for row in self.rows for run in row.finished]
         return [name for name in records[0] if name not in POSITIONS] if records else []
 
-    def best(self) -> dict[str, Row]:
+    def best(self) -> dict[str, Outcome]:
         """Of each method, the step size with the least training loss; without methods that never came to an end."""
-        best: dict[str, Row] = {}
+        best: dict[str, Outcome] = {}
         for row in sorted(self.rows, key=lambda row: row.rank):
             if row.rank < math.inf:
                 best.setdefault(row.setting.method, row)
@@ -152,7 +154,7 @@ class Comparison:
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def cell(row: Row, name: str) -> str:
+def cell(row: Outcome, name: str) -> str:
     """Mean and standard deviation of a metric at the end, and how many runs have none."""
     values = row.final(name)
     diverged = sum(math.isnan(value) for value in values)

@@ -3,46 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from mpi4py import MPI
-from rich.console import Console
-from rich.table import Table
-
-from apts_mpi.checkpoint import hdf5_versions
-from apts_mpi.doctor import probes
-from apts_mpi.doctor.diagnosis import (
-    ASYNCHRONOUS_PROGRESS,
-    Row,
-    judge_cores,
-    judge_devices,
-    judge_direct,
-    judge_hdf5,
-    judge_launcher,
-    judge_locks,
-    judge_overlap,
-    judge_storage,
-    judge_sums,
-    judge_versions,
-    worst,
-)
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.gpu_direct import try_direct
-from apts_mpi.parallel.launcher import launcher_mismatch, mpi_version
-from apts_mpi.parallel.transport import TRANSPORTS, choose_device
-from apts_mpi.tools import environment
-from apts_mpi.tools.command import FAILED, FILE_WIDTH
-from apts_mpi.tools.events import Events
-from apts_mpi.tools.jobs import find_launcher
-
-COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+from apts_mpi.tools.command import add_version, said_once
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +17,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Check MPI, cores, GPUs, reductions, their overlap with computation, and the run directory. Start "
         "it as a run will be started. The exit status is 1 if a check fails, 0 if all are ok or warnings.",
     )
+    add_version(parser)
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs"), help="where runs will write (default: runs, as for training)"
     )
@@ -59,84 +25,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Row]:
-    """Make all checks. Collective.
-
-    Parameters
-    ----------
-    comm
-        All ranks.
-    run_directory
-        Where runs will write; nothing is left there.
-    mismatch
-        What is wrong with the launcher, empty if nothing.
-    """
-    library = mpi_version()
-    device = choose_device("auto", comm.local_rank())
-    ranks = probes.gather_facts(comm, device)
-    launcher = find_launcher() if comm.rank == 0 else ("", "")
-    has_device = any(rank.device_identity for rank in ranks)
-    direct = try_direct(comm, "cuda") if has_device else None
-    transport = TRANSPORTS["staged" if direct else "direct"].words
-    with probes.scratch(comm, run_directory) as (scratch, failure):
-        unseen, stale = ([], []) if failure else probes.see_renames(comm, scratch)
-        usable = not failure and not unseen
-        locks = probes.try_locks(comm, scratch) if usable else None
-        checkpoint = probes.try_checkpoint(comm, scratch) if usable else f"{scratch} cannot be used"
-    hdf5, mpio = hdf5_versions()
-    plain, tested = probes.measure_overlap(comm)
-    switched_on = environment.switched_on(ASYNCHRONOUS_PROGRESS.values())
-    return [
-        judge_launcher(mismatch, library, *launcher, comm.size),
-        judge_cores(ranks),
-        judge_devices(ranks),
-        *judge_sums(probes.sum_everywhere(comm, device)),
-        judge_direct(direct, transport),
-        judge_overlap(plain, tested, library, switched_on),
-        judge_storage(str(scratch.parent if not failure else scratch), failure, unseen, stale),
-        *([judge_locks(*locks, comm.size)] if locks is not None else []),
-        judge_hdf5(hdf5, mpio, checkpoint, comm.size),
-        judge_versions(ranks, library),
-    ]
-
-
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table."""
-    table = Table(title="apts_mpi.doctor", show_lines=True)
-    for heading in ("check", "status", "found", "remedy"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(row.check, f"[{COLORS[row.status]}]{row.status}[/]", row.found, row.remedy)
-    console.print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check and report; the process ends with a status that says how it went."""
-    world = MPI.COMM_WORLD
-    # --help and errors print and exit, on every rank.
-    with contextlib.ExitStack() as stack:
-        if world.rank > 0:
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    # --help and errors print and exit, in every process.
+    with said_once():
         options = parse(arguments)
-    mismatch = launcher_mismatch(world)
-    launched = environment.launcher()
-    # Where the launcher is of another MPI every process is rank 0; the first of them speaks.
-    speaks = world.rank == 0 and not (mismatch and launched is not None and launched[1])
-    try:
-        rows = examine(Communicator(world, Events()), options.run_dir, mismatch)
-    except Exception:
-        print(f"apts_mpi.doctor: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        # mpirun drops what it has not read when it ends the job.
-        environment.pause(0.5)
-        world.Abort(FAILED)
-    status = worst(rows)
-    if speaks and options.json:
-        report = {"status": status, "ranks": world.size, "checks": [asdict(row) for row in rows]}
-        print(json.dumps(report, indent=2), flush=True)
-    elif speaks:
-        show(rows, Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False))
-    sys.exit(FAILED if status == "fail" else 0)
+    # Not above: it needs MPI, which --help and --version do without.
+    from apts_mpi.doctor.examination import carry_out
+
+    sys.exit(carry_out(options.run_dir, options.json))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ENOUGH_OVERLAP = 0.5
 
 
 @dataclass(frozen=True)
-class Row:
+class Finding:
     """The outcome of one check.
 
     Attributes
@@ -80,12 +80,12 @@ class RankFacts:
     has_driver: bool = False
 
 
-def worst(rows: Sequence[Row]) -> Status:
+def worst(rows: Sequence[Finding]) -> Status:
     """The status of all together."""
     return max((row.status for row in rows), key=STATUSES.index)
 
 
-def judge_launcher(mismatch: str, library: str, launcher: str, said: str, ranks: int) -> Row:
+def judge_launcher(mismatch: str, library: str, launcher: str, said: str, ranks: int) -> Finding:
     """Launcher and library of the same MPI?
 
     Parameters
@@ -103,19 +103,21 @@ def judge_launcher(mismatch: str, library: str, launcher: str, said: str, ranks:
     values = {"library": library, "launcher": launcher}
     if mismatch:
         found, _, remedy = mismatch.partition("; ")
-        return Row("launcher", "fail", found, remedy, values)
+        return Finding("launcher", "fail", found, remedy, values)
     found = f"{library}; {launcher or 'no mpirun in PATH'}"
     if ranks > 1:
-        return Row("launcher", "ok", f"{library}: {ranks} ranks reach each other", "", values)
+        return Finding("launcher", "ok", f"{library}: {ranks} ranks reach each other", "", values)
     if not launcher:
-        return Row("launcher", "warn", found, "put the mpirun of this library in PATH, or use srun", values)
+        return Finding("launcher", "warn", found, "put the mpirun of this library in PATH, or use srun", values)
     families = family_of_library(library), family_of_launcher(said)
     if "" in families:
-        return Row("launcher", "warn", found, "see whether mpirun -n 2 python -m apts_mpi.doctor has 2 ranks", values)
+        return Finding(
+            "launcher", "warn", found, "see whether mpirun -n 2 python -m apts_mpi.doctor has 2 ranks", values
+        )
     if families[0] != families[1]:
         remedy = "call the mpirun of the library, or choose its library by MPI4PY_MPIABI=mpich or openmpi"
-        return Row("launcher", "fail", f"{library}, but {launcher} belongs to {families[1]}", remedy, values)
-    return Row("launcher", "ok", found, "", values)
+        return Finding("launcher", "fail", f"{library}, but {launcher} belongs to {families[1]}", remedy, values)
+    return Finding("launcher", "ok", found, "", values)
 
 
 def family_of_library(text: str) -> str:
@@ -134,7 +136,7 @@ def family_of_launcher(text: str) -> str:
     return "MPICH" if any(word in text for word in ("hydra", "intel", "mpich", "mvapich")) else ""
 
 
-def judge_cores(ranks: Sequence[RankFacts]) -> Row:
+def judge_cores(ranks: Sequence[RankFacts]) -> Finding:
     """Hosts, and more compute threads than cores."""
     hosts = {host: [rank for rank in ranks if rank.host == host] for host in dict.fromkeys(rank.host for rank in ranks)}
     values = {
@@ -153,8 +155,8 @@ def judge_cores(ranks: Sequence[RankFacts]) -> Row:
             if sharing > available:
                 remedy += f", and start {available} ranks or fewer a host, or bind them to cores of their own"
             found += f"; oversubscribed: on {host} {sharing} ranks have {used} threads for {available} cores"
-            return Row("cores", "warn", found, remedy, values)
-    return Row("cores", "ok", found, "", values)
+            return Finding("cores", "warn", found, remedy, values)
+    return Finding("cores", "ok", found, "", values)
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -176,7 +178,7 @@ def _crowded(ranks: Sequence[RankFacts]) -> tuple[int, int, int] | None:
     return None
 
 
-def judge_devices(ranks: Sequence[RankFacts]) -> Row:
+def judge_devices(ranks: Sequence[RankFacts]) -> Finding:
     """Rank → GPU map, ranks that share one, and ranks without one."""
     values = {"devices": [[rank.host, rank.device, rank.device_identity] for rank in ranks]}
     without = [number for number, rank in enumerate(ranks) if not rank.device_identity]
@@ -186,24 +188,24 @@ def judge_devices(ranks: Sequence[RankFacts]) -> Row:
         if unused:
             remedy = "install torch's build for CUDA (without a .venv: TORCH_INDEX= bash jobs/local_train.sh), or see "
             remedy += "what nvidia-smi says"
-            return Row("GPUs", "warn", f"{found}, though {unused[0]} has NVIDIA's driver", remedy, values)
-        return Row("GPUs", "ok", found, "", values)
+            return Finding("GPUs", "warn", f"{found}, though {unused[0]} has NVIDIA's driver", remedy, values)
+        return Finding("GPUs", "ok", found, "", values)
     found = ", ".join(f"{number} → {rank.host} {rank.device}" for number, rank in enumerate(ranks[:8]))
     found += ", …" if len(ranks) > 8 else ""
     if without:
         remedy = "start ranks only on hosts with a GPU, or give --device cpu"
-        return Row("GPUs", "fail", f"{found}; no GPU for rank {without[0]}", remedy, values)
+        return Finding("GPUs", "fail", f"{found}; no GPU for rank {without[0]}", remedy, values)
     uses = Counter((rank.host, rank.device_identity) for rank in ranks)
     (place, most), *_ = uses.most_common(1)
     if most > 1:
         sharing = [number for number, rank in enumerate(ranks) if (rank.host, rank.device_identity) == place]
         found += f"; {most} ranks share one GPU, such as {sharing[0]} and {sharing[1]} on {place[0]}"
         remedy = "start one rank a GPU; in Slurm give --gpus-per-node, all of them visible to every rank of the host"
-        return Row("GPUs", "warn", found, remedy, values)
-    return Row("GPUs", "ok", found, "", values)
+        return Finding("GPUs", "warn", found, remedy, values)
+    return Finding("GPUs", "ok", found, "", values)
 
 
-def judge_sums(wrong: Sequence[Mapping[str, int]]) -> list[Row]:
+def judge_sums(wrong: Sequence[Mapping[str, int]]) -> list[Finding]:
     """Sums over ranks, a row a dtype, from the number of wrong elements by dtype on each rank."""
     rows = []
     for dtype in wrong[0]:
@@ -211,13 +213,13 @@ def judge_sums(wrong: Sequence[Mapping[str, int]]) -> list[Row]:
         if ranks:
             found = f"{sum(counts[dtype] for counts in wrong)} elements are wrong, first on rank {ranks[0]}"
             remedy = "do not train with this MPI: update it, or choose another library"
-            rows.append(Row(f"allreduce {dtype}", "fail", found, remedy, {"wrong_ranks": ranks}))
+            rows.append(Finding(f"allreduce {dtype}", "fail", found, remedy, {"wrong_ranks": ranks}))
         else:
-            rows.append(Row(f"allreduce {dtype}", "ok", f"exact; ranks: {len(wrong)}", "", {"wrong_ranks": []}))
+            rows.append(Finding(f"allreduce {dtype}", "ok", f"exact; ranks: {len(wrong)}", "", {"wrong_ranks": []}))
     return rows
 
 
-def judge_direct(outcome: str | None, transport: str) -> Row:
+def judge_direct(outcome: str | None, transport: str) -> Finding:
     """Iallreduce on GPU memory, and how reductions are done.
 
     Parameters
@@ -231,10 +233,10 @@ def judge_direct(outcome: str | None, transport: str) -> Row:
         works, state = None, "not tried, as there is no GPU"
     else:
         works, state = not outcome, f"does not work ({outcome})" if outcome else "works"
-    return Row("Iallreduce on GPUs", "ok", f"{state}; transport: {transport}", "", {"works": works})
+    return Finding("Iallreduce on GPUs", "ok", f"{state}; transport: {transport}", "", {"works": works})
 
 
-def judge_overlap(plain: float | None, tested: float | None, library: str, switched_on: Sequence[str]) -> Row:
+def judge_overlap(plain: float | None, tested: float | None, library: str, switched_on: Sequence[str]) -> Finding:
     """How much of an Iallreduce is hidden behind computation.
 
     Parameters
@@ -249,35 +251,35 @@ def judge_overlap(plain: float | None, tested: float | None, library: str, switc
     """
     if plain is None or tested is None:
         found = "nothing to overlap with one rank; mpirun -n 2 python -m apts_mpi.doctor measures it"
-        return Row("overlap", "ok", found, "", {"plain": None, "tested": None, "variable": None})
+        return Finding("overlap", "ok", found, "", {"plain": None, "tested": None, "variable": None})
     variable = next((name for word, name in ASYNCHRONOUS_PROGRESS.items() if word in library.lower()), None)
     values = {"plain": plain, "tested": tested, "variable": variable}
     found = f"{plain:.0%} of an Iallreduce hidden behind computation, {tested:.0%} with calls of Test in between"
     if variable in switched_on:
         found += f", {variable} being set"
     if plain >= ENOUGH_OVERLAP:
-        return Row("overlap", "ok", found, "", values)
+        return Finding("overlap", "ok", found, "", values)
     if variable is None:
         remedy = "this library has no variable for it (MPICH and its relatives have)"
     elif variable in switched_on:
         remedy = "leave a core a rank free for its progress thread, or unset the variable"
     else:
         remedy = f"try {variable}=1, with a core a rank to spare"
-    return Row("overlap", "warn", found, remedy, values)
+    return Finding("overlap", "warn", found, remedy, values)
 
 
-def judge_hdf5(versions: str, mpio: bool, error: str, ranks: int) -> Row:
+def judge_hdf5(versions: str, mpio: bool, error: str, ranks: int) -> Finding:
     """h5py with or without MPI, and whether a checkpoint can be saved and read in the run directory."""
     kind = "with MPI" if mpio else "without MPI"
     manner = "one file that all ranks write" if mpio and ranks > 1 else "a file a rank" if ranks > 1 else "one file"
     values = {"mpio": mpio}
     if error:
         remedy = "give another --run-dir, on a file system that all ranks share and may write"
-        return Row("h5py", "fail", f"{versions} {kind}: no checkpoint can be saved: {error}", remedy, values)
-    return Row("h5py", "ok", f"{versions} {kind}; checkpoints: {manner}", "", values)
+        return Finding("h5py", "fail", f"{versions} {kind}: no checkpoint can be saved: {error}", remedy, values)
+    return Finding("h5py", "ok", f"{versions} {kind}; checkpoints: {manner}", "", values)
 
 
-def judge_storage(directory: str, writable: str, unseen: Sequence[int], stale: Sequence[int]) -> Row:
+def judge_storage(directory: str, writable: str, unseen: Sequence[int], stale: Sequence[int]) -> Finding:
     """The run directory: writable, shared by all ranks, and with a rename that replaces a file for all of them.
 
     Parameters
@@ -291,20 +293,22 @@ def judge_storage(directory: str, writable: str, unseen: Sequence[int], stale: S
     """
     values = {"directory": directory, "unseen": list(unseen), "stale": list(stale)}
     if writable:
-        return Row("run directory", "fail", f"{directory}: {writable}", "give a --run-dir that can be written", values)
+        return Finding(
+            "run directory", "fail", f"{directory}: {writable}", "give a --run-dir that can be written", values
+        )
     if unseen:
         remedy = "give a --run-dir on a file system that all hosts share"
-        return Row(
+        return Finding(
             "run directory", "fail", f"{directory}: rank {unseen[0]} sees other files than rank 0", remedy, values
         )
     if stale:
         remedy = "give a --run-dir on another file system; checkpoints could be mixed up when a run is resumed"
         found = f"{directory}: rank {stale[0]} still sees a file that rank 0 has replaced by a rename"
-        return Row("run directory", "fail", found, remedy, values)
-    return Row("run directory", "ok", f"{directory}: written, shared by all ranks, renamed", "", values)
+        return Finding("run directory", "fail", found, remedy, values)
+    return Finding("run directory", "ok", f"{directory}: written, shared by all ranks, renamed", "", values)
 
 
-def judge_locks(error: str, ignoring: Sequence[int], ranks: int) -> Row:
+def judge_locks(error: str, ignoring: Sequence[int], ranks: int) -> Finding:
     """File locks, which keep two runs from saving into one directory.
 
     Parameters
@@ -321,16 +325,16 @@ def judge_locks(error: str, ignoring: Sequence[int], ranks: int) -> Row:
         "give each run a directory of its own; set HDF5_USE_FILE_LOCKING=FALSE if other tools read checkpoints here"
     )
     if error:
-        return Row("file locking", "warn", f"the file system has no locks ({error})", remedy, values)
+        return Finding("file locking", "warn", f"the file system has no locks ({error})", remedy, values)
     if ignoring:
         found = f"rank {ignoring[0]} got a lock that rank 0 held"
-        return Row("file locking", "warn", found, remedy, values)
-    return Row(
+        return Finding("file locking", "warn", found, remedy, values)
+    return Finding(
         "file locking", "ok", "a file can be locked" + (", and keeps other ranks out" if ranks > 1 else ""), "", values
     )
 
 
-def judge_versions(ranks: Sequence[RankFacts], library: str) -> Row:
+def judge_versions(ranks: Sequence[RankFacts], library: str) -> Finding:
     """Versions, the same on all ranks."""
     own = dict(ranks[0].versions)
     values = {"versions": own | {"mpi": library}}
@@ -339,5 +343,5 @@ def judge_versions(ranks: Sequence[RankFacts], library: str) -> Row:
         for name, version in rank.versions.items():
             if version != own.get(name):
                 found = f"rank {number} on {rank.host} has {name} {version}, rank 0 on {ranks[0].host} {own.get(name)}"
-                return Row("versions", "fail", found, "use one environment on all hosts", values)
-    return Row("versions", "ok", found, "", values)
+                return Finding("versions", "fail", found, "use one environment on all hosts", values)
+    return Finding("versions", "ok", found, "", values)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from typing import Literal
 
 import torch
 
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.tools.jobs import run_apart
+from apts_mpi.tools.jobs import launcher_in_path, run_apart
 
 # Seconds for a process that tries what may hang.
 PROBE_LIMIT = 60.0
@@ -32,7 +31,7 @@ def try_direct(comm: Communicator, kind: str, limit: float = PROBE_LIMIT) -> str
     """
     failure = ""
     if comm.rank == 0:
-        launcher = shutil.which("mpirun") or shutil.which("mpiexec")
+        launcher = launcher_in_path()
         failure = "no mpirun in PATH, which would try it"
         if launcher is not None:
             command = [launcher, "-n", "2", sys.executable, "-m", "apts_mpi.parallel.gpu_probe", kind]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from mpi4py import MPI
 
 from apts_mpi.parallel.stall import NAP, Patience
-from apts_mpi.parallel.transport import Event
+from apts_mpi.parallel.transport import DeviceEvent
 from apts_mpi.tools.environment import pause, seconds
 from apts_mpi.tools.events import Events
 
@@ -49,9 +49,9 @@ class Starts:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Event, Callable[[], None]]] = deque()
+        self._waiting: deque[tuple[DeviceEvent, Callable[[], None]]] = deque()
 
-    def add(self, ready: Event, start: Callable[[], None]) -> None:
+    def add(self, ready: DeviceEvent, start: Callable[[], None]) -> None:
         """Call ``start`` after ``ready``, at once or in a later call of `advance` or `finish`."""
         self._waiting.append((ready, start))
         self.advance()
@@ -87,7 +87,7 @@ class Pending:
         self._event = events.present
         self._since: float | None = None
 
-    def add(self, ready: Event, start: Callable[[], MPI.Request], finish: Callable[[], None]) -> None:
+    def add(self, ready: DeviceEvent, start: Callable[[], MPI.Request], finish: Callable[[], None]) -> None:
         """Take in one more operation: after what, how it starts, and what remains to do once it has completed."""
         if self._since is None:
             self._since = seconds()

@@ -13,7 +13,7 @@ from apts_mpi.tools.environment import pause, seconds
 # Of the notes that ranks send each other; messages of the pipeline have lower ones.
 TAG = 1000
 
-WAITING, WORKING = 1, 0
+WAITS, WORKS = 1, 0
 
 # When a rank tells the others that it waits, when it takes those that did not tell for stalled, and how often a rank
 # that works gives a sign; of the timeout.
@@ -72,19 +72,19 @@ class Patience:
             self._listen()
             waited = seconds() - max(started, self._heard)
             if waited > TELL * self._timeout and not told:
-                self._tell(WAITING)
+                self._tell(WAITS)
                 told = True
             if waited > GIVE_UP * self._timeout:
                 raise StallError(self._verdict(what))
             pause(NAP)
         if told:
-            self._tell(WORKING)
+            self._tell(WORKS)
 
     def sign(self) -> None:
         """Let the others know, now and then, that this rank works; to be called while it does."""
         if seconds() - self._signed > SIGN * self._timeout:
             self._listen()
-            self._tell(WORKING)
+            self._tell(WORKS)
 
     def _tell(self, note: int) -> None:
         self._signed = seconds()
@@ -98,8 +98,8 @@ class Patience:
         while self._comm.Iprobe(MPI.ANY_SOURCE, TAG, status):
             source = status.Get_source()
             self._comm.Recv(content, source, TAG)
-            self._waiting[source] = content[0] == WAITING
-            if content[0] == WORKING:
+            self._waiting[source] = content[0] == WAITS
+            if content[0] == WORKS:
                 self._heard = seconds()
 
     def _verdict(self, what: str) -> str:

@@ -17,7 +17,7 @@ ADMITTED_DTYPES = (torch.float32, torch.float64)
 BUCKET_BYTES = 1 << 20
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A moment in the work of a device, as ``torch.cuda.Event``."""
 
     def record(self, stream: Any) -> None:
@@ -42,12 +42,12 @@ class HostStreams:
             """Let what comes now begin after what is in ``stream`` by now."""
 
     class Event:
-        """See `apts_mpi.parallel.transport.Event`."""
+        """See `apts_mpi.parallel.transport.DeviceEvent`."""
 
         def record(self, stream: Any) -> None: ...
 
         def query(self) -> bool:
-            """See `apts_mpi.parallel.transport.Event`."""
+            """See `apts_mpi.parallel.transport.DeviceEvent`."""
             return True
 
         def synchronize(self) -> None: ...
@@ -84,18 +84,18 @@ class Transport:
         """The memory that MPI gets for a tensor, of its shape."""
         return tensor
 
-    def push(self, memory: torch.Tensor, tensor: torch.Tensor) -> Event:
+    def push(self, memory: torch.Tensor, tensor: torch.Tensor) -> DeviceEvent:
         """Bring a tensor, or a part, into its memory for MPI; the event after which MPI may read and write there."""
         return self._noted(self._streams.current_stream(self._device))
 
-    def clear(self) -> Event:
+    def clear(self) -> DeviceEvent:
         """The event after which MPI may write into memory that was taken by now."""
         return self._noted(self._streams.current_stream(self._device))
 
     def pull(self, memory: torch.Tensor, tensor: torch.Tensor) -> None:
         """Bring what MPI wrote into the tensor, before whatever is computed from now on."""
 
-    def _noted(self, stream: Any) -> Event:
+    def _noted(self, stream: Any) -> DeviceEvent:
         event = self._streams.Event()
         event.record(stream)
         return event
@@ -117,13 +117,13 @@ class Staging(Transport):
         """See `Transport`."""
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
 
-    def push(self, memory: torch.Tensor, tensor: torch.Tensor) -> Event:
+    def push(self, memory: torch.Tensor, tensor: torch.Tensor) -> DeviceEvent:
         """See `Transport`."""
         # All copies are on one stream: when this one is done, so are those that MPI's results of before were read by.
         self._copy(memory, tensor)
         return self._noted(self._side)
 
-    def clear(self) -> Event:
+    def clear(self) -> DeviceEvent:
         """See `Transport`."""
         return self._noted(self._side)
 
@@ -186,7 +186,7 @@ class Mirror:
         """For MPI: elements ``start`` to ``stop``, shape (stop - start,)."""
         return self._buffer[start:stop]
 
-    def push(self, start: int, stop: int) -> Event:
+    def push(self, start: int, stop: int) -> DeviceEvent:
         """Bring elements ``start`` to ``stop`` to where MPI reads them; the event after which they are there."""
         return self._transport.push(self._memory[start:stop], self.tensor[start:stop])
 
@@ -211,11 +211,11 @@ class Bytes:
         self.size = tensor.numel() * tensor.element_size()
         self.memory = _buffer(self._memory.reshape(-1).view(torch.uint8))
 
-    def push(self) -> Event:
+    def push(self) -> DeviceEvent:
         """Bring the tensor to where MPI reads it; the event after which it is there."""
         return self._transport.push(self._memory, self._tensor)
 
-    def clear(self) -> Event:
+    def clear(self) -> DeviceEvent:
         """The event after which MPI may write there."""
         return self._transport.clear()
 

@@ -17,7 +17,7 @@ from apts_mpi.tools.environment import end_after, host, pause
 
 # Seconds for the launcher to print a message before the job ends; between rank 0, rank 1 and all others, as who is
 # first ends the rest, so that there is one message; and for an end that waits for a network that is lost.
-PRINTING, TURN, ENDING = 0.5, 0.6, 1.5
+PRINTING, HEAD_START, ENDING = 0.5, 0.6, 1.5
 
 # All of them together, and the share of the limit that they may take: by the limit every rank has ended.
 RESERVE, SHARE = 4.0, 0.35
@@ -67,7 +67,7 @@ class Watch:
 
 def turn(world: MPI.Comm) -> float:
     """Seconds that this rank lets others go first when it is to say what all know."""
-    return TURN * min(world.rank, 2)
+    return HEAD_START * min(world.rank, 2)
 
 
 def end_job(world: MPI.Comm, message: str) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
-from apts_mpi.tools.command import USAGE
+from apts_mpi.tools.command import USAGE, add_version
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
-ROWS = ("loss", "accuracy", "rho", "radius")
+ROW_NAMES = ("loss", "accuracy", "rho", "radius")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Plot loss, accuracy, rho and radius of runs, with rejected steps marked, against iterations, "
         "gradient evaluations and seconds. Runs that differ in their seed alone become one line with a band.",
     )
+    add_version(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="directory of a run of apts_mpi.train")
     parser.add_argument(
         "--out",
@@ -30,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("plot"),
         help="file to write, its name ending in .png or .svg; without such an end, both are written (default: plot)",
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="what to plot (default: all that there is)")
+    parser.add_argument("--rows", nargs="+", choices=ROW_NAMES, help="what to plot (default: all that there is)")
     return parser.parse_args(arguments)
 
 

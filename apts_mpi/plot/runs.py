@@ -30,7 +30,7 @@ CROSS: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 4.0}
 
 
 @dataclass(frozen=True)
-class Row:
+class PanelRow:
     """A row of panels: label and scale of its vertical axis, whether a group has values for it, and what draws them."""
 
     label: str
@@ -80,7 +80,7 @@ def plot_runs(groups: Sequence[Group], files: Sequence[Path], rows: Sequence[str
         save(figure, files, "out")
 
 
-def _label(rows: Sequence[Row], panels: Any) -> None:
+def _label(rows: Sequence[PanelRow], panels: Any) -> None:
     for row, line in zip(rows, panels, strict=True):
         line[0].set_ylabel(row.label)
         for axes in line:
@@ -177,8 +177,8 @@ def _shows(kind: str, name: str) -> Callable[[Group], bool]:
 
 
 ROWS = {
-    "loss": Row("loss", _shows("iterations", "loss"), _draw_loss, "log"),
-    "accuracy": Row("accuracy", _shows("epochs", "train_accuracy"), _draw_accuracy, "linear"),
-    "rho": Row("ρ", _shows("iterations", "rho"), _draw_step("rho"), "symlog"),
-    "radius": Row("radius", _shows("iterations", "radius"), _draw_step("radius"), "log"),
+    "loss": PanelRow("loss", _shows("iterations", "loss"), _draw_loss, "log"),
+    "accuracy": PanelRow("accuracy", _shows("epochs", "train_accuracy"), _draw_accuracy, "linear"),
+    "rho": PanelRow("ρ", _shows("iterations", "rho"), _draw_step("rho"), "symlog"),
+    "radius": PanelRow("radius", _shows("iterations", "radius"), _draw_step("radius"), "log"),
 }

@@ -1,7 +1,12 @@
-"""Training problems by name: a network, its data and its loss."""
+"""Training problems by name: a network, its data and its loss.
+
+It may import errors, options and tools, and no MPI: a problem knows nothing of ranks. Read ``problem`` first, what a
+solver needs to know of one, then any of the files that build some.
+"""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -83,7 +88,7 @@ def build(
     return problem if train_samples is None else _take_first(problem, train_samples, wanted)
 
 
-def _find(name, data_dir, wanted):
+def _find(name: str, data_dir: str | None, wanted: Wanted) -> Callable[..., Problem]:
     if name in _READ_IN_PARTS:
         return functools.partial(_READ_IN_PARTS[name], data_dir=data_dir, wanted=wanted)
     if name in _READ_FROM_FILES:
@@ -96,7 +101,7 @@ def _find(name, data_dir, wanted):
     raise InvalidInput(f"--problem: {name!r} is not known; choose one of {', '.join(names())}, or MODULE:FUNCTION")
 
 
-def _take_first(problem, train_samples, wanted):
+def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem:
     if not (wanted.inputs or wanted.targets):
         return problem
     inputs, targets = problem.train

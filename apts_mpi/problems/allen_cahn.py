@@ -7,10 +7,11 @@ Coordinates are (t, x). The initial values and the periodicity hold by construct
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apts_mpi.problems import pinn
 from apts_mpi.problems.problem import Problem
@@ -26,7 +27,7 @@ def allen_cahn(dtype: torch.dtype) -> Problem:
         name="allen-cahn",
         network=PeriodicFromInitialValues(pinn.tanh_network([3] + [30] * 4 + [1])),
         operator=allen_cahn_operator,
-        interior=(interior, np.zeros(len(interior))),
+        interior=pinn.Condition(interior, np.zeros(len(interior))),
         reference=_grid_solution(),
         epochs=120,
         dtype=dtype,
@@ -46,14 +47,14 @@ class PeriodicFromInitialValues(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, coordinates):
+    def forward(self, coordinates: Tensor) -> Tensor:
         time, position = coordinates[:, :1], coordinates[:, 1:]
         angle = torch.pi * position
         features = torch.cat([time, torch.cos(angle), torch.sin(angle)], dim=1)
         return position.square() * torch.cos(angle) + time * self.network(features)
 
 
-def allen_cahn_operator(network, coordinates):
+def allen_cahn_operator(network: Callable[[Tensor], Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """The network's values and ``u_t - 0.0001 u_xx - 5 (u - u^3)``, both (b, 1); see `pinn.Operator`."""
     values, gradients, u_xx = pinn.derivatives(network, coordinates, second=[1])
     u_t = gradients[:, :1]
@@ -96,7 +97,7 @@ def reference_solution(
     half_diffusion = np.exp(-DIFFUSIVITY * wave_numbers**2 * step / 2.0)
     reaction_decay = np.exp(-2.0 * REACTION_RATE * step)
 
-    def diffuse(u):
+    def diffuse(u: np.ndarray) -> np.ndarray:
         return np.fft.irfft(half_diffusion * np.fft.rfft(u), nodes)
 
     values = [initial_values(positions)]
@@ -109,7 +110,7 @@ def reference_solution(
     return np.linspace(0.0, 1.0, snapshots + 1), positions, np.stack(values)
 
 
-def _grid_solution():
+def _grid_solution() -> tuple[np.ndarray, np.ndarray]:
     times, positions, values = reference_solution()
     # Every fourth node resolves the fronts well enough to measure an error.
     times, positions = np.meshgrid(times, positions[::4], indexing="ij")

@@ -7,9 +7,12 @@ residual was then small at the points and the solution wrong between them. Point
 weigh as much less, so that the mean over them is that over the domain.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.polynomial.hermite import hermgauss
+from torch import Tensor
 
 from apts_mpi.problems import pinn
 from apts_mpi.problems.problem import Problem
@@ -27,17 +30,15 @@ def burgers(dtype: torch.dtype) -> Problem:
         name="burgers",
         network=pinn.tanh_network([2] + [20] * 5 + [1]),
         operator=burgers_operator,
-        interior=(interior, np.zeros(len(interior))),
-        interior_weights=weights,
-        boundary=(condition_points, condition_values),
-        coefficient=1.0,
+        interior=pinn.Condition(interior, np.zeros(len(interior)), weights),
+        boundary=pinn.Condition(condition_points, condition_values),
         reference=(grid, solution(grid)),
         epochs=120,
         dtype=dtype,
     )
 
 
-def burgers_operator(network, coordinates):
+def burgers_operator(network: Callable[[Tensor], Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """The network's values and ``u_t + u u_x - nu u_xx``, both (b, 1); see `pinn.Operator`."""
     values, gradients, u_xx = pinn.derivatives(network, coordinates, second=[1])
     u_t, u_x = gradients[:, :1], gradients[:, 1:]
@@ -70,14 +71,14 @@ def solution(points: np.ndarray, quadrature_nodes: int = 100) -> np.ndarray:
     return -(kernel * np.sin(np.pi * shifted)).sum(axis=1) / kernel.sum(axis=1)
 
 
-def _graded(points):
+def _graded(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points (t, x |x|) for (t, x), and the weights 2 |x| by which x |x| stretches the domain, of mean 1."""
     times, positions = points.T
     weights = 2.0 * np.abs(positions)
     return np.column_stack([times, positions * np.abs(positions)]), weights / weights.mean()
 
 
-def _conditions(count):
+def _conditions(count: int) -> tuple[np.ndarray, np.ndarray]:
     across = np.linspace(-1.0, 1.0, count)
     sides = np.repeat([-1.0, 1.0], count // 2)
     times = np.tile(np.linspace(0.0, 1.0, count // 2), 2)

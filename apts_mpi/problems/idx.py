@@ -55,18 +55,18 @@ def read_dataset(directory: str, wanted: Wanted = ALL) -> tuple[Pair, Pair]:
     return _read_pair(paths[0], paths[1]), _read_pair(paths[2], paths[3])
 
 
-def _expected_files():
+def _expected_files() -> str:
     return ", ".join(FILES) + " (each plain or .gz)"
 
 
-def _find(directory, name):
+def _find(directory: str, name: str) -> Path:
     for candidate in (Path(directory, name), Path(directory, name + ".gz")):
         if candidate.is_file():
             return candidate
     raise InvalidInput(f"--data-dir {directory} has no {name} or {name}.gz: it must hold {_expected_files()}")
 
 
-def _read_pair(images_path, labels_path):
+def _read_pair(images_path: Path | None, labels_path: Path | None) -> Pair:
     images = None if images_path is None else read_idx(images_path, 3)
     labels = None if labels_path is None else read_idx(labels_path, 1)
     if images is not None and labels is not None and len(images) != len(labels):
@@ -119,7 +119,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _read_bytes(path):
+def _read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
@@ -129,7 +129,7 @@ def _read_bytes(path):
         raise InvalidInput(f"{path} cannot be read: {error}") from error
 
 
-def _check_magic(path, content, expected):
+def _check_magic(path: Path, content: bytes, expected: int) -> None:
     if len(content) < 4:
         raise InvalidInput(
             f"{path} is truncated: its magic number takes 4 bytes, the file has {len(content)}: fetch it again"

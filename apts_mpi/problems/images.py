@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from apts_mpi.errors import InvalidInput
@@ -95,7 +95,7 @@ def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype, wanted: Wante
     return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, wanted, batch_size=500, epochs=6)
 
 
-def _initialise_for_depth(network):
+def _initialise_for_depth(network: nn.Sequential) -> None:
     # torch's own initialisation loses the signal in eight layers: Adam ends 2 to 3 points lower on the digits.
     for layer in network:
         if isinstance(layer, nn.Linear):
@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
         Of the first convolution; where the shape changes, a 1x1 convolution adapts the input.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.convolution1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels_out)
@@ -124,18 +124,18 @@ class ResidualBlock(nn.Module):
             self.shortcut.append(nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(channels_out))
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         hidden = torch.relu(self.norm1(self.convolution1(inputs)))
         return torch.relu(self.norm2(self.convolution2(hidden)) + self.shortcut(inputs))
 
 
-def _digits(name, network, dtype):
+def _digits(name: str, network: nn.Module, dtype: torch.dtype) -> Problem:
     train, test = _digits_data()
     return _classification(name, network, train, test, dtype, batch_size=240, epochs=30)
 
 
 @functools.cache
-def _digits_data():
+def _digits_data() -> tuple[idx.Pair, idx.Pair]:
     with resources.files("apts_mpi.problems").joinpath("data", "digits.npz").open("rb") as file:
         content = np.load(file)
         images, labels = content["images"], content["labels"]
@@ -144,7 +144,15 @@ def _digits_data():
     return (images[kept], labels[kept]), (images[held_out], labels[held_out])
 
 
-def _fashion_mnist(name, network, data_dir, dtype, wanted, batch_size, epochs):
+def _fashion_mnist(
+    name: str,
+    network: nn.Module,
+    data_dir: str | None,
+    dtype: torch.dtype,
+    wanted: Wanted,
+    batch_size: int,
+    epochs: int,
+) -> Problem:
     directory = _fashion_mnist_directory(data_dir) if wanted.inputs or wanted.targets else ""
     train, test = idx.read_dataset(directory, wanted)
     for images, _ in (train, test):
@@ -153,7 +161,7 @@ def _fashion_mnist(name, network, data_dir, dtype, wanted, batch_size, epochs):
     return _classification(name, network, train, test, dtype, batch_size, epochs)
 
 
-def _fashion_mnist_directory(data_dir):
+def _fashion_mnist_directory(data_dir: str | None) -> str:
     if data_dir is not None:
         return data_dir
     if Path(FASHION_MNIST_DIRECTORY).is_dir():
@@ -164,12 +172,20 @@ def _fashion_mnist_directory(data_dir):
     )
 
 
-def _classification(name, network, train, test, dtype, batch_size, epochs):
+def _classification(
+    name: str,
+    network: nn.Module,
+    train: idx.Pair,
+    test: idx.Pair,
+    dtype: torch.dtype,
+    batch_size: int,
+    epochs: int,
+) -> Problem:
     # In the place of images or labels that are None there are zeros without memory, of one sample if both are.
     if train[0] is not None:
         mean, std = float(train[0].mean()), float(train[0].std())
 
-    def tensors(images, labels):
+    def tensors(images: np.ndarray | None, labels: np.ndarray | None) -> tuple[Tensor, Tensor]:
         count = next((len(part) for part in (images, labels) if part is not None), 1)
         pixels = torch.zeros(1, PIXELS, dtype=dtype).expand(count, -1)
         if images is not None:

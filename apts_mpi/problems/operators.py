@@ -5,6 +5,8 @@
 A sample is one function, known by its values at the sensors, and one point y.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class DeepONet(nn.Module):
         Number of products j.
     """
 
-    def __init__(self, width: int, features: int):
+    def __init__(self, width: int, features: int) -> None:
         super().__init__()
         self.branch = mlp([SENSORS, width, width, features], nn.Tanh)
         self.trunk = mlp([1, width, width, features], nn.Tanh)
@@ -85,13 +87,13 @@ def antiderivative_samples(functions: int, points: int, seed: int) -> tuple[np.n
     return np.column_stack([np.repeat(v, points, axis=0), y.ravel()]), u
 
 
-def _tensors(functions, points, seed, dtype):
+def _tensors(functions: int, points: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     inputs, targets = antiderivative_samples(functions, points, seed)
     return torch.from_numpy(inputs).to(dtype), torch.from_numpy(targets).to(dtype)
 
 
-def _test_error(inputs, targets):
-    def relative_l2_error(network):
+def _test_error(inputs: Tensor, targets: Tensor) -> Callable[[nn.Module], float]:
+    def relative_l2_error(network: nn.Module) -> float:
         parameter = next(network.parameters())
         with torch.no_grad():
             difference = network(inputs.to(parameter)).cpu() - targets

@@ -11,6 +11,7 @@ value, weight); these weights turn f into a mean over all M_I + M_B samples.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,18 +31,39 @@ _POINTS_SEED = 0
 Operator = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
+class Condition(NamedTuple):
+    """What is asked of the network at some points.
+
+    Attributes
+    ----------
+    points : ndarray, (m, d)
+        The points.
+    values : ndarray, (m,)
+        What the equation, or the network, is to be there.
+    weights : ndarray, (m,), or float
+        Of the points in their mean square.
+    """
+
+    points: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray | float = 1.0
+
+    def targets(self, samples: int) -> np.ndarray:
+        """Rows (value, weight), (m, 2), whose mean square over ``samples`` is that over the points."""
+        count = len(self.points)
+        return np.column_stack([self.values, np.full(count, self.weights) * (samples / count)])
+
+
 def least_squares_problem(
     *,
     name: str,
     network: nn.Module,
     operator: Operator,
-    interior: tuple[np.ndarray, np.ndarray],
+    interior: Condition,
     reference: tuple[np.ndarray, np.ndarray],
     epochs: int,
     dtype: torch.dtype,
-    interior_weights: np.ndarray | None = None,
-    boundary: tuple[np.ndarray, np.ndarray] | None = None,
-    coefficient: float = 1.0,
+    boundary: Condition | None = None,
 ) -> Problem:
     """Put a physics-informed problem together.
 
@@ -51,30 +73,23 @@ def least_squares_problem(
         As in `Problem`; the network maps (b, d) coordinates to (b, 1) values.
     operator : callable
         Left-hand side of the differential equation.
-    interior : (ndarray (M_I, d), ndarray (M_I,))
-        Points and right-hand side there.
+    interior : Condition
+        Points and right-hand side there; the weights w are of mean 1: where points are denser than elsewhere, less.
     reference : (ndarray (m, d), ndarray (m,))
         Points and the solution there, for the metric ``relative_l2_error``.
     dtype : torch.dtype
-    interior_weights : ndarray (M_I,), optional
-        Weights w, of mean 1: where points are denser than elsewhere, less.
-    boundary : (ndarray (M_B, d), ndarray (M_B,)), optional
-        Points and prescribed values there; None where the network has them by construction.
-    coefficient : float
-        Factor of the boundary's mean square.
+    boundary : Condition, optional
+        Points and prescribed values there, and the coefficient of their mean square; None where the network has them by
+        construction.
 
     Returns
     -------
     Problem
     """
-    parts = [(*interior, INTERIOR, np.ones(len(interior[0])) if interior_weights is None else interior_weights)]
-    if boundary is not None:
-        parts.append((*boundary, BOUNDARY, np.full(len(boundary[0]), coefficient)))
-    samples = sum(len(points) for points, *_ in parts)
-    inputs = np.concatenate([np.column_stack([points, np.full(len(points), kind)]) for points, _, kind, _ in parts])
-    targets = np.concatenate(
-        [np.column_stack([values, weights * (samples / len(points))]) for points, values, _, weights in parts]
-    )
+    parts = [(INTERIOR, interior)] + ([] if boundary is None else [(BOUNDARY, boundary)])
+    samples = sum(len(part.points) for _, part in parts)
+    inputs = np.concatenate([np.column_stack([part.points, np.full(len(part.points), kind)]) for kind, part in parts])
+    targets = np.concatenate([part.targets(samples) for _, part in parts])
     # Mixed, so that a batch or a shard of consecutive samples has interior and boundary points.
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(_POINTS_SEED))
     return Problem(
@@ -91,7 +106,7 @@ def least_squares_problem(
 def residual_forward(operator: Operator) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
     """The `Problem.forward` that gives the operator at interior samples and the network's value at the others."""
 
-    def forward(network, inputs):
+    def forward(network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         coordinates, kind = inputs[:, :-1], inputs[:, -1:]
         value, left_hand_side = operator(network, coordinates)
         return torch.where(kind == INTERIOR, left_hand_side, value)
@@ -123,7 +138,7 @@ def derivatives(
     """
 
     # The annotation of vjp allows for three results, which come with has_aux only.
-    def gradients_and_values(points):
+    def gradients_and_values(points: Tensor) -> tuple[Tensor, Tensor]:
         values, pull_back = vjp(function, points)  # type: ignore[misc]
         return pull_back(torch.ones_like(values))[0], values
 
@@ -133,7 +148,7 @@ def derivatives(
     # Indexed by a list, torch would copy the list to the device, and wait.
     units = torch.stack([units[axis] for axis in second])
 
-    def along(unit):
+    def along(unit: Tensor) -> Tensor:
         return pull_back((unit.expand_as(coordinates), no_values))[0] @ unit
 
     return values, gradients, vmap(along, out_dims=1)(units)
@@ -159,7 +174,7 @@ def scattered_points(count: int, lower: list[float], upper: list[float]) -> np.n
 def solution_error(points: np.ndarray, solution: np.ndarray) -> Callable[[nn.Module], float]:
     """The metric ``||u - solution||_2 / ||solution||_2`` over points, (m, d) and (m,), evaluated in float64."""
 
-    def relative_l2_error(network):
+    def relative_l2_error(network: nn.Module) -> float:
         parameter = next(network.parameters())
         with torch.no_grad():
             values = network(torch.from_numpy(points).to(parameter))

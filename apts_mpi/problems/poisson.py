@@ -3,8 +3,11 @@
 The solution is ``u(x) = prod_i sin(pi x_i)``, so that ``f = d pi^2 u``.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from apts_mpi.problems import pinn
 from apts_mpi.problems.problem import Problem
@@ -25,7 +28,7 @@ def poisson_3d(dtype: torch.dtype) -> Problem:
     return _poisson("poisson-3d", 3, 2000, 100, [48] * 4, 21, dtype)
 
 
-def negative_laplacian(network, coordinates):
+def negative_laplacian(network: Callable[[Tensor], Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """The network's values and ``-sum_i d^2 u / d x_i^2``, both (b, 1); see `pinn.Operator`."""
     values, _, second = pinn.derivatives(network, coordinates, range(coordinates.shape[1]))
     return values, -second.sum(dim=1, keepdim=True)
@@ -41,7 +44,15 @@ def source(points: np.ndarray) -> np.ndarray:
     return points.shape[1] * np.pi**2 * solution(points)
 
 
-def _poisson(name, dimensions, interior_count, face_count, hidden, grid_size, dtype):
+def _poisson(
+    name: str,
+    dimensions: int,
+    interior_count: int,
+    face_count: int,
+    hidden: list[int],
+    grid_size: int,
+    dtype: torch.dtype,
+) -> Problem:
     interior = pinn.scattered_points(interior_count, [0.0] * dimensions, [1.0] * dimensions)
     boundary = _boundary_points(dimensions, face_count)
     axes = [np.linspace(0.0, 1.0, grid_size)] * dimensions
@@ -50,17 +61,16 @@ def _poisson(name, dimensions, interior_count, face_count, hidden, grid_size, dt
         name=name,
         network=pinn.tanh_network([dimensions, *hidden, 1]),
         operator=negative_laplacian,
-        interior=(interior, source(interior)),
-        boundary=(boundary, np.zeros(len(boundary))),
-        # Balances the two terms, whose residuals differ by the scale pi^2 of the operator.
-        coefficient=10.0,
+        interior=pinn.Condition(interior, source(interior)),
+        # The coefficient balances the two terms, whose residuals differ by the scale pi^2 of the operator.
+        boundary=pinn.Condition(boundary, np.zeros(len(boundary)), 10.0),
         reference=(grid, solution(grid)),
         epochs=120,
         dtype=dtype,
     )
 
 
-def _boundary_points(dimensions, face_count):
+def _boundary_points(dimensions: int, face_count: int) -> np.ndarray:
     if dimensions == 1:
         return np.array([[0.0], [1.0]])
     within_face = pinn.scattered_points(face_count, [0.0] * (dimensions - 1), [1.0] * (dimensions - 1))

@@ -100,15 +100,15 @@ class Problem:
             _check_samples("test", self.test, dtype, self.accuracy)
 
 
-def _is_count(value):
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_metrics(value):
+def _is_metrics(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and callable(value[key]) for key in value)
 
 
-def _parameter_dtype(network):
+def _parameter_dtype(network: nn.Module) -> torch.dtype:
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
     trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, "network", type(network).__name__, "it has no parameter that requires a gradient")
@@ -120,9 +120,8 @@ def _parameter_dtype(network):
     return dtype
 
 
-def _check_samples(option, samples, dtype, accuracy):
-    is_pair = isinstance(samples, tuple) and len(samples) == 2
-    if not is_pair or not all(isinstance(part, Tensor) for part in samples):
+def _check_samples(option: str, samples: object, dtype: torch.dtype, accuracy: bool) -> None:
+    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(part, Tensor) for part in samples):
         raise InvalidInput(f"{option}: {_describe(samples)} is not allowed; give a tuple of tensors (inputs, targets)")
     inputs, targets = samples
     _check_tensor(f"{option} inputs", inputs, dtype)
@@ -138,13 +137,13 @@ def _check_samples(option, samples, dtype, accuracy):
         )
 
 
-def _describe(value):
+def _describe(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of ({', '.join(type(part).__name__ for part in value)})"
     return type(value).__name__
 
 
-def _check_tensor(option, tensor, dtype):
+def _check_tensor(option: str, tensor: Tensor, dtype: torch.dtype) -> None:
     require(
         tensor.dim() > 0 and len(tensor) > 0,
         f"shape of {option}",

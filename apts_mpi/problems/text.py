@@ -77,7 +77,7 @@ def character_gpt(vocabulary: int, context: int, width: int, heads: int, blocks:
 class Embedding(nn.Module):
     """Sum of a learned vector for each character and one for its position; (b, t) to (b, t, width)."""
 
-    def __init__(self, vocabulary: int, context: int, width: int):
+    def __init__(self, vocabulary: int, context: int, width: int) -> None:
         super().__init__()
         self.character = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
@@ -96,7 +96,7 @@ class TransformerBlock(nn.Module):
         A divisor of the width.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
@@ -113,7 +113,7 @@ class TransformerBlock(nn.Module):
         hidden = torch.nn.functional.gelu(self.expand(self.norm2(tokens)))
         return tokens + self.contract(hidden)
 
-    def _attention(self, tokens):
+    def _attention(self, tokens: Tensor) -> Tensor:
         query, key, value = (self._split(layer(tokens)) for layer in (self.query, self.key, self.value))
         # Not scaled_dot_product_attention: its kernels have no forward-mode derivative.
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
@@ -121,11 +121,11 @@ class TransformerBlock(nn.Module):
         mixed = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ value
         return self.projection(mixed.transpose(1, 2).flatten(2))
 
-    def _split(self, tokens):
+    def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _text_file(data_dir):
+def _text_file(data_dir: str | None) -> Path:
     if data_dir is None:
         raise InvalidInput("--data-dir: text needs one; give a text file, or a directory with exactly one .txt file")
     path = Path(data_dir)
@@ -141,7 +141,7 @@ def _text_file(data_dir):
     return found[0]
 
 
-def _read_tokens(path):
+def _read_tokens(path: Path) -> tuple[Tensor, int]:
     try:
         characters = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,7 +157,7 @@ def _read_tokens(path):
     return torch.tensor([vocabulary[character] for character in characters]), len(vocabulary)
 
 
-def _windows(tokens):
+def _windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     count = len(tokens) // (CONTEXT + 1)
     windows = tokens[: count * (CONTEXT + 1)].view(count, CONTEXT + 1)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -43,7 +44,7 @@ def load(name: str, dtype: torch.dtype) -> Problem:
     return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
 
 
-def _function(name):
+def _function(name: str) -> Callable[[], object]:
     module_name, _, function_name = name.partition(":")
     # For the rest of the run: the function may import its own modules late.
     if os.getcwd() not in sys.path:
@@ -61,18 +62,18 @@ def _function(name):
     return function
 
 
-def _call(name, function):
+def _call(name: str, function: Callable[[], object]) -> object:
     try:
         return function()
     except Exception as error:
         raise InvalidInput(f"--problem {name}: the function raised {_quote(error)}; {_EXPECTED}") from error
 
 
-def _quote(error):
+def _quote(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _from_tuple(name, returned):
+def _from_tuple(name: str, returned: object) -> Problem:
     if not isinstance(returned, tuple) or len(returned) != 3:
         raise InvalidInput(f"--problem {name}: the function returned {_describe(returned)}; {_EXPECTED}")
     network, loss, data = returned
@@ -85,5 +86,5 @@ def _from_tuple(name, returned):
         raise InvalidInput(f"--problem {name}: the function returned a wrong tuple: {error}; {_EXPECTED}") from error
 
 
-def _describe(value):
+def _describe(value: object) -> str:
     return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"{type(value).__name__} {value!r:.60}"

@@ -23,6 +23,10 @@ APART = {
 }
 
 
+# What `read_records` meets files with that are not those of a run.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError)
+
+
 @dataclass(frozen=True)
 class RunRecords:
     """The records of one run.
@@ -31,19 +35,41 @@ class RunRecords:
     ----------
     path
         The run directory.
-    config
-        Its options by their full names, such as ``local.solver``.
-    ranks
-        Of MPI; None for a run that has not come to its end.
+    options
+        Its configuration, nested.
+    summary
+        What it came to; None for a run that has not come to its end.
     iterations, epochs
         The records of each, in their order.
     """
 
     path: Path
-    config: dict[str, Any]
-    ranks: int | None
+    options: dict[str, Any]
+    summary: dict[str, Any] | None
     iterations: Records
     epochs: Records
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options by their full names, such as ``local.solver``."""
+        return _flat(self.options)
+
+    @property
+    def ranks(self) -> int | None:
+        """Of MPI; None for a run that has not come to its end."""
+        return None if self.summary is None else self.summary["ranks"]
+
+    def column(self, kind: str, name: str) -> list[float]:
+        """A value of each record, not a number where it has none.
+
+        Parameters
+        ----------
+        kind
+            ``iterations`` or ``epochs``.
+        name
+            Of an entry of the records.
+        """
+        return [_number(record.get(name)) for record in getattr(self, kind)]
 
 
 @dataclass(frozen=True)
@@ -62,56 +88,61 @@ class Group:
     runs: tuple[RunRecords, ...]
 
     def columns(self, kind: str, name: str) -> list[list[float]]:
-        """The values of each run as far as the shortest reaches, not a number where a record has none.
-
-        Parameters
-        ----------
-        kind
-            ``iterations`` or ``epochs``.
-        name
-            Of an entry of the records.
-        """
-        histories = [getattr(run, kind) for run in self.runs]
-        length = min(map(len, histories))
-        return [[_number(record.get(name)) for record in history[:length]] for history in histories]
+        """`RunRecords.column` of each run, as far as the shortest reaches."""
+        columns = [run.column(kind, name) for run in self.runs]
+        length = min(map(len, columns))
+        return [column[:length] for column in columns]
 
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def read_run(path: Path) -> RunRecords:
+def read_records(path: Path) -> RunRecords:
     """The records of a run, also of one that is under way or was interrupted.
+
+    Raises
+    ------
+    Exception
+        One of `UNREADABLE` for files that are not those of a run, or are not there.
+    """
+    options = dict(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")))
+    # A run under way writes in blocks: the last line may be there in part.
+    lines = (path / HISTORY).read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    epochs = tuple(record for record in records if "train_loss" in record)
+    iterations = tuple(record for record in records if "train_loss" not in record)
+    return RunRecords(path, options, read_summary(path), iterations, epochs)
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What a run came to; None for one that has not come to its end. Raises as `read_records` does."""
+    file = path / SUMMARY
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def read_run(path: Path) -> RunRecords:
+    """`read_records` of a run that has begun.
 
     Raises
     ------
     InvalidInput
         If the directory holds no run, or one that has not recorded anything, or files that cannot be read.
     """
-    config, history = _text(path, CONFIG), _text(path, HISTORY)
     try:
-        options = _flat(yaml.safe_load(config))
-        # A run under way writes in blocks: the last line may be there in part.
-        records = [json.loads(line) for line in history.split("\n")[:-1]]
-        iterations = tuple(record for record in records if "loss" in record)
-        epochs = tuple(record for record in records if "train_loss" in record)
-        summary = path / SUMMARY
-        ranks = json.loads(summary.read_text(encoding="utf-8"))["ranks"] if summary.exists() else None
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"run: the files in {str(path)!r} are not those of a run ({error}); give another") from error
-    if not iterations:
-        raise InvalidInput(f"run: {str(path)!r} has no iteration in its {HISTORY} yet; wait, or give another run")
-    return RunRecords(path, options, ranks, iterations, epochs)
-
-
-def _text(path: Path, name: str) -> str:
-    try:
-        return (path / name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        run = read_records(path)
+        # What sets it apart has to be there, too.
+        _identity(run)
+    except OSError as error:
         raise InvalidInput(
-            f"run: {str(path)!r} is no run directory, as its {name} cannot be read ({error}); "
+            f"run: {str(path)!r} is no run directory, as its {Path(error.filename).name} cannot be read ({error}); "
             "give a directory that apts_mpi.train has written"
         ) from error
+    except UNREADABLE as error:
+        raise InvalidInput(f"run: the files in {str(path)!r} are not those of a run ({error}); give another") from error
+    if not run.iterations:
+        raise InvalidInput(f"run: {str(path)!r} has no iteration in its {HISTORY} yet; wait, or give another run")
+    return run
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

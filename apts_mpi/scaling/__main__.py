@@ -14,15 +14,15 @@ from rich.console import Console
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.scaling.records import add_runs, read_studies
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
-from apts_mpi.scaling.runs import Study, run_study
-from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE
+from apts_mpi.scaling.studies import read_studies
+from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE, add_version, say
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
     parser = argparse.ArgumentParser(prog="apts_mpi.scaling", description="Scaling studies.")
+    add_version(parser)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     commands: tuple[tuple[str, Callable[..., int], str], ...] = (
         ("run", run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
@@ -54,6 +54,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure what is missing."""
+    # Of the solver and of MPI, without which the other commands work.
+    from apts_mpi.scaling.runs import Study, run_study
+
     study = Study(
         kind=options.kind,
         ranks=tuple(dict.fromkeys(options.ranks)),
@@ -71,6 +74,8 @@ def report(options: argparse.Namespace, console: Console) -> int:
     runs, unfinished = read_sources(options.sources, options.kind)
     tables = {name: rows(list(map(measurement, own))) for name, own in studies_of(runs).items()}
     if options.hdf5 is not None:
+        from apts_mpi.scaling.adding import add_runs
+
         add_runs(options.hdf5, runs)
     for name, table in tables.items():
         print_table(name, table, console)
@@ -110,11 +115,6 @@ def write_json(path: Path | None, values: Any) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidInput(f"json: {str(path)!r} cannot be written ({error}); give another file") from error
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.scaling.cost_model import UNITS, Amounts, Shape, seconds_of, terms
+from apts_mpi.scaling.cost_model import UNITS, Amounts, Shape, added, seconds_of, terms
 
 try:
     from scipy.optimize import nnls
@@ -94,20 +94,12 @@ def _solve(rows: np.ndarray, right: np.ndarray) -> list[float]:
 def _equations(point: Point) -> list[tuple[Amounts, float, float]]:
     """Amounts, their seconds, and those of the iteration: of it all and of the events that hold computation alone."""
     parts = terms(point.shape)
-    found = [(_added(parts.values()), point.seconds, point.seconds)]
+    found = [(added(*parts.values()), point.seconds, point.seconds)]
     for events, names in TERMS_OF_EVENTS.items():
         seconds = sum(point.events.get(event, 0.0) for event in events)
         if seconds > 0.0:
-            found.append((_added(parts[name] for name in names), seconds, point.seconds))
+            found.append((added(*(parts[name] for name in names)), seconds, point.seconds))
     return found
-
-
-def _added(parts) -> Amounts:
-    total: Amounts = {}
-    for amounts in parts:
-        for name, amount in amounts.items():
-            total[name] = total.get(name, 0.0) + amount
-    return total
 
 
 def predicted(shape: Shape, values: Mapping[str, float]) -> dict[str, float]:

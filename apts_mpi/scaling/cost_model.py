@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from apts_mpi.schwarz.reduced_curvature import ENOUGH_TARGETS
+from apts_mpi.options import ENOUGH_TARGETS
 
 # Sizes in bytes at which other algorithms are taken, that of a gather within a broadcast too, and the ranks below which
 # a long broadcast is a tree.
@@ -163,7 +163,8 @@ def _times(factor: float, amounts: Mapping[str, float]) -> Amounts:
     return {name: factor * amount for name, amount in amounts.items()}
 
 
-def _sum(*parts: Mapping[str, float]) -> Amounts:
+def added(*parts: Mapping[str, float]) -> Amounts:
+    """What all parts take together."""
     total: Amounts = {}
     for part in parts:
         for name, amount in part.items():
@@ -173,17 +174,17 @@ def _sum(*parts: Mapping[str, float]) -> Amounts:
 
 def _decision(ranks: int, size: float) -> Amounts:
     """A pickled record of rank 0 to all: its length, then it."""
-    return _sum(broadcast(ranks, SCALAR), broadcast(ranks, size))
+    return added(broadcast(ranks, SCALAR), broadcast(ranks, size))
 
 
 def _agreement(ranks: int, numbers: int) -> Amounts:
     """Rank 0 gathers some scalars of each rank, and broadcasts a record."""
-    return _sum(gather(ranks, SCALAR * numbers * ranks), _decision(ranks, OBJECT))
+    return added(gather(ranks, SCALAR * numbers * ranks), _decision(ranks, OBJECT))
 
 
 def _exchange(ranks: int) -> Amounts:
     """Small pickled objects of all ranks to all: their lengths, then they."""
-    return _sum(allgather(ranks, SCALAR * ranks), allgather(ranks, OBJECT * ranks))
+    return added(allgather(ranks, SCALAR * ranks), allgather(ranks, OBJECT * ranks))
 
 
 def terms(shape: Shape) -> dict[str, Amounts]:
@@ -215,7 +216,7 @@ def _replicated(shape: Shape) -> dict[str, Amounts]:
         "gradient sum": _bucketed_allreduce(ranks, size),
         "assembly": allgather(ranks, size),
         "coarse reduction": _coarse_reduction(shape, columns**2),
-        "agreement": _sum(_agreement(ranks, 6), _times(2, _exchange(ranks))),
+        "agreement": added(_agreement(ranks, 6), _times(2, _exchange(ranks))),
     }
 
 
@@ -230,7 +231,7 @@ def _coarse_reduction(shape: Shape, numbers: int) -> Amounts:
     """The sum of the reduced matrices on rank 0, and its coefficients to all."""
     if not shape.columns:
         return {}
-    return _sum(reduction(shape.ranks, SCALAR * numbers), _decision(shape.ranks, SCALAR * shape.all_columns))
+    return added(reduction(shape.ranks, SCALAR * numbers), _decision(shape.ranks, SCALAR * shape.all_columns))
 
 
 def _staged(shape: Shape) -> dict[str, Amounts]:
@@ -249,14 +250,14 @@ def _staged(shape: Shape) -> dict[str, Amounts]:
         "pipeline messages": _pipeline_messages(shape, stages, samples / micro_batches, thinned),
         "gradient sum": _bucketed_allreduce(replicas, shape.element_size * shape.parameters / stages),
         # The predicted reduction goes to all as well; a barrier is before each of the three.
-        "coarse reduction": _sum(
+        "coarse reduction": added(
             _coarse_reduction(shape, (2 * columns + 1) * columns),
-            _sum(_decision(ranks, OBJECT), _times(3, barrier(ranks))) if columns else {},
+            added(_decision(ranks, OBJECT), _times(3, barrier(ranks))) if columns else {},
         ),
         # To be judged, and the norm of the step; what is said of the batch, within the replica and to all.
-        "agreement": _sum(
-            _times(2, _sum(_agreement(ranks, 6), _times(2, barrier(ranks)))),
-            _times(2, _sum(_exchange(stages), barrier(stages))),
+        "agreement": added(
+            _times(2, added(_agreement(ranks, 6), _times(2, barrier(ranks)))),
+            _times(2, added(_exchange(stages), barrier(stages))),
             _exchange(ranks),
             barrier(ranks),
         ),
@@ -270,7 +271,7 @@ def _staged_tangents(shape: Shape, stages: int, samples: float) -> Amounts:
     rest = shape.micro_batches - 1
     filling = _tangents(shape, samples, stages)
     last = {"tangent": samples * (1.0 + shape.all_columns) / (3.0 * stages), "pass": 1.0}
-    return _sum(filling, _times(rest, last))
+    return added(filling, _times(rest, last))
 
 
 def _pipeline_messages(shape: Shape, stages: int, samples: float, thinned: float) -> Amounts:
@@ -283,7 +284,7 @@ def _pipeline_messages(shape: Shape, stages: int, samples: float, thinned: float
     if columns:
         # Activations, and beside them a tangent of each column so far.
         carried = (stages - 1) * (1.0 + columns / 2.0) + rest * (1.0 + columns * (stages - 1) / stages)
-        found = _sum(found, messages(hops, carried * shape.activation_bytes * thinned))
+        found = added(found, messages(hops, carried * shape.activation_bytes * thinned))
     return found
 
 

@@ -21,8 +21,10 @@ from apts_mpi.scaling.cost_fit import (
     predicted,
 )
 from apts_mpi.scaling.cost_model import UNITS, Shape
-from apts_mpi.scaling.records import RunRecord, Studies, check_shared
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together
 from apts_mpi.scaling.report import studies_of
+from apts_mpi.scaling.studies import Studies
+from apts_mpi.tools.command import say
 
 # How far studies are predicted, and the sizes of the table.
 MOST_RANKS = 10_000
@@ -56,7 +58,7 @@ class Prediction:
     limits: dict[str, Limit]
 
 
-def point_of(run: RunRecord) -> Point:
+def point_of(run: MeasuredRun) -> Point:
     """A measured size.
 
     Raises
@@ -101,7 +103,7 @@ def predict(studies: Studies) -> Prediction:
     """
     if not studies.runs:
         raise InvalidInput("predict: the file has no runs; measure some with apts_mpi.scaling run")
-    check_shared(studies.runs)
+    check_belong_together(studies.runs)
     points = {name: [point_of(run) for run in runs] for name, runs in studies_of(studies.runs).items()}
     points = {name: _with_activations(name, own) for name, own in points.items()}
     every = [point for own in points.values() for point in own]
@@ -141,12 +143,12 @@ def print_prediction(prediction: Prediction, console: Console) -> None:
                 f"{name}: limited first by the {limit.term}: at {limit.ranks} ranks the efficiency is below a half, "
                 f"and they are {limit.share:.0%} of an iteration"
             )
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        say(console, sentence)
 
 
 def _print_errors(prediction: Prediction, console: Console) -> None:
     if not prediction.errors:
-        console.print("two sizes leave none to be held out: the error is not known", soft_wrap=True)
+        say(console, "two sizes leave none to be held out: the error is not known")
         return
     table = Table(title="each size predicted from the others", caption="More ranks than cores: as many share one.")
     for heading in ("ranks", "study", "measured s", "predicted s", "error"):

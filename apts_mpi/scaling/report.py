@@ -12,7 +12,8 @@ from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.scaling.records import RunRecord, check_shared, read_run, read_studies
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together, read_measured_run
+from apts_mpi.scaling.studies import read_studies
 
 # Options in which the runs of a study may differ: a batch for each size in a weak one, and how long they take.
 VARYING = ("batch_size", "seed", "epochs", "max_iterations", "train_samples")
@@ -44,7 +45,7 @@ class Measurement:
     shares: dict[str, float]
 
 
-def measurement(run: RunRecord) -> Measurement:
+def measurement(run: MeasuredRun) -> Measurement:
     """What one run came to."""
     summary = run.summary
     communication = summary["seconds_in_communication"] / summary["seconds"]
@@ -52,7 +53,7 @@ def measurement(run: RunRecord) -> Measurement:
     return Measurement(run.ranks, run.batch_size, run.median, communication, summary["train_loss"], shares)
 
 
-def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[RunRecord], list[Path]]:
+def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[MeasuredRun], list[Path]]:
     """The runs of one HDF5 file or of run directories, and the directories whose run did not come to its end.
 
     Parameters
@@ -78,14 +79,14 @@ def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[R
             raise InvalidInput(f"{files[0]} has no runs; measure some with apts_mpi.scaling run")
         return runs, []
     unfinished = [path for path in paths if not (path / SUMMARY).exists()]
-    runs = [read_run(path) for path in paths if path not in unfinished]
+    runs = [read_measured_run(path) for path in paths if path not in unfinished]
     if not runs:
         names = ", ".join(map(str, unfinished))
         raise InvalidInput(
             f"none of the runs has a {SUMMARY}: {names}; none came to its end. Give directories of finished runs, or "
             "an HDF5 file that is there"
         )
-    check_shared(runs)
+    check_belong_together(runs)
     batch_sizes = sorted({run.batch_size for run in runs})
     if kind == "strong" and len(batch_sizes) > 1:
         raise InvalidInput(f"kind: 'strong', but the runs differ in batch_size: {batch_sizes}; give weak")
@@ -93,7 +94,7 @@ def read_sources(paths: Sequence[Path], kind: str | None = None) -> tuple[list[R
     return [replace(run, kind=kind) for run in runs], unfinished
 
 
-def studies_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+def studies_of(runs: Sequence[MeasuredRun]) -> dict[str, list[MeasuredRun]]:
     """For each study by its name one run a number of ranks, of several the median one, in the order of the ranks.
 
     Raises
@@ -115,7 +116,7 @@ def studies_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return found
 
 
-def _check_options(runs: Sequence[RunRecord]) -> None:
+def _check_options(runs: Sequence[MeasuredRun]) -> None:
     first = runs[0].options
     for options in (run.options for run in runs[1:]):
         for name in first.keys() | options.keys():

@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from apts_mpi.compare.runs import OUTPUT, failure_in
 from apts_mpi.errors import InvalidInput, require
-from apts_mpi.scaling.records import RunRecord, Studies, add_runs, check_shared, read_run, without_places
+from apts_mpi.scaling.adding import add_runs
+from apts_mpi.scaling.measured import MeasuredRun, check_belong_together, read_measured_run, without_places
+from apts_mpi.scaling.studies import Studies
 from apts_mpi.tools import environment
-from apts_mpi.tools.jobs import check_can_start
-from apts_mpi.train.__main__ import parse, spell
+from apts_mpi.tools.jobs import OUTPUT, check_can_start, failure_in
+from apts_mpi.train.parser import parse, spell
 
 # Options that a study sets itself, and one with which a run would not be one from start to end.
 OWN = ("--run_dir", "--overwrite", "--resume")
@@ -110,7 +111,7 @@ def run_study(study: Study, path: Path, report: Callable[[str], None]) -> Studie
             report(f"{study.kind}, {ranks} rank(s): {len(measured)} measured before")
         for _ in range(study.repeats - len(measured)):
             run = measure(study, ranks)
-            check_shared([*studies.runs, run])
+            check_belong_together([*studies.runs, run])
             studies = add_runs(path, [run])
             report(f"{study.kind}, {ranks} rank(s): {run.median:.4g} s an iteration")
     return studies
@@ -126,7 +127,7 @@ def _check_belongs(studies: Studies, path: Path, options: dict[str, Any]) -> Non
             )
 
 
-def measure(study: Study, ranks: int) -> RunRecord:
+def measure(study: Study, ranks: int) -> MeasuredRun:
     """Do one run, in a directory that is then removed.
 
     Raises
@@ -148,5 +149,5 @@ def measure(study: Study, ranks: int) -> RunRecord:
             )
         if done.returncode != 0:
             raise InvalidInput(f"the run with {ranks} rank(s) failed: {failure_in(directory / OUTPUT)}")
-        run = read_run(directory / "run", len(environment.cores()))
+        run = read_measured_run(directory / "run", len(environment.cores()))
     return replace(run, kind=study.kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -31,6 +31,7 @@ from apts_mpi.state.tensors import (
 )
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
+from apts_mpi.train.options import BaselineOptions
 
 OPTIMIZERS = {
     "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate),
@@ -60,14 +61,8 @@ class DataParallel:
     ----------
     network, loss, forward, comm
         As for `apts_mpi.APTS`.
-    optimizer
-        ``adam``, ``sgd`` (momentum 0.9) or ``lbfgs`` (strong Wolfe line search).
-    learning_rate
-        Its step size.
-    seed
-        Of dropout.
-    autocast
-        See `apts_mpi.APTSOptions`.
+    options
+        The optimizer.
     """
 
     def __init__(
@@ -76,17 +71,14 @@ class DataParallel:
         loss: Loss,
         *,
         comm: MPI.Intracomm,
-        optimizer: str,
-        learning_rate: float,
-        seed: int = 0,
-        autocast: Literal["none", "bfloat16"] = "none",
+        options: BaselineOptions,
         forward: Forward | None = None,
     ) -> None:
         self.network = network
         self.events = Events()
         self.comm = Communicator(comm, self.events)
         with self.comm.shared_errors():
-            segmented = SegmentedNetwork(network, forward, lower_precision(autocast))
+            segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             self.vector = FlatParameters(network)
         self.comm.share_tensors([self.vector.values, *network.buffers()])
         size, last = self.vector.values.numel(), len(segmented) - 1
@@ -104,8 +96,8 @@ class DataParallel:
         )
         self._flat = torch.nn.Parameter(self.vector.values)
         self._flat.grad = self.objective.reduction.total
-        self.optimizer = OPTIMIZERS[optimizer]([self._flat], learning_rate)
-        self._seed = seed
+        self.optimizer = OPTIMIZERS[options.optimizer]([self._flat], options.learning_rate)
+        self._seed = options.seed
         self._loss_is_checked = False
         self.iteration = 0
 

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from apts_mpi.checkpoint import Array, Checkpoint, CheckpointDirectory, Slab
+from apts_mpi.checkpoint import Array, CheckpointDirectory
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seconds, since_start
+from apts_mpi.tools.events import Events
 from apts_mpi.train.consistency import check_shared
 from apts_mpi.train.options import TrainingOptions, as_seconds
+from apts_mpi.train.saved_history import history_array
 from apts_mpi.train.signals import StopSignals, name_of
-from apts_mpi.train.training import Training
-
-# Array with the records of the run so far: the bytes of its lines, compressed.
-HISTORY = "training/history"
 
 # Steps and saves may take that many times as long as the longest so far without being cut off by the wall time.
 MARGIN = 2.0
 
 # Why a run stops, beside the numbers of signals.
 GO_ON, WALLTIME = 0, -1
+
+
+class Saved(Protocol):
+    """What is to be known of a run that is saved: `apts_mpi.train.training.Training`."""
+
+    comm: Communicator
+
+    @property
+    def iteration(self) -> int:
+        """How far it is."""
+
+    @property
+    def events(self) -> Events:
+        """Of the run."""
+
+    def save(self) -> tuple[list[Array], dict[str, Any]]:
+        """What a checkpoint holds of it. Collective."""
+
+    def fingerprint(self) -> tuple[int, int, int]:
+        """Checksums of what ranks share."""
 
 
 class Survival:
@@ -55,7 +72,7 @@ class Survival:
 
     def __init__(
         self,
-        training: Training,
+        training: Saved,
         directory: CheckpointDirectory,
         options: TrainingOptions,
         signals: StopSignals,
@@ -88,13 +105,13 @@ class Survival:
         SharedFailure
             If the ranks no longer share one state, or the last save of the run fails.
         """
-        iteration = self._training.progress.iteration
+        iteration = self._training.iteration
         save, reason = self._decide(done, iteration)
         watch = self._options.drift_check_every
         if save or (watch and iteration % watch == 0):
             check_shared(self._training.fingerprint(), iteration, self._comm)
         if save:
-            with self._training.solver.events.timed("checkpoint"):
+            with self._training.events.timed("checkpoint"):
                 self._save(iteration, last=done or reason != GO_ON)
         self._last_step = seconds()
         if reason == WALLTIME:
@@ -126,7 +143,7 @@ class Survival:
         started = seconds()
         try:
             arrays, metadata = self._training.save()
-            arrays.append(self._history_array())
+            arrays.append(history_array(self._history, self._comm))
             in_background = self._options.checkpoint_in_background and not last
             save = self._directory.start_save if in_background else self._directory.save
             save(arrays, metadata | self._metadata, iteration)
@@ -138,15 +155,3 @@ class Survival:
         self._saves += 1
         self._last_save = seconds()
         self._longest_save = max(self._longest_save, self._last_save - started)
-
-    def _history_array(self) -> Array:
-        values = np.zeros(0, np.uint8)
-        if self._comm.rank == 0:
-            values = np.frombuffer(zlib.compress(self._history(), 1), np.uint8)
-        (size,) = self._comm.decide(lambda: [values.size])
-        return Array(HISTORY, (int(size),), values.dtype, [Slab(0, values)] if self._comm.rank == 0 else [])
-
-
-def saved_history(checkpoint: Checkpoint) -> bytes:
-    """The records of a run up to its checkpoint."""
-    return zlib.decompress(checkpoint.read(HISTORY).tobytes())

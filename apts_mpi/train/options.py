@@ -17,6 +17,34 @@ from apts_mpi.options import (
     TrustRegionOptions,
 )
 
+# Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
+WAIT_LIMIT = 600.0
+
+# The value of --resume that asks for the latest checkpoint in the run directory.
+LATEST_OF_RUN = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineOptions:
+    """One of torch's own optimizers.
+
+    Parameters
+    ----------
+    optimizer
+        ``adam``, ``sgd`` (momentum 0.9) or ``lbfgs`` (strong Wolfe line search).
+    learning_rate
+        Its step size.
+    seed
+        Of dropout.
+    autocast
+        See `apts_mpi.APTSOptions`.
+    """
+
+    optimizer: str
+    learning_rate: float
+    seed: int = 0
+    autocast: Literal["none", "bfloat16"] = "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
@@ -170,6 +198,12 @@ class TrainingOptions:
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         time = self.walltime
         require(time is None or bool(as_seconds(time)), "walltime", time, "give HH:MM:SS, such as 01:30:00")
+
+    def baseline_options(self) -> BaselineOptions:
+        """The part that configures one of torch's own optimizers."""
+        return BaselineOptions(
+            optimizer=self.optimizer, learning_rate=self.learning_rate, seed=self.seed, autocast=self.autocast
+        )
 
     def solver_options(self) -> APTSOptions:
         """The part that configures `apts_mpi.APTS`."""

@@ -10,12 +10,10 @@ from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools import environment
-from apts_mpi.train.checkpointing import saved_history
-from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 
-# Folder of the checkpoints in a run directory, and the value of --resume that asks for the latest of them.
+# Folder of the checkpoints in a run directory.
 CHECKPOINTS = "checkpoints"
-LATEST_OF_RUN = "latest"
 
 
 def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -101,8 +99,3 @@ def replaces(options: TrainingOptions, path: Path, checkpoint: Checkpoint | None
 def goes_on_in(path: Path, checkpoint: Checkpoint | None) -> bool:
     """Whether the run that goes on is the one in directory ``path``."""
     return checkpoint is not None and checkpoint.path.resolve().parent == (path / CHECKPOINTS).resolve()
-
-
-def history_of(checkpoint: Checkpoint | None) -> bytes:
-    """The records of the run that goes on."""
-    return b"" if checkpoint is None else saved_history(checkpoint)

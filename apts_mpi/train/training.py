@@ -8,29 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from mpi4py import MPI
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.network.partition import split
-from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
-from apts_mpi.tools.events import OTHER
+from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.trust_region.acceptance import Judged
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+from apts_mpi.train.rejection import why_not_accepted
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
-
-# Samples a forward pass when metrics are computed: bounds the memory of the activations.
-METRIC_SAMPLES = 2048
 
 
 @dataclass
@@ -66,6 +59,28 @@ class Progress:
         return self.batch > 0 or self.tries > 0
 
 
+@dataclass(frozen=True)
+class Method:
+    """What trains a problem, and what depends on the part of the network that a rank holds.
+
+    Attributes
+    ----------
+    solver : APTS or DataParallel
+        Makes the steps.
+    outputs : callable
+        How samples come through the network, see `apts_mpi.train.metrics.Outputs`.
+    part : int
+        Ranks with the same one share the tensors of their part of the network.
+    places : str
+        Where the parts are, for those who watch; empty where all ranks hold all.
+    """
+
+    solver: APTS | DataParallel
+    outputs: Outputs
+    part: int = 0
+    places: str = ""
+
+
 class Training:
     """A problem, a solver and their progress.
 
@@ -74,9 +89,9 @@ class Training:
     problem, options
         What to train and how.
     device
-        Where.
-    comm
-        The ranks. Collective.
+        Where the data belong.
+    method
+        The solver of the problem. Collective.
 
     Attributes
     ----------
@@ -84,49 +99,29 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
+    places : str
+        See `Method`.
     """
 
-    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, comm: MPI.Intracomm) -> None:
+    def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, method: Method) -> None:
         self.problem = problem
         self.options = options
-        self.test: Batch | None
-        problem.network.to(device)
         self.train = _to(problem.train, device)
         self.test = None if problem.test is None else _to(problem.test, device)
         self.samples = len(problem.train[0])
         self.batch_size = min(options.batch_size or problem.batch_size or self.samples, self.samples)
         self.epochs = options.epochs or problem.epochs
-        network, forward = problem.network, problem.forward
-        self._called = network if forward is None else CalledNetwork(network, forward)
-        self.solver = self._make_solver(comm)
-        self._check_batch()
+        self.solver = method.solver
         self.comm: Communicator = self.solver.comm
         self.progress = Progress()
+        self._check_batch()
+        self._metrics = Metrics(problem, self.comm, method.outputs)
+        self._part = method.part
+        self.places = method.places
         self._resumed = False
         self._is_out_of_time = False
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
-
-    def _make_solver(self, comm: MPI.Intracomm) -> APTS | DataParallel:
-        problem, options = self.problem, self.options
-        if options.optimizer == "apts":
-            return APTS(
-                problem.network,
-                problem.loss,
-                comm=comm,
-                options=options.solver_options(),
-                forward=problem.forward,
-            )
-        return DataParallel(
-            problem.network,
-            problem.loss,
-            comm=comm,
-            optimizer=options.optimizer,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            autocast=options.autocast,
-            forward=problem.forward,
-        )
 
     def _check_batch(self) -> None:
         least = self.solver.smallest_batch
@@ -135,6 +130,16 @@ class Training:
                 f"batch_size: {self.batch_size} is too small for {self.comm.size} ranks with "
                 f"{self.solver.subdomains} subdomains; give at least {least}, or fewer ranks or subdomains"
             )
+
+    @property
+    def iteration(self) -> int:
+        """Steps so far."""
+        return self.progress.iteration
+
+    @property
+    def events(self) -> Events:
+        """Of the solver."""
+        return self.solver.events
 
     @property
     def batches(self) -> int:
@@ -253,7 +258,7 @@ class Training:
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Checksums of what ranks share, see `apts_mpi.train.consistency`."""
-        return fingerprint(*self.solver.shared())
+        return fingerprint(*self.solver.shared(), part=self._part)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where a checkpoint was saved; return what could not be taken over, one sentence each. Collective.
@@ -295,43 +300,7 @@ class Training:
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
         with self.solver.events.timed("metrics"):
-            return self._metrics()
-
-    def _metrics(self) -> dict[str, Any]:
-        network = self.problem.network
-        network.eval()
-        values = self._loss_and_accuracy("train", self.train)
-        if self.test is not None:
-            values |= self._loss_and_accuracy("test", self.test)
-        for name, metric in self.problem.metrics.items():
-            own = float(metric(network)) if self.comm.rank == 0 else 0.0
-            (values[name],) = self.comm.agree([own], lambda table: [table[0, 0]])
-        return values
-
-    @torch.no_grad()
-    def _loss_and_accuracy(self, name: str, data: Batch) -> dict[str, float]:
-        sums = [0.0, 0.0, 0.0]
-        first, last = split(len(data[0]), self.comm.size, self.comm.rank)
-        for start in range(first, last, METRIC_SAMPLES):
-            inputs, targets = (part[start : min(start + METRIC_SAMPLES, last)] for part in data)
-            sums = added(sums, self._sums(self._called(inputs), targets))
-        return self._means(name, sums, len(data[0]))
-
-    def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[float]:
-        """Sums over some samples: of the loss, of what is classified correctly, and of what is classified at all."""
-        loss = float(self.problem.loss(outputs, targets)) * len(targets)
-        classes = dimension_of_classes(outputs, targets) if self.problem.accuracy else None
-        if classes is None:
-            return [loss, 0.0, 0.0]
-        hits = (outputs.argmax(dim=classes) == targets).sum()
-        # Targets may have more dimensions than samples (tokens).
-        return [loss, float(hits) / (targets.numel() / len(targets)), len(targets)]
-
-    def _means(self, name: str, sums: list[float], count: int) -> dict[str, float]:
-        """Metrics from the sums of all ranks. Collective."""
-        loss, accuracy, classified = self.comm.agree(sums, lambda table: table.sum(axis=0) / count)
-        result = {f"{name}_loss": loss}
-        return result | ({f"{name}_accuracy": accuracy} if classified == 1.0 else {})
+            return self._metrics.measure(self.train, self.test)
 
     def warning(self) -> str:
         """Why the run is no success, in a sentence; empty where nothing is known against it."""
@@ -367,44 +336,5 @@ class Training:
         }
 
 
-def why_not_accepted(judged: Judged) -> str:
-    """What is known of why a step was rejected."""
-    if not math.isfinite(judged.loss):
-        return "the loss is not finite; look for nan and inf in the inputs, the targets and the network's outputs"
-    if not math.isfinite(judged.gradient_norm):
-        return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
-    if judged.gradient_norm == 0.0:
-        return "the gradient is 0; look for what cuts the network off from the loss"
-    if not 0.0 < judged.predicted_reduction < math.inf:
-        return (
-            f"the predicted reduction is {judged.predicted_reduction:g}; choose --coarse none, or another local solver"
-        )
-    if not math.isfinite(judged.trial_loss):
-        return "the loss after the step is not finite; give a smaller --trust-region.initial-radius"
-    return (
-        f"the last one had rho {judged.rho:.3g} with radius {judged.radius:.3g}; give more --epochs, in which the "
-        "radius shrinks further, or a smaller --trust-region.initial-radius"
-    )
-
-
-def dimension_of_classes(outputs: Any, targets: torch.Tensor) -> int | None:
-    """The dimension of the outputs that holds the scores of the classes of which the targets are indices.
-
-    It is the one without which outputs have the shape of the targets: the last one, or the second one as torch's
-    ``cross_entropy`` has it. None where neither or, of two, each of them would do.
-    """
-    if not isinstance(outputs, torch.Tensor):
-        return None
-    shape = tuple(outputs.shape)
-    places = {1, len(shape) - 1} if len(shape) > 1 else set()
-    fitting = [at for at in places if shape[at] > 1 and shape[:at] + shape[at + 1 :] == tuple(targets.shape)]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def added(sums: list[float], others: list[float]) -> list[float]:
-    """The sums of two lists, place by place."""
-    return [one + other for one, other in zip(sums, others, strict=True)]
-
-
-def _to(data: Batch, device: torch.device) -> Batch:
+def _to(data: Data, device: torch.device) -> Data:
     return data[0].to(device), data[1].to(device)

@@ -18,8 +18,9 @@ from hidden import hide_matplotlib
 from rich.console import Console
 
 from apts_mpi.compare import __main__ as compare
+from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.plots import plot_losses, plot_robustness
-from apts_mpi.compare.runs import GRIDS, ComparisonOptions, Grids, Plan
+from apts_mpi.compare.runs import Plan
 from apts_mpi.compare.table import Comparison, number
 from apts_mpi.errors import InvalidInput
 

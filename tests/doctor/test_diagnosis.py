@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from apts_mpi.doctor.diagnosis import (
+    Finding,
     RankFacts,
-    Row,
     judge_cores,
     judge_devices,
     judge_direct,
@@ -30,7 +30,7 @@ def rank(host="a", cores=(0, 1, 2, 3), threads=1, device="cpu", identity="", **v
 
 
 def test_the_worst_row_counts():
-    rows = [Row("a", "ok", ""), Row("b", "fail", ""), Row("c", "warn", "")]
+    rows = [Finding("a", "ok", ""), Finding("b", "fail", ""), Finding("c", "warn", "")]
     assert [worst(rows), worst(rows[::2]), worst(rows[:1])] == ["fail", "warn", "ok"]
 
 

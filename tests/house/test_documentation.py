@@ -22,7 +22,7 @@ import pytest
 from processes import TESTS, find_mpirun, needs_mpirun
 
 from apts_mpi.tools.environment import outside_job
-from apts_mpi.train import __main__ as train
+from apts_mpi.train import parser as train
 
 ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -266,7 +266,8 @@ def test_inline_command(page, command):
         check_scripts(shlex.join(words[:2]))
         words = ["python", "-m", "apts_mpi.train", *words[2:]] if words[1] == "jobs/local_train.sh" else []
     if words[3:] or words[2:] == ["apts_mpi.train"]:
-        module = importlib.import_module(f"{words[2]}.__main__")
+        place = "parser" if words[2] == "apts_mpi.train" else "__main__"
+        module = importlib.import_module(f"{words[2]}.{place}")
         try:
             module.parse(words[3:])
         except SystemExit as end:

@@ -10,6 +10,7 @@ from torch import nn
 from apts_mpi import APTSOptions, CoarseOptions, InvalidInput, PipelineOptions, StagedAPTS
 from apts_mpi.objective.batch import samples_of_pass
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.options import BaselineOptions
 
 NORMS = {
     "batch": lambda: nn.BatchNorm1d(4),
@@ -31,7 +32,12 @@ def test_smallest_pass_is_what_torch_can_run(name):
 
 
 def data_parallel(world):
-    return DataParallel(classifier(batch_norm=True), cross_entropy, comm=world, optimizer="sgd", learning_rate=0.01)
+    return DataParallel(
+        classifier(batch_norm=True),
+        cross_entropy,
+        comm=world,
+        options=BaselineOptions(optimizer="sgd", learning_rate=0.01),
+    )
 
 
 def staged(world):

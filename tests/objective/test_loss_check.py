@@ -14,6 +14,7 @@ from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.objective.loss_check import check_loss, some_rows
 from apts_mpi.problems.losses import token_cross_entropy, weighted_squared_error
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.options import BaselineOptions
 
 F = nn.functional
 WEIGHTS = torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)
@@ -213,7 +214,7 @@ def test_one_rank_speaks_for_all(world):
 @pytest.mark.parametrize("name", REFUSED)
 def test_baselines(world, name):
     loss, batch = REFUSED[name]
-    solver = DataParallel(classifier(), loss, comm=world, optimizer="adam", learning_rate=0.01)
+    solver = DataParallel(classifier(), loss, comm=world, options=BaselineOptions(optimizer="adam", learning_rate=0.01))
     with pytest.raises(SharedInvalidInput, match="loss: it is not the mean"):
         solver.step(batch)
 
@@ -270,7 +271,9 @@ def test_it_is_made_once(world, monkeypatch):
         monkeypatch.setattr(module, "check_objective", lambda *_: calls.append(1))
     solvers = [
         make_solver(world, options()),
-        DataParallel(classifier(), F.cross_entropy, comm=world, optimizer="sgd", learning_rate=0.01),
+        DataParallel(
+            classifier(), F.cross_entropy, comm=world, options=BaselineOptions(optimizer="sgd", learning_rate=0.01)
+        ),
     ]
     for solver in solvers:
         for seed in range(3):

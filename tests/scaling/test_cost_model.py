@@ -11,10 +11,11 @@ from scaling_runs import point_of, record_of, shape_of
 from apts_mpi.errors import InvalidInput
 from apts_mpi.scaling import cost_model
 from apts_mpi.scaling.__main__ import main
+from apts_mpi.scaling.adding import REDUCED_MODELS
 from apts_mpi.scaling.cost_fit import extrapolate, first_limit, fit, fit_reduced_model, held_out, predicted
 from apts_mpi.scaling.cost_model import Shape, seconds_of, terms
 from apts_mpi.scaling.predict import point_of as point_of_run
-from apts_mpi.scaling.records import REDUCED_MODELS, Studies, write_studies
+from apts_mpi.scaling.studies import Studies, write_studies
 from apts_mpi.staged.schedules import ideal_bubble
 
 REDUCED = {"column": 1e-5, "pair": 2e-7, "cube": 3e-9}

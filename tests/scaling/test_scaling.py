@@ -13,7 +13,8 @@ from scaling_runs import EVENT, write_run
 
 from apts_mpi.scaling import runs as scaling_runs
 from apts_mpi.scaling.__main__ import main
-from apts_mpi.scaling.records import read_run, read_studies
+from apts_mpi.scaling.measured import read_measured_run
+from apts_mpi.scaling.studies import read_studies
 
 
 def call(*arguments, command="report"):
@@ -90,7 +91,7 @@ def test_the_file_reports_what_the_directories_report(tmp_path):
         assert table == json.loads((tmp_path / f"{name[0]}.json").read_text())["sizes"]
     stored = read_studies(tmp_path / "studies.h5")
     assert len(stored.runs) == 4 and all(time > 0.0 for time in stored.reduced_model.values())
-    directory = read_run(tmp_path / "s1")
+    directory = read_measured_run(tmp_path / "s1")
     assert (stored.runs[0].summary, stored.runs[0].seconds) == (directory.summary, directory.seconds)
     assert "run_dir" not in stored.runs[0].options
 

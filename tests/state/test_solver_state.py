@@ -13,6 +13,7 @@ from apts_mpi.options import APTSOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.options import BaselineOptions
 
 # Steps, and after which of them a checkpoint is made.
 STEPS, CUTS = 5, (1, 3)
@@ -38,7 +39,9 @@ def apts(comm, network=noisy_classifier, **parts):
 
 
 def baseline(comm, optimizer):
-    return DataParallel(noisy_classifier(), cross_entropy, comm=comm, optimizer=optimizer, learning_rate=0.05)
+    return DataParallel(
+        noisy_classifier(), cross_entropy, comm=comm, options=BaselineOptions(optimizer=optimizer, learning_rate=0.05)
+    )
 
 
 def reload(solver, fresh, directory):

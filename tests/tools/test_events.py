@@ -17,6 +17,7 @@ from apts_mpi.tools import events as events_module
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.log_view import event_table
+from apts_mpi.train.options import BaselineOptions
 
 KEYS = {
     "calls", "seconds_max", "seconds_min", "ratio", "messages", "bytes", "gradient_evaluations", "share", "overlap",
@@ -201,7 +202,9 @@ def test_an_iteration_by_hand(world):
 def test_baselines(world, optimizer):
     network = classifier()
     count = sum(parameter.numel() for parameter in network.parameters())
-    solver = DataParallel(network, cross_entropy, comm=world, optimizer=optimizer, learning_rate=1e-3)
+    solver = DataParallel(
+        network, cross_entropy, comm=world, options=BaselineOptions(optimizer=optimizer, learning_rate=1e-3)
+    )
     samples = 24 * world.size
     result, table = table_of_step(solver, classified(samples), samples)
     check(table, world)

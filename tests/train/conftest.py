@@ -5,7 +5,8 @@ import sys
 import pytest
 from mpi4py import MPI
 
-from apts_mpi.train.__main__ import main, train
+from apts_mpi.train.__main__ import main
+from apts_mpi.train.command import train
 
 
 @pytest.fixture

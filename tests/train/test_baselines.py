@@ -8,6 +8,7 @@ from networks import classified, classifier, cross_entropy, flat
 
 from apts_mpi import InvalidInput
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.options import BaselineOptions
 
 
 def by_hand(network, optimizer, batches):
@@ -41,7 +42,9 @@ def test_optimizer_is_that_of_a_plain_loop(world, name):
     data = classified()
     choices = [torch.arange(0, 121, 2), torch.arange(50), torch.arange(120, 20, -1), torch.arange(121)]
     network, other = classifier(), classifier()
-    solver = DataParallel(network, cross_entropy, comm=world, optimizer=name, learning_rate=0.02)
+    solver = DataParallel(
+        network, cross_entropy, comm=world, options=BaselineOptions(optimizer=name, learning_rate=0.02)
+    )
     results = [solver.step(data, rows) for rows in choices]
     found = [(result.loss, result.gradient_norm) for result in results]
     assert world.bcast(found) == found
@@ -59,13 +62,17 @@ def test_optimizer_is_that_of_a_plain_loop(world, name):
 def test_gradient_evaluations(world):
     """One a step, more where shards are uneven; with a line search as many as it asks for."""
     batch = classified(24 * world.size)
-    solver = DataParallel(classifier(), cross_entropy, comm=world, optimizer="adam", learning_rate=0.01)
+    solver = DataParallel(
+        classifier(), cross_entropy, comm=world, options=BaselineOptions(optimizer="adam", learning_rate=0.01)
+    )
     assert [solver.step(batch).gradient_evaluations for _ in range(2)] == pytest.approx([1.0, 1.0])
     busiest = math.ceil(121 / world.size) * world.size / 121
     assert solver.step(classified()).gradient_evaluations == pytest.approx(busiest)
     calls = []
     network = classifier()
-    solver = DataParallel(network, cross_entropy, comm=world, optimizer="lbfgs", learning_rate=0.1)
+    solver = DataParallel(
+        network, cross_entropy, comm=world, options=BaselineOptions(optimizer="lbfgs", learning_rate=0.1)
+    )
     network[0].weight.register_hook(lambda _: calls.append(1))
     assert solver.step(batch).gradient_evaluations == pytest.approx(len(calls))
     assert len(calls) > 1
@@ -76,7 +83,9 @@ def test_gradient_evaluations(world):
 @pytest.mark.parametrize("name", ["adam", "lbfgs"])
 def test_running_statistics_move_once_a_step(world, name):
     network = classifier(batch_norm=True)
-    solver = DataParallel(network, cross_entropy, comm=world, optimizer=name, learning_rate=0.01)
+    solver = DataParallel(
+        network, cross_entropy, comm=world, options=BaselineOptions(optimizer=name, learning_rate=0.01)
+    )
     for count in (1, 2):
         solver.step(classified())
         assert network[1].num_batches_tracked == count
@@ -87,12 +96,16 @@ def test_running_statistics_move_once_a_step(world, name):
 
 @pytest.mark.mpi
 def test_batch_that_is_too_small_is_refused(world):
-    solver = DataParallel(classifier(), cross_entropy, comm=world, optimizer="adam", learning_rate=0.01)
+    solver = DataParallel(
+        classifier(), cross_entropy, comm=world, options=BaselineOptions(optimizer="adam", learning_rate=0.01)
+    )
     with pytest.raises(InvalidInput, match="batch_size: the batch has 0 samples"):
         solver.step(classified(0))
 
 
 @pytest.mark.mpi
 def test_description(world):
-    solver = DataParallel(classifier(), cross_entropy, comm=world, optimizer="sgd", learning_rate=0.25)
+    solver = DataParallel(
+        classifier(), cross_entropy, comm=world, options=BaselineOptions(optimizer="sgd", learning_rate=0.25)
+    )
     assert f"{world.size} ranks" in solver.describe() and "0.25" in solver.describe()

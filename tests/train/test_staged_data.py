@@ -10,9 +10,8 @@ from mpi4py import MPI
 from apts_mpi import PipelineOptions
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import build
+from apts_mpi.train.layouts import build_staged_problem, train_problem
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.staged import StagedTraining, build_staged_problem
-from apts_mpi.train.training import Training
 
 STAGES = 6  # of the network at most
 
@@ -56,13 +55,13 @@ def test_files_of_other_stages_are_not_looked_for(world, tmp_path, train_samples
     problem = build_staged_problem(make, chosen, world)
     samples = (train_samples or 41) + 9
     assert held(problem) == [first * samples * 784 * 8, last * samples * 8]
-    training = StagedTraining(problem, chosen, torch.device("cpu"), world)
+    training = train_problem(problem, chosen, torch.device("cpu"), world)
     assert training.samples == (train_samples or 41)
     metrics = training.metrics()
     if world.rank == 0:
         write_dataset(tmp_path, train=41, test=9)
         plain = TrainingOptions(problem=chosen.problem, dtype="float64", batch_size=20)
-        expected = Training(make(), plain, torch.device("cpu"), MPI.COMM_SELF).metrics()
+        expected = train_problem(make(), plain, torch.device("cpu"), MPI.COMM_SELF).metrics()
         assert metrics == pytest.approx(expected, rel=1e-12)
     training.options = staged_options(world, max_iterations=2)
     records = []

@@ -17,8 +17,12 @@ from torch import nn
 
 from apts_mpi.problems import Problem, build
 from apts_mpi.problems.losses import token_cross_entropy
-from apts_mpi.train.__main__ import main, make_parser, parse, spell
-from apts_mpi.train.training import RETRIES, Training, dimension_of_classes, why_not_accepted
+from apts_mpi.train.__main__ import main
+from apts_mpi.train.layouts import train_problem
+from apts_mpi.train.metrics import dimension_of_classes
+from apts_mpi.train.parser import make_parser, parse, spell
+from apts_mpi.train.rejection import why_not_accepted
+from apts_mpi.train.training import RETRIES
 from apts_mpi.trust_region.acceptance import Judged
 
 # All that decides what a run does, whatever the defaults are.
@@ -168,7 +172,7 @@ def train(comm, *arguments):
     options, _ = parse([*PLAIN, *arguments])
     problem = build(options.problem, seed=options.seed, dtype=getattr(torch, options.dtype))
     records = []
-    training = Training(problem, options, torch.device("cpu"), comm)
+    training = train_problem(problem, options, torch.device("cpu"), comm)
     metrics = training.run(records.append)
     return without_times([*records, metrics]), training
 

@@ -6,7 +6,7 @@ import yaml
 
 from apts_mpi.scaling.cost_fit import Point
 from apts_mpi.scaling.cost_model import Shape, seconds_of, terms
-from apts_mpi.scaling.records import RunRecord
+from apts_mpi.scaling.measured import MeasuredRun
 
 EVENT = {"calls": 4, "seconds_min": 1.0, "ratio": 1.0, "messages": 0, "bytes": 0, "gradient_evaluations": 1.0}
 
@@ -70,4 +70,4 @@ def record_of(kind, shape, values):
     found = summary(shape.ranks, shape.batch_size, 4 * point.seconds)
     found |= {"subdomains": shape.subdomains, "parameters": shape.parameters, "events": measured}
     options = OPTIONS | {"layout": shape.layout, "batch_size": shape.batch_size}
-    return RunRecord(kind, (point.seconds,) * 3, found, yaml.safe_dump(options), shape.cores)
+    return MeasuredRun(kind, (point.seconds,) * 3, found, yaml.safe_dump(options), shape.cores)

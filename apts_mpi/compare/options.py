@@ -1,0 +1,102 @@
+"""What a comparison is asked for: its options, and the step sizes that it tries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from apts_mpi.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over grids of step sizes.
+
+    Runs that have ended are kept: the same command goes on where it stopped.
+
+    Parameters
+    ----------
+    problems
+        Names of problems of the package, or MODULE:FUNCTION for ones of your own.
+    out
+        Directory of the runs, tables and plots, one directory a problem.
+    seeds
+        Number of seeds: of initial networks and orders of the samples, the same for all methods.
+    epochs
+        Passes over the training samples. null: the problem's own number.
+    max_seconds
+        Stop each run after that many seconds of iterations, whatever the epochs: give many of these.
+    baseline_epochs_factor
+        Give the baselines that many times the epochs, where epochs of equal number are no fair measure.
+    batch_size
+        Samples a batch, over all ranks. null: the problem's own number.
+    train_samples
+        Use the first that many training samples. null: all.
+    data_dir
+        Directory (or text file) of the data, for problems that read some.
+    dtype
+        Of the networks and their inputs.
+    subdomains
+        Number of subdomains of APTS. null: its default.
+    ranks
+        Ranks of each run; more than 1 are started by mpirun.
+    jobs
+        Runs at once. Their seconds mean little where they share cores.
+    robustness
+        Also try initial radii and learning rates over six decades, with one seed.
+    """
+
+    problems: tuple[str, ...]
+    out: str = "comparisons"
+    seeds: int = 3
+    epochs: int | None = None
+    max_seconds: float | None = None
+    baseline_epochs_factor: int = 1
+    batch_size: int | None = None
+    train_samples: int | None = None
+    data_dir: str | None = None
+    dtype: Literal["float32", "float64"] = "float32"
+    subdomains: int | None = None
+    ranks: int = 1
+    jobs: int = 1
+    robustness: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "baseline_epochs_factor", "ranks", "jobs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        for name in ("epochs", "subdomains"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "give 1 or more, or null")
+        limit = self.max_seconds
+        require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids:
+    """Step sizes to try.
+
+    Parameters
+    ----------
+    learning_rates
+        Of each baseline that takes part.
+    sweep_rates
+        Learning rates of every baseline for the robustness plot.
+    sweep_factors
+        Initial radii for the robustness plot, in automatic radii.
+    """
+
+    learning_rates: Mapping[str, tuple[float, ...]]
+    sweep_rates: tuple[float, ...]
+    sweep_factors: tuple[float, ...]
+
+
+GRIDS = Grids(
+    learning_rates={
+        "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "sgd": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "lbfgs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    },
+    sweep_rates=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    sweep_factors=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0),
+)

@@ -1,0 +1,156 @@
+"""The problem of a run and its solver in either layout: each rank holds the network, or a stage of it.
+
+A rank with a stage reads the data that its stage needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from apts_mpi.apts import APTS
+from apts_mpi.errors import InvalidInput
+from apts_mpi.network.partition import split
+from apts_mpi.network.segments import CalledNetwork
+from apts_mpi.network.teams import Teams
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.problems import Problem, Wanted, build
+from apts_mpi.staged.build import build_stage
+from apts_mpi.staged.micro_batches import placeholder
+from apts_mpi.staged.solver import StagedAPTS
+from apts_mpi.tools.events import Events
+from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
+from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.training import Method, Training
+
+
+def make_training(options: TrainingOptions, device: torch.device, comm: Communicator, world: MPI.Intracomm) -> Training:
+    """The run that the options describe. Collective.
+
+    Parameters
+    ----------
+    options
+        Of the run.
+    device
+        Of this rank.
+    comm, world
+        All ranks, for what is no part of the training and for the training.
+    """
+    make = functools.partial(
+        build,
+        options.problem,
+        data_dir=options.data_dir,
+        train_samples=options.train_samples,
+        seed=options.seed,
+        dtype=getattr(torch, options.dtype),
+    )
+    with comm.shared_errors():
+        problem = make() if options.layout == "replicated" else None
+    if problem is None:
+        problem = build_staged_problem(make, options, world)
+    return train_problem(problem, options, device, world)
+
+
+def train_problem(problem: Problem, options: TrainingOptions, device: torch.device, world: MPI.Intracomm) -> Training:
+    """The run that the options describe, on a problem that is there. Collective."""
+    problem.network.to(device)
+    make_method = staged_method if options.layout == "staged" else replicated_method
+    return Training(problem, options, device, make_method(problem, options, world))
+
+
+def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
+    """The solver of a problem whose network every rank has as a whole. Collective."""
+    network, loss, forward = problem.network, problem.loss, problem.forward
+    solver: APTS | DataParallel
+    if options.optimizer == "apts":
+        solver = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
+    else:
+        solver = DataParallel(network, loss, comm=world, options=options.baseline_options(), forward=forward)
+    called = network if forward is None else CalledNetwork(network, forward)
+    return Method(solver, whole_outputs(called, solver.comm))
+
+
+def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
+    """A problem of whose network this rank has its stage alone in memory, and of whose data what the stage needs.
+
+    Inputs are on the first stage, targets on the last; of the rest there are placeholders of the right number.
+    Collective.
+
+    Parameters
+    ----------
+    make
+        Makes the problem; takes ``wanted``, see `apts_mpi.problems.Wanted`.
+    options
+        Of the run.
+    world
+        All ranks.
+
+    Raises
+    ------
+    SharedInvalidInput
+        If it is called for more than its outputs, or cannot be cut.
+    """
+
+    def parts(problem: Problem) -> tuple[torch.nn.Module, torch.Tensor]:
+        if problem.forward is not None or problem.metrics:
+            raise InvalidInput(
+                f"layout: 'staged' needs a network that is called for its outputs alone, and problem {problem.name} "
+                "needs more; choose --layout replicated"
+            )
+        return problem.network, problem.train[0]
+
+    comm = Communicator(world, Events())
+    with comm.shared_errors():
+        teams = Teams(comm.size, max(comm.size // options.replicas, 1), options.replicas)
+        stage = teams.team_of(comm.rank)
+        wanted = Wanted(inputs=stage == 0, targets=stage == teams.count - 1)
+    make = functools.partial(make, wanted=wanted)
+    problem = build_stage(make, comm=world, options=options.solver_options(), parts=parts)
+    return _without_what_others_have(problem, wanted, comm)
+
+
+def _without_what_others_have(problem: Problem, wanted: Wanted, comm: Communicator) -> Problem:
+    """The problem with the data that are wanted here alone, and the numbers of samples of all. Collective."""
+    data = {"train": problem.train} | ({} if problem.test is None else {"test": problem.test})
+    found = comm.collect({name: len(inputs) for name, (inputs, _) in data.items()})
+    with comm.shared_errors():
+        for name in data:
+            if found[0][name] != found[-1][name]:
+                raise InvalidInput(
+                    f"problem: {problem.name} has {found[0][name]} inputs but {found[-1][name]} targets in its {name} "
+                    "samples; take both from the same data set"
+                )
+    own: dict[str, Any] = {name: _of_stage(data[name], wanted, found[0][name]) for name in data}
+    return replace(problem, **own)
+
+
+def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
+    inputs, targets = data
+    return (
+        inputs if wanted.inputs else placeholder(count, 0),
+        targets if wanted.targets else placeholder(count, 0).to(targets.dtype),
+    )
+
+
+def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
+    """The solver of a problem of which this rank has its stage, whose replicas share its tensors. Collective."""
+    solver = StagedAPTS(
+        problem.network, problem.loss, comm=world, options=options.solver_options(), sample=problem.train[0]
+    )
+    outputs = functools.partial(_staged_outputs, solver)
+    return Method(solver, outputs, part=solver.holding.replica.rank, places="\n".join(solver.holding.processes))
+
+
+def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
+    """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
+    first, last = split(len(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
+    edges = [*range(first, last, PIECE), last]
+    inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
+    solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))

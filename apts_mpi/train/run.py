@@ -1,0 +1,213 @@
+"""One run from its options to its summary: resumed or new, set up, trained, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from rich.console import Console
+
+from apts_mpi.checkpoint import Checkpoint, CheckpointDirectory
+from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.launcher import mpi_version
+from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
+from apts_mpi.tools import environment
+from apts_mpi.tools.command import REQUEUE, say
+from apts_mpi.train.checkpointing import Survival
+from apts_mpi.train.device import take_device
+from apts_mpi.train.log_view import event_table, print_events
+from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.parser import parse
+from apts_mpi.train.reporter import Reporter
+from apts_mpi.train.resume import (
+    CHECKPOINTS,
+    goes_on_in,
+    open_earlier,
+    replaces,
+    run_directory,
+    same_subdomains,
+)
+from apts_mpi.train.saved_history import history_of
+from apts_mpi.train.signals import StopSignals
+from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
+from apts_mpi.train.trace import Trace
+from apts_mpi.train.training import Training
+
+# Shows a message, on rank 0.
+Tell = Callable[[str], None]
+
+MakeTraining = Callable[[TrainingOptions, torch.device, Communicator, MPI.Intracomm], Training]
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Where a run writes.
+
+    Attributes
+    ----------
+    path
+        The run directory.
+    checkpoints
+        Those in it.
+    records, scalars
+        On rank 0, what takes the records; scalars where they are asked for.
+    """
+
+    path: Path
+    checkpoints: CheckpointDirectory
+    records: RunDirectory | None
+    scalars: ScalarWriter | None
+
+    def history(self) -> bytes:
+        """The records so far, on rank 0."""
+        return b"" if self.records is None else self.records.history()
+
+
+def run(
+    make_training: MakeTraining,
+    arguments: Sequence[str],
+    options: TrainingOptions,
+    config: str,
+    comm: Communicator,
+    world: MPI.Intracomm,
+    console: Console,
+) -> int:
+    """Train, and return the exit status. Collective.
+
+    Parameters
+    ----------
+    make_training
+        See `apts_mpi.train.layouts.make_training`.
+    arguments, options, config
+        Of the command line, and what `apts_mpi.train.parser.parse` makes of them.
+    comm, world
+        All ranks, for what is no part of the training and for the training.
+    console
+        Where to print; quiet on all ranks but rank 0.
+    """
+    tell = functools.partial(say, console)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(signals := StopSignals())
+        checkpoint = open_earlier(options, comm, tell)
+        if checkpoint is not None:
+            stack.enter_context(checkpoint)
+            with comm.shared_errors():
+                options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
+                options = same_subdomains(options, checkpoint)
+        with comm.shared_errors():
+            if options.tensorboard and comm.rank == 0:
+                check_tensorboard()
+        training = make_training(options, take_device(options, comm), comm, world)
+        begin(training, checkpoint, options.view, tell)
+        destinations = open_destinations(training, options, config, checkpoint, comm, stack)
+        metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
+        survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
+        trace = Trace(training.solver.events, training.comm) if options.trace else None
+        total, done = training.epochs * training.batches, training.progress.accepted
+        records, scalars = destinations.records, destinations.scalars
+        with Reporter(total, done, records, console, options.monitor, scalars) as reporter:
+            metrics = training.run(reporter.record, survival.boundary)
+        if trace is not None:
+            trace.end()
+    report(training, metrics, destinations, options.log_view, console)
+    if trace is not None:
+        write_trace(trace, destinations.path / TRACE, tell)
+    if metrics is None:
+        iteration, path = training.progress.iteration, destinations.path
+        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
+        return REQUEUE
+    tell(f"records: {destinations.path}")
+    return 0
+
+
+def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: Tell) -> None:
+    """Go on where the checkpoint left the run, and say what is to be said at its beginning. Collective."""
+    if training.places:
+        tell(training.places)
+    if checkpoint is not None:
+        for notice in training.load(checkpoint):
+            tell(f"note: {notice}")
+        tell(f"resumed after iteration {training.progress.iteration} from {checkpoint.path}")
+    if view:
+        tell(training.solver.describe())
+
+
+def open_destinations(
+    training: Training,
+    options: TrainingOptions,
+    config: str,
+    checkpoint: Checkpoint | None,
+    comm: Communicator,
+    stack: contextlib.ExitStack,
+) -> Destinations:
+    """Make the run directory and what is in it; an earlier run's checkpoints are removed. Collective.
+
+    Parameters
+    ----------
+    training, options, config
+        The run.
+    checkpoint
+        That of the run which goes on; closed here, as it may be replaced from now on.
+    comm
+        All ranks. Not that of the training, whose messages are counted.
+    stack
+        Takes the directory of checkpoints, to close it.
+    """
+    path = Path(comm.agree_on_text(str(run_directory(options, training.problem.name, checkpoint))))
+    with comm.shared_errors():
+        if comm.rank == 0:
+            make_directory(path)
+    # Rank 0's place, wherever the other ranks were started.
+    place = Path(comm.agree_on_text(str((path / CHECKPOINTS).absolute())))
+    checkpoints = CheckpointDirectory(place, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
+    stack.enter_context(checkpoints)
+    records = scalars = None
+    with comm.shared_errors():
+        if comm.rank == 0:
+            in_place = goes_on_in(path, checkpoint)
+            records = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint), in_place)
+            records.write_config(config)
+            if options.tensorboard:
+                scalars = ScalarWriter(path / TENSORBOARD, training.progress.iteration)
+    if checkpoint is None:
+        checkpoints.clear()
+    else:
+        checkpoint.close()
+    return Destinations(path, checkpoints, records, scalars)
+
+
+def report(
+    training: Training, metrics: dict[str, Any] | None, destinations: Destinations, log_view: bool, console: Console
+) -> None:
+    """Write and print what the run came to; of one that was stopped, which has no metrics, the events alone.
+
+    Collective.
+    """
+    events = event_table(training.solver.events, training.batch_size, training.comm)
+    if metrics is not None:
+        summary = training.summary(metrics) | {"events": events}
+        if destinations.records is not None:
+            destinations.records.close(summary)
+            print_summary(console, summary)
+        if warning := training.warning():
+            say(console, f"warning: {warning}")
+    if log_view:
+        print_events(events, training.comm.size, console)
+
+
+def write_trace(trace: Trace, path: Path, tell: Tell) -> None:
+    """Write what was traced. The run is at its end: it does not fail for a file that nothing needs. Collective."""
+    try:
+        dropped = trace.write(path)
+    except InvalidInput as error:
+        tell(f"warning: {error}")
+        return
+    if dropped:
+        tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
