@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Test on this machine: bash jobs/local_test.sh [arguments of pytest]
 # Tests marked mpi run at 1, 2, 3, 4 and 8 ranks, or at those in the environment variable SIZES; the others run once.
+# At 3 and 8 those marked all_sizes do, or with FULL=1 all of them.
 set -euo pipefail
 # shellcheck source=jobs/local_environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/local_environment.sh"
@@ -8,14 +9,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/local_environment.sh"
 # Leave no rank behind, whatever ends this script; keep the results of a failure.
 finish() {
     local status=$?
-    if [ -n "$child" ]; then
-        kill "$child" || true
-        wait "$child" || true
-    fi
+    stop "$child"
+    stop "$beside"
     if [ "$status" -eq 0 ]; then
         rm -r "$results"
     else
         say "Reports and the output of every rank: $results"
+    fi
+}
+stop() {
+    if [ -n "$1" ]; then
+        kill "$1" || true
+        wait "$1" || true
     fi
 }
 # Run a command under the time limit, in a process group of its own, and keep its exit status in DIRECTORY.
@@ -29,27 +34,52 @@ run() {
     echo "$status" >"$directory/status"
     return "$status"
 }
+# Run pytest without mpirun.
+test_plain() {
+    echo "=== without mpirun"
+    mkdir "$results/plain"
+    run "$results/plain" "$python" -m pytest -m "not mpi" --junit-xml="$results/plain/rank_0.xml" "$@" || true
+}
+# Run pytest on one of these numbers of ranks after the other.
+test_ranks() {
+    local sizes=$1 size directory
+    shift
+    for size in $sizes; do
+        echo "=== $size ranks"
+        directory=$results/ranks_$size
+        mkdir "$directory"
+        run "$directory" "$launcher" -n "$size" "$python" jobs/pytest_on_rank.py "$directory" "$@" ||
+            # What rank 0 printed tells why, unless it passed or never came to its report.
+            grep -Eqs '<(failure|error)[ >]' "$directory/rank_0.xml" ||
+            tail -v -n 60 "$directory"/rank_*.txt 2>/dev/null || true # there may be none
+    done
+}
 
 cd "$root"
 prepare_environment
 export OMP_NUM_THREADS=1
-limit=2700 # seconds a run: when one rank fails the others may wait for ever
+export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 # ranks of MPICH that wait leave the cores to those that work
+limit=2700                            # seconds a run: when one rank fails the others may wait for ever
 results=$(mktemp -d)
-child=
+child='' beside=''
 trap finish EXIT
 
-echo "=== without mpirun"
-mkdir "$results/plain"
-run "$results/plain" "$python" -m pytest -m "not mpi" --junit-xml="$results/plain/rank_0.xml" "$@" || true
-
+# What runs without mpirun waits for much and computes little: for other processes, Slurm's clock, stalled ranks. Few
+# ranks run beside it, more need all cores.
+few='' many=''
 for size in ${SIZES:-1 2 3 4 8}; do
-    echo "=== $size ranks"
-    directory=$results/ranks_$size
-    mkdir "$directory"
-    run "$directory" "$launcher" -n "$size" "$python" jobs/pytest_on_rank.py "$directory" "$@" ||
-        # What rank 0 printed tells why, unless it passed or never came to its report.
-        grep -Eqs '<(failure|error)[ >]' "$directory/rank_0.xml" ||
-        tail -v -n 60 "$directory"/rank_*.txt 2>/dev/null || true # there may be none
+    if [ "$size" -le 3 ]; then few+=" $size"; else many+=" $size"; fi
 done
+(
+    trap 'stop "$child"' EXIT
+    trap 'exit 1' TERM
+    test_ranks "$few" "$@"
+) >"$results/few_ranks.txt" 2>&1 &
+beside=$!
+test_plain "$@"
+wait "$beside" || true
+beside=
+cat "$results/few_ranks.txt"
+test_ranks "$many" "$@"
 
 "$python" jobs/check_every_test_ran.py "$results"

@@ -1,6 +1,10 @@
-"""Tests marked `mpi` run on every rank of an MPI job, and pass or fail on all of them together."""
+"""Tests marked `mpi` run on every rank of an MPI job, and pass or fail on all of them together.
+
+Only tests marked `processes` start other processes, so that those without it are the quick ones.
+"""
 
 import functools
+import sys
 import time
 
 import pytest
@@ -10,9 +14,21 @@ PATIENCE = 30.0  # seconds that a rank which failed gives the others to come to 
 
 torch.set_num_threads(1)  # ranks share the cores
 
+started = []  # what the test under way and its fixtures have started
+
+
+def note_start(event, arguments, starts=("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")):
+    """A hook of Python's, for all that happens in the process."""
+    if event in starts:
+        started.append(f"{event} {arguments[:2]}")
+
+
+sys.addaudithook(note_start)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
+    started.clear()
     return (yield from together(item, "setup"))
 
 
@@ -74,3 +90,17 @@ def world():
     from mpi4py import MPI
 
     return MPI.COMM_WORLD
+
+
+@pytest.fixture(autouse=True)
+def starts_no_process_without_the_marker(request):
+    yield
+    if started and request.node.get_closest_marker("processes") is None:
+        pytest.fail(f"mark it `processes`: it has started {started[0]}", pytrace=False)
+
+
+@pytest.fixture
+def few_ranks(world):
+    """Two ranks show what more would."""
+    if world.size > 2:
+        pytest.skip("for at most 2 ranks")

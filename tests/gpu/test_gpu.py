@@ -9,7 +9,7 @@ import torch
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
 from processes import needs_mpirun, start
-from test_survival import arrays, history
+from run_files import arrays, history
 
 from apts_mpi import APTS, APTSOptions, LocalOptions
 from apts_mpi.parallel.communicator import Communicator
@@ -17,7 +17,11 @@ from apts_mpi.parallel.gpu_direct import try_direct
 from apts_mpi.parallel.transport import Mirror, Staging, choose_device, transport_of
 from apts_mpi.tools.events import Events
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.processes,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 # In the same order on every run; see docs/gpu.md.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from processes import TESTS, find_mpirun, needs_mpirun
 from apts_mpi.checkpoint import Checkpoint
 from apts_mpi.tools.environment import outside_job
 
-pytestmark = [pytest.mark.slurm, needs_mpirun]
+pytestmark = [pytest.mark.slurm, pytest.mark.processes, pytest.mark.slow, needs_mpirun]
 
 JOBS = TESTS.parent / "jobs"
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -242,22 +245,29 @@ def test_study_with_a_run_that_fails(site):
     assert not (site.path / "runs" / "failing" / "scaling.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "variables", "message"),
-    [
-        ("submit_train.sh", [], {"RANKS": "3"}, "RANKS: 3 do not fill nodes of 2"),
-        ("submit_train.sh", [], {"RANKS": "none"}, "RANKS: 'none' is not a number"),
-        ("submit_train.sh", [], {"WALLTIME": "90"}, "WALLTIME: '90' is not a time"),
-        ("submit_train.sh", [], {"WALLTIME": "00:00:20"}, "is within the 20 seconds of warning"),
-        ("submit_train.sh", ["--run-dir=here"], {}, "the job sets this option itself"),
-        ("submit_array.sh", ["--", "--problem=digits"], {}, "no OPTION=VALUE"),
-        ("submit_array.sh", ["--seed", "0"], {}, "'--seed' is not OPTION=VALUE"),
-        ("submit_scaling.sh", ["strong"], {}, "SIZES is not given"),
-        ("submit_scaling.sh", ["weak"], {"SIZES": "1 2"}, "SAMPLES_PER_RANK: give"),
-        ("submit_scaling.sh", ["neither"], {"SIZES": "1 2"}, "'neither' is not a kind of study"),
-    ],
-)
-def test_bad_input_submits_nothing(site, script, arguments, variables, message):
-    done = site.call(script, *arguments, **variables)
-    assert done.returncode == 1 and message in done.stderr and done.stdout == ""
+class Refused(NamedTuple):
+    script: str
+    message: str
+    arguments: tuple = ()
+    variables: Mapping[str, str] = MappingProxyType({})
+
+
+REFUSED = [
+    Refused("submit_train.sh", "RANKS: 3 do not fill nodes of 2", variables={"RANKS": "3"}),
+    Refused("submit_train.sh", "RANKS: 'none' is not a number", variables={"RANKS": "none"}),
+    Refused("submit_train.sh", "WALLTIME: '90' is not a time", variables={"WALLTIME": "90"}),
+    Refused("submit_train.sh", "is within the 20 seconds of warning", variables={"WALLTIME": "00:00:20"}),
+    Refused("submit_train.sh", "the job sets this option itself", arguments=("--run-dir=here",)),
+    Refused("submit_array.sh", "no OPTION=VALUE", arguments=("--", "--problem=digits")),
+    Refused("submit_array.sh", "'--seed' is not OPTION=VALUE", arguments=("--seed", "0")),
+    Refused("submit_scaling.sh", "SIZES is not given", arguments=("strong",)),
+    Refused("submit_scaling.sh", "SAMPLES_PER_RANK: give", arguments=("weak",), variables={"SIZES": "1 2"}),
+    Refused("submit_scaling.sh", "'neither' is not a kind", arguments=("neither",), variables={"SIZES": "1 2"}),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.message)
+def test_bad_input_submits_nothing(site, case):
+    done = site.call(case.script, *case.arguments, **case.variables)
+    assert done.returncode == 1 and case.message in done.stderr and done.stdout == ""
     assert site.run("squeue", "--noheader").stdout == ""
