@@ -1,15 +1,13 @@
 """A problem that a function of the user's returns, named ``MODULE:FUNCTION``."""
 
 import dataclasses
-import importlib
-import os
-import sys
 from collections.abc import Callable
 
 import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem
+from apts_mpi.tools.user_code import import_named
 
 _EXPECTED = (
     "the function takes no arguments and returns a Problem or a tuple (network, loss, data), with data "
@@ -38,28 +36,10 @@ def load(name: str, dtype: torch.dtype) -> Problem:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        returned = _call(name, _function(name))
+        returned = _call(name, import_named("--problem", name, "function", _EXPECTED))
     finally:
         torch.set_default_dtype(default)
     return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
-
-
-def _function(name: str) -> Callable[[], object]:
-    module_name, _, function_name = name.partition(":")
-    # For the rest of the run: the function may import its own modules late.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InvalidInput(
-            f"--problem {name}: importing {module_name!r} failed with {_quote(error)}; give MODULE:FUNCTION, a module "
-            "of the current directory or of the Python path and a function in it"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InvalidInput(f"--problem {name}: {module_name!r} has no function {function_name!r}; {_EXPECTED}")
-    return function
 
 
 def _call(name: str, function: Callable[[], object]) -> object:

@@ -14,7 +14,7 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.defaults import compose, describe
 from apts_mpi.errors import InvalidInput
-from apts_mpi.local.registry import needs_evaluations, solver_class
+from apts_mpi.local.registry import solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layer, Subdomain, make_subdomains
@@ -106,12 +106,11 @@ class Staged:
             segmented=segmented,
             vector=vector,
             loss=loss,
-            keep_gradients=needs_evaluations(options.local),
+            options=options,
             recorded=self.decomposition.modules_carried(network)
             if solver_class(options.local.solver).whole_layers
             else (),
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
-            options=options.pipeline,
             team=team,
         )
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, StagedGaussNewtonRows)

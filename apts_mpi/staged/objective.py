@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apts_mpi.local.registry import needs_evaluations
 from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store, tensors_of
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
@@ -17,7 +18,7 @@ from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache, Loss, Pass, Run
-from apts_mpi.options import PipelineOptions
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.pipeline import Pipeline
 from apts_mpi.staged.schedules import SCHEDULES, Action, backwards, forwards
@@ -73,10 +74,10 @@ class StagedObjective(Objective):
     pipeline
         The stages.
     options
-        Of the pipeline.
+        Of the whole solver, composed.
     team
         The ranks that hold this stage.
-    loss, keep_gradients, recorded
+    loss, recorded
         See `Objective`.
 
     Attributes
@@ -91,10 +92,9 @@ class StagedObjective(Objective):
         segmented: SegmentedNetwork,
         vector: FlatParameters,
         loss: Loss,
-        keep_gradients: bool,
+        options: APTSOptions,
         recorded: Sequence[torch.nn.Module],
         pipeline: Pipeline,
-        options: PipelineOptions,
         team: Communicator,
     ) -> None:
         # Gradients that are given make torch import for seconds: better here than in one stage after the other.
@@ -105,14 +105,16 @@ class StagedObjective(Objective):
             vector=vector,
             loss=loss,
             inexact=True,
-            keep_gradients=keep_gradients,
+            keep_gradients=needs_evaluations(options.local),
             recorded=recorded,
             comm=team,
         )
         self.pipeline = pipeline
-        self._schedule = SCHEDULES[options.schedule]
-        self._cache_dtype = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
-        self._recompute = options.recompute
+        self._schedule = SCHEDULES[options.pipeline.schedule]
+        self._cache_dtype = (
+            None if options.pipeline.cache_dtype == "auto" else getattr(torch, options.pipeline.cache_dtype)
+        )
+        self._recompute = options.pipeline.recompute
         self._measured = False
         self.enters_tuple = False
         self._drive_progress()

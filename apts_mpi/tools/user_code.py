@@ -10,7 +10,7 @@ from typing import Any
 from apts_mpi.errors import InvalidInput
 
 
-def import_named(option: str, name: str, kind: str) -> Any:
+def import_named(option: str, name: str, kind: str, remedy: str = "give one that it has") -> Any:
     """What ``MODULE:NAME`` stands for; the module is looked for in the current directory first.
 
     Parameters
@@ -21,6 +21,8 @@ def import_named(option: str, name: str, kind: str) -> Any:
         ``MODULE:NAME``.
     kind
         What it shall be, in words: function, class.
+    remedy
+        What the message says where the module has no such thing.
 
     Raises
     ------
@@ -40,7 +42,7 @@ def import_named(option: str, name: str, kind: str) -> Any:
         ) from error
     found = getattr(module, own_name, None)
     if not callable(found):
-        raise InvalidInput(f"{option} {name}: {module_name!r} has no {kind} {own_name!r}; give one that it has")
+        raise InvalidInput(f"{option} {name}: {module_name!r} has no {kind} {own_name!r}; {remedy}")
     return found
 
 

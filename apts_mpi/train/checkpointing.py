@@ -24,7 +24,7 @@ MARGIN = 2.0
 GO_ON, WALLTIME = 0, -1
 
 
-class Saved(Protocol):
+class SavedRun(Protocol):
     """What is to be known of a run that is saved: `apts_mpi.train.training.Training`."""
 
     comm: Communicator
@@ -72,7 +72,7 @@ class Survival:
 
     def __init__(
         self,
-        training: Saved,
+        training: SavedRun,
         directory: CheckpointDirectory,
         options: TrainingOptions,
         signals: StopSignals,

@@ -70,8 +70,8 @@ def without_mpi(directory, commands):
     return json.loads(statuses), printed, job.stderr
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(h5py.get_config().mpi, reason="h5py itself imports mpi4py")
+@pytest.mark.processes
 def test_what_is_finished_is_read_without_mpi(run, tmp_path):
     studies = [write_run(tmp_path / f"r{ranks}", ranks, 1.0 / ranks) for ranks in (1, 2)]
     checkpoint = str(run / "checkpoints")
@@ -111,8 +111,8 @@ def studies_file(runs, tmp_path):
 COMMANDS = ("train", "plot", "compare", "scaling", "bench", "doctor", "checkpoint")
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(h5py.get_config().mpi, reason="h5py itself imports mpi4py")
+@pytest.mark.processes
 def test_version_and_help_without_mpi(tmp_path):
     reading = ("plot", "compare", "scaling", "checkpoint", "bench", "doctor")
     commands = {name: ["--version"] for name in COMMANDS} | {f"{name} help": ["--help"] for name in reading}

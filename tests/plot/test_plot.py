@@ -126,7 +126,7 @@ def test_a_run_under_way(runs, tmp_path):
 
 
 def test_chosen_rows(runs, tmp_path, drawn):
-    assert tuple(run_plots.ROWS) == plot.ROWS
+    assert tuple(run_plots.ROWS) == plot.ROW_NAMES
     plot.main([str(runs / "plain-0"), "--rows", "radius", "loss", "--out", str(tmp_path / "p.svg")])
     (figure,) = drawn
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["loss", "radius"]

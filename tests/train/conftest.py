@@ -1,5 +1,6 @@
 """Training within the processes of the tests, which spares the start of others."""
 
+import functools
 import sys
 
 import pytest
@@ -7,6 +8,8 @@ from mpi4py import MPI
 
 from apts_mpi.train.__main__ import main
 from apts_mpi.train.command import train
+from apts_mpi.train.layouts import make_training
+from apts_mpi.train.run import run
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def trained_on(world, directory, capfd):
         capfd.readouterr()
         comm = world.Split(int(world.rank < ranks), world.rank)
         if world.rank < ranks:
-            assert train(arguments, comm) == 0
+            assert train(arguments, functools.partial(run, make_training), comm) == 0
         comm.Free()
         world.Barrier()
         return capfd.readouterr().out
