@@ -69,29 +69,24 @@ class Replicated:
         self.comm.share_tensors([vector.values, *network.buffers()])
         team = self.comm.group(teams.team_of(self.comm.rank))
         self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
+        whole_layers = solver_class(options.local.solver).whole_layers
+        recorded = self.decomposition.modules_carried(network) if whole_layers else ()
         self.objective = Objective(
             segmented=segmented,
             vector=vector,
             loss=loss,
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
-            recorded=self.decomposition.modules_carried(network)
-            if solver_class(options.local.solver).whole_layers
-            else (),
+            recorded=recorded,
             comm=self.comm,
         )
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition)
+        inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
-            options,
-            self.decomposition,
-            like=vector.values,
-            comm=self.comm,
-            curvature=self._curvature,
-            inner=self.inner,
-            size=self.parameters,
+            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
-        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, self.inner, products)
+        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
 
     def _curvature(self) -> ReducedCurvature:
         """Of the coarse level: from the rows of the local solvers where those of all ranks have all of its samples."""
@@ -142,16 +137,9 @@ class Replicated:
         return replicated_arrays({**tensors, **vectors}, self.comm)
 
     def _parts(self) -> SolverParts:
-        schwarz, decomposition = self.schwarz, self.decomposition
-        local = LocalSolvers(
-            name=schwarz.local_solver,
-            solvers=schwarz.solvers,
-            subdomains=decomposition.subdomains,
-            layers=decomposition.layers,
-            comm=self.comm,
-            leads=decomposition.leads,
-            device=schwarz.correction.device,
-        )
+        schwarz, own = self.schwarz, self.decomposition
+        solvers, device = schwarz.solvers, schwarz.correction.device
+        local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
         parts = {"coarse": self.coarse, "global_step": self.global_step}
         return SolverParts(self.network, parts, local, schwarz.assembled)
 

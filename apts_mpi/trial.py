@@ -105,7 +105,7 @@ class Trials:
                 judged = judge_table(
                     table[:, 1:],
                     options=self._options,
-                    products=self._inner,
+                    inner=self._inner,
                     radius=state.present_radius,
                     predicted_reduction=predicted_reduction,
                     earlier_losses=state.losses,

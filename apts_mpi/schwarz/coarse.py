@@ -224,14 +224,13 @@ class CoarseLevel:
 def make_coarse_level(
     options: APTSOptions,
     decomposition: Decomposition,
-    *,
     like: torch.Tensor,
     comm: Communicator,
-    curvature: Callable[[], ReducedCurvature],
+    make_curvature: Callable[[], ReducedCurvature],
     inner: InnerProducts,
     size: int,
 ) -> CoarseLevel | None:
-    """The coarse level of the options, see `CoarseLevel`."""
+    """The coarse level of the options; see `CoarseLevel`."""
     if options.coarse.model == "none":
         return None
     return CoarseLevel(
@@ -239,7 +238,7 @@ def make_coarse_level(
         parts=decomposition.owned_parts(),
         like=like,
         comm=comm,
-        curvature=curvature(),
+        curvature=make_curvature(),
         inner=inner,
         size=size,
     )

@@ -102,30 +102,25 @@ class Staged:
         self.decomposition = Decomposition(
             subdomains, layers, Teams(team.size, len(subdomains), team.size), team, team, count
         )
+        whole_layers = solver_class(options.local.solver).whole_layers
+        recorded = self.decomposition.modules_carried(network) if whole_layers else ()
         self.objective = StagedObjective(
             segmented=segmented,
             vector=vector,
             loss=loss,
             options=options,
-            recorded=self.decomposition.modules_carried(network)
-            if solver_class(options.local.solver).whole_layers
-            else (),
+            recorded=recorded,
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
             team=team,
         )
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, StagedGaussNewtonRows)
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
+        inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
-            options,
-            self.decomposition,
-            like=vector.values,
-            comm=self.comm,
-            curvature=self._curvature,
-            inner=self.inner,
-            size=self.parameters,
+            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
-        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, self.inner, products)
+        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
         self._least = max(self.replica.collect(samples_of_pass(network)))
         # What a launcher tells of a process that died is its number.
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
@@ -215,16 +210,10 @@ class Staged:
         return make_arrays(tensors, vectors, self._extent, self.decomposition.leads, self.comm)
 
     def _parts(self) -> SolverParts:
-        schwarz, extent = self.schwarz, self._extent
-        local = LocalSolvers(
-            name=schwarz.local_solver,
-            solvers=extent.solvers(schwarz.solvers),
-            subdomains=extent.subdomains,
-            layers=extent.layers(self.decomposition.layers),
-            comm=self.comm,
-            leads=self.decomposition.leads,
-            device=schwarz.correction.device,
-        )
+        schwarz, extent, leads = self.schwarz, self._extent, self.decomposition.leads
+        solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
+        name, device = schwarz.local_solver, schwarz.correction.device
+        local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
         parts = {"coarse": self.coarse, "global_step": self.global_step}
         return SolverParts(self.network, parts, local, schwarz.assembled)
 

@@ -112,7 +112,7 @@ def judge_table(
     table: np.ndarray,
     *,
     options: TrustRegionOptions,
-    products: InnerProducts,
+    inner: InnerProducts,
     radius: float,
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
@@ -124,7 +124,7 @@ def judge_table(
     ----------
     table : ndarray, shape (ranks, 5)
         Of each rank its share of the loss before and after the step, and what ``InnerProducts.own`` returns.
-    options, products
+    options, inner
         Of the solver.
     radius
         Of the ball in which the step was looked for.
@@ -136,7 +136,7 @@ def judge_table(
         Relative error of a loss.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-    slope, step_norm, gradient_norm = products.of_table(table[:, 2:])
+    slope, step_norm, gradient_norm = inner.of_table(table[:, 2:])
     predicted = -slope if predicted_reduction is None else predicted_reduction
     judged = judge(
         options,

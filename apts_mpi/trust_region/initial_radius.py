@@ -18,7 +18,7 @@ from apts_mpi.trust_region.inner_products import InnerProducts
 def cauchy_length(
     objective: Objective,
     passes: Sequence[Pass],
-    products: InnerProducts,
+    inner: InnerProducts,
     comm: Communicator,
     options: TrustRegionOptions,
     *,
@@ -33,7 +33,7 @@ def cauchy_length(
     ----------
     objective, passes
         The function; the total of the objective's reduction is its gradient, and is so afterwards.
-    products, comm
+    inner, comm
         Of all ranks.
     options
         Bounds of the radius.
@@ -44,14 +44,14 @@ def cauchy_length(
     """
     total, values = objective.reduction.total, objective.vector.values
     gradient = total.clone()
-    direction = products.steepest_descent(gradient, 1.0)
-    size, reach = products.euclidean_norms(values, direction)
+    direction = inner.steepest_descent(gradient, 1.0)
+    size, reach = inner.euclidean_norms(values, direction)
     length = epsilon**0.5 * (1.0 + size) / reach if reach else 1.0
     scratch.copy_(values)
     values.add_(direction, alpha=length)
     objective.evaluate(passes)
     values.copy_(scratch)
-    slope, moved = products.dots((gradient, direction), (total, direction))
+    slope, moved = inner.dots((gradient, direction), (total, direction))
 
     def decide(table: np.ndarray) -> Sequence[float]:
         curvature = (moved - slope) / length

@@ -253,7 +253,10 @@ def test_what_cannot_be_taken_over_is_said(world, directory):
     arrays, metadata = saved.save()
     with CheckpointDirectory(directory, saved.comm) as checkpoints:
         checkpoints.save(arrays, metadata, 0)
-    for subdomains, solver, words in ((2, "lsr1", "lsr1 are dropped"), (3, "adam", "state of local solver lsr1")):
+    for subdomains, solver, words in (
+        (2, "lsr1", "local solver lsr1 is dropped"),
+        (3, "adam", "state of local solver lsr1"),
+    ):
         fresh = apts(world, classifier, subdomains=subdomains, local=LocalOptions(solver=solver))
         checkpoint, _ = newest_valid(directory, fresh.comm)
         with checkpoint:

@@ -476,7 +476,10 @@ def refused(world, capfd, directory, *arguments):
         ("more", "unrecognized arguments: more"),
         ("--epochs zero", '"epochs".*Given value: zero'),
         ("--seed 1.5", '"seed".*Got value: 1.5'),
-        ("--local.solver newton", "error: local.solver: 'newton' is not allowed; choose one of auto, .*, adam\n$"),
+        (
+            "--local.solver newton",
+            "error: local.solver: 'newton' is not allowed; choose one of auto, .*, adam, or MODULE:CLASS .*\n$",
+        ),
         ("--coarse foo", "error: coarse.model: 'foo' is not allowed; choose one of none, gauss-newton\n$"),
         ("--coarse.columns correction", r"error: coarse.columns: 'correction' .* such as \[correction,last_step\]\n$"),
         ("--coarse.columns [correction,foo]", "coarse.columns: 'foo' is not allowed; give a list of correction, last_"),
