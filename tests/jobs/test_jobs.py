@@ -111,3 +111,45 @@ def test_no_test_selected(results):
     assert results.check() == (1, ["no test ran", "0 passed, 0 failed"])
     results.add("ranks_1", PASSES)
     assert results.check() == (0, ["1 passed, 0 failed"])
+
+
+MARKED = """
+import pytest
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes
+def test_whole(): pass
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes(a=1, b="x")
+@pytest.mark.parametrize("a", [1, 2])
+@pytest.mark.parametrize("b", ["x", "y"])
+def test_rows(a, b): pass
+
+@pytest.mark.mpi
+def test_other(): pass
+"""
+
+
+@pytest.fixture
+def chosen(pytester):
+    """A function that gives the tests of a file which run where not all do, or where all do."""
+    pytester.makeini("[pytest]\nmarkers =\n    mpi\n    all_sizes")
+    selection = runpy.run_path(str(ROOT / "jobs" / "pytest_on_rank.py"))["Selection"]
+
+    def choose(source, every_test):
+        pytester.makepyfile(test_unread="import nowhere", test_marked=source)
+        done = pytester.inline_run("--with-mpi", plugins=[selection(every_test)])
+        reports = done.getreports("pytest_runtest_logreport")
+        return done.ret, [report.nodeid.partition("::")[2] for report in reports if report.when == "call"]
+
+    return choose
+
+
+def test_other_numbers_of_ranks_are_for_the_rows_that_are_marked(chosen):
+    assert chosen(MARKED, every_test=False) == (0, ["test_whole", "test_rows[x-1]"])
+    assert len(chosen(MARKED, every_test=True)[1]) == 6
+
+
+def test_a_marker_with_unknown_parameters_is_refused(chosen):
+    assert chosen(MARKED.replace("a=1", "c=1"), every_test=False) == (pytest.ExitCode.USAGE_ERROR, [])
