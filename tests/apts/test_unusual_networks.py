@@ -206,7 +206,9 @@ def test_modules_that_may_work_in_place_train_the_same(world, bent, options):
         return nn.Sequential(*layers).double()
 
     inputs = classified()[0].clone()
-    vectors = [train(world, network(inplace), **options)[0].vector.values for inplace in (False, True)]
+    vectors = [
+        train(world, network(inplace), **options)[0].holding.objective.vector.values for inplace in (False, True)
+    ]
     assert torch.equal(*vectors)
     assert torch.equal(classified()[0], inputs)
 
