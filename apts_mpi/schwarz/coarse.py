@@ -150,8 +150,8 @@ class CoarseLevel:
         with self._comm.events.timed("coarse"):
             told = self._tell(lambda: self._minimise(radius))
             self._combine(told)
-            # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm. Where
-            # rank 0 has all columns, it alone waits for its device to say how long the step is.
+            # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
+            # Where rank 0 has all columns, it alone waits for its device to say how long the step is.
             length = self._inner.norm(self.step) if told else 0.0
             *coefficients, predicted = self._comm.decide(lambda: self._cut(length, radius))
             self._combine(coefficients)
