@@ -167,6 +167,7 @@ def mount(*arguments):
     return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @needs_mpirun
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_rank_is_killed_while_all_save(tmp_path, writer):
@@ -198,6 +199,7 @@ def test_full_disk(small_disk, writer):
     assert newest_step(small_disk / "checkpoints") == 3
 
 
+@pytest.mark.slow
 @needs_mpirun
 @pytest.mark.parametrize("writer", WRITERS)
 def test_space_lost_while_saving(small_disk, writer):
@@ -211,6 +213,7 @@ def test_space_lost_while_saving(small_disk, writer):
     assert newest_step(small_disk / "checkpoints") == 2
 
 
+@pytest.mark.slow
 @needs_mpirun
 @pytest.mark.parametrize("writer", WRITERS)
 def test_read_only_file_system(small_disk, writer):

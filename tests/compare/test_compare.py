@@ -55,6 +55,7 @@ def digits(tmp_path_factory):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_runs(digits):
     _, path, output = digits
     names = [f"{name}-seed{seed}" for name in ("apts", "adam-0.01") for seed in (0, 1)]
@@ -145,6 +146,7 @@ FRAGILE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 def test_a_failing_run_is_reported_and_stops_no_other(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import pytest
 import yaml
-from processes import start
+from processes import needs_mpirun, start
 from scaling_runs import write_run
 
 import apts_mpi
@@ -123,6 +123,7 @@ def test_version_and_help_without_mpi(tmp_path):
 
 
 @pytest.mark.processes
+@needs_mpirun
 def test_a_job_says_its_version_once(tmp_path):
     for name in ("train", "bench"):
         job = start(tmp_path, 2, ["--version"], f"apts_mpi.{name}")

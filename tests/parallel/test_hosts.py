@@ -40,6 +40,7 @@ def two_hosts(tmp_path):
     made.remove()
 
 
+@pytest.mark.slow
 def test_training_and_checkpoints_over_two_hosts(tmp_path, two_hosts):
     """A run that is stopped and resumed on two hosts becomes, to the bit, the one that was never stopped on one."""
     arguments = [*SMALL, "--epochs=9"]

@@ -260,6 +260,7 @@ SMALL = ["--problem=digits", "--device=cpu", "--train-samples=200", "--max-itera
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 def test_a_real_study(tmp_path, monkeypatch, capsys):
     """Sizes are measured once; then one that fails is told, and what was measured stays."""

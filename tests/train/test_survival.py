@@ -83,6 +83,7 @@ def test_resume_begins_anew_where_nothing_was_saved(directory, trained):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 def test_stopped_in_every_way_and_gone_on_with(tmp_path):
     """A job that is signalled or at the end of its wall time saves and asks for requeue; each goes on from the last."""
@@ -92,7 +93,7 @@ def test_stopped_in_every_way_and_gone_on_with(tmp_path):
     assert_stops(first, signal.SIGTERM)
 
     second = Job(tmp_path, 2, [*ENDLESS, "--resume"])
-    second.wait_for("epoch 6 ")
+    second.wait_for("train_loss")
     refused = start(tmp_path, 2, [*ENDLESS, "--resume"])
     assert refused.returncode == USAGE
     assert refused.stderr.count("another run saves checkpoints into it") == 1
@@ -124,6 +125,7 @@ def test_signal_to_a_run_without_mpirun(tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 def test_killed_rank_ends_the_job_and_the_run_goes_on(tmp_path):
     """SIGKILL during a step, or a save: the job saves after each iteration."""

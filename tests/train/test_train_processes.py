@@ -10,6 +10,7 @@ from processes import SMALL, needs_mpirun, start
 pytestmark = pytest.mark.processes
 
 
+@pytest.mark.slow
 @needs_mpirun
 def test_alone_and_with_mpirun(tmp_path):
     """The same records, whatever the number of ranks."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy
-from processes import TESTS, needs_mpirun, start
+from processes import TESTS
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, LocalOptions, StagedAPTS
 from apts_mpi.errors import SharedInvalidInput
@@ -18,11 +18,14 @@ PAGE = TESTS.parent / "docs" / "changing.md"
 
 
 @pytest.fixture
-def directory(tmp_path):
-    """With the files of the page."""
-    for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        (tmp_path / name).write_text(text)
-    return tmp_path
+def pages(world, directory):
+    """The files of the page in the current directory."""
+    page = PAGE.read_text(encoding="utf-8")
+    if world.rank == 0:
+        for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+            (directory / name).write_text(text)
+    world.Barrier()
+    return directory
 
 
 def losses(directory, run):
@@ -30,32 +33,27 @@ def losses(directory, run):
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
-@pytest.mark.processes
-@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
 @pytest.mark.parametrize("layout", ["replicated", "staged"])
-def test_they_work_in_both_layouts_and_with_checkpoints(directory, layout):
+def test_they_work_in_both_layouts_and_with_checkpoints(world, pages, trained, layout):
     """The files are all that it takes; an interrupted run goes on to the bit, with what both of them keep."""
     chosen = (
         f"--problem=spirals:spirals --layout={layout} --batch-size=250 --local.solver=sign_descent:SignDescent "
         "--coarse.space=mean_step:MeanStep --subdomains=3 --dtype=float64 --device=cpu --epochs=9"
     ).split()
-    runs = {
-        "whole": [*chosen, "--max-iterations=8"],
-        "parts": [*chosen, "--max-iterations=5"],
-    }
-    for name, arguments in runs.items():
-        done = start(directory, 2, [*arguments, f"--run-dir={name}"])
-        assert done.returncode == 0, done.stderr
-    done = start(directory, 2, ["--resume", "--run-dir=parts", "--max-iterations=8"])
-    assert done.returncode == 0 and "note:" not in done.stdout, done.stdout + done.stderr
-    whole = losses(directory, "whole")
+    trained(*chosen, "--max-iterations=8", "--run-dir=whole")
+    trained(*chosen, "--max-iterations=5", "--run-dir=parts")
+    resumed = trained("--resume", "--run-dir=parts", "--max-iterations=8")
+    other = trained("--resume=parts", "--run-dir=other", "--coarse.space=subdomains", "--local.solver=sgd")
+    if world.rank > 0:
+        return
+    assert "note:" not in resumed
+    whole = losses(pages, "whole")
     assert len(whole) == 8 and whole[-1] < whole[0]
-    assert losses(directory, "parts") == whole
-    other = start(
-        directory, 2, ["--resume=parts", "--run-dir=other", "--coarse.space=subdomains", "--local.solver=sgd"]
-    )
-    assert "state of coarse space mean_step:MeanStep is of no use to another" in other.stdout
-    assert "state of local solver sign_descent:SignDescent is of no use to another" in other.stdout
+    assert losses(pages, "parts") == whole
+    assert "state of coarse space mean_step:MeanStep is of no use to another" in other
+    assert "state of local solver sign_descent:SignDescent is of no use to another" in other
 
 
 WRONG = {
@@ -68,8 +66,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_local_solver_is_refused(directory, name, monkeypatch):
-    monkeypatch.chdir(directory)
+def test_what_is_no_local_solver_is_refused(directory, name):
     (directory / "wrong.py").write_text("class Space: pass\ndef function(): pass\n")
     with pytest.raises(InvalidInput, match=re.escape(WRONG[name])):
         APTS(classifier(), cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(local=LocalOptions(solver=name)))
