@@ -148,9 +148,11 @@ class CoarseLevel:
         Not a number, with a step of zero, where the model is not finite; that is judged a rejection.
         """
         with self._comm.events.timed("coarse"):
-            self._combine(self._tell(lambda: self._minimise(radius)))
+            told = self._tell(lambda: self._minimise(radius))
+            self._combine(told)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
-            length = self._inner.norm(self.step)
+            # Where rank 0 has all columns, it alone waits for its device to say how long the step is.
+            length = self._inner.norm(self.step) if told else 0.0
             *coefficients, predicted = self._comm.decide(lambda: self._cut(length, radius))
             self._combine(coefficients)
         return predicted
