@@ -31,20 +31,25 @@ class SignedFactors:
     ----------
     shapes
         Of the parameters, in their order.
+
+    Attributes
+    ----------
+    shapes : list of tuple of int
+        Of the matrices and vectors that they are taken for.
     """
 
     kind = "SignedFactors"
     signed = True
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
-        self._shapes = [(shape[0], shape[1:].numel()) if len(shape) > 1 else tuple(shape) for shape in shapes]
+        self.shapes = [(shape[0], shape[1:].numel()) if len(shape) > 1 else tuple(shape) for shape in shapes]
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         draws = torch.stack(list(batch.signed))
         scale = batch.team_samples / len(draws)
         statistics = []
-        for part, shape in zip(self._split(draws), self._shapes, strict=True):
+        for part, shape in zip(self._split(draws), self.shapes, strict=True):
             if len(shape) == 2:
                 matrices = part.unflatten(1, shape)
                 statistics += [_second_moment(matrices.transpose(1, 2)), _second_moment(matrices)]
@@ -53,13 +58,13 @@ class SignedFactors:
         return [statistic * scale for statistic in statistics]
 
     def _split(self, vectors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return vectors.split([math.prod(shape) for shape in self._shapes], dim=-1)
+        return vectors.split([math.prod(shape) for shape in self.shapes], dim=-1)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
         given = iter(statistics)
         self._inverses: list[tuple[torch.Tensor, ...]] = []
-        for shape in self._shapes:
+        for shape in self.shapes:
             if len(shape) == 2:
                 left, right = next(given), next(given)
                 # Each of the factors gets half of the scale, and of the damping.
@@ -71,7 +76,7 @@ class SignedFactors:
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
         solved = []
-        for part, shape, inverses in zip(self._split(gradient), self._shapes, self._inverses, strict=True):
+        for part, shape, inverses in zip(self._split(gradient), self.shapes, self._inverses, strict=True):
             if len(shape) == 2:
                 left, right = inverses
                 solved.append(_times(right, _times(left, part.view(shape)).T).T.flatten())

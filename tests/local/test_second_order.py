@@ -97,7 +97,7 @@ def test_gauss_newton_products_of_the_local_objective_are_those_of_the_dense_mat
         along = direction(local, 2)
         found = local.products("gauss-newton")(along)
         own = local.weight * (rows.T @ (rows @ along))
-        total = torch.from_numpy(sum(team._mpi.allgather(own.numpy())))
+        total = torch.from_numpy(sum(team.mpi.allgather(own.numpy())))
         torch.testing.assert_close(found, total, rtol=1e-9, atol=1e-13)
 
     visit(solver, look)

@@ -61,12 +61,13 @@ def test_lsr1_of_parts_is_that_of_the_whole(world):
     whole, _, place = parts(world)
     matrix = torch.diag(torch.linspace(-1.0, 3.0, len(whole), dtype=torch.float64))
     alone = LSR1(3)
-    together = LSR1(3, InnerProducts("2", Communicator(world, Events()), range(world.size)))
+    inner = InnerProducts("2", Communicator(world, Events()), range(world.size))
+    together = LSR1(3, inner)
     for step in whole.T:
         alone.update(step, matrix @ step)
         together.update(step[place], (matrix @ step)[place])
     assert len(alone.steps) == len(together.steps) == 3
-    restored = LSR1(3, together._inner)
+    restored = LSR1(3, inner)
     restored.restore(together.steps, together.changes, together.gamma)
     gradient = matrix @ whole.sum(dim=1)
     for model in (together, restored):
