@@ -48,7 +48,8 @@ class StopSignals:
         self._ends = os.pipe()
         os.set_blocking(self._ends[1], False)
         self._earlier_descriptor = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
-        self._earlier = {number: signal.signal(number, self._note) for number in STOPPING}
+        self._earlier = {number: signal.getsignal(number) for number in STOPPING}
+        self.renew()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         _ACTIVE.append(self)
@@ -63,6 +64,11 @@ class StopSignals:
         self._thread.join()
         for end in self._ends:
             os.close(end)
+
+    def renew(self) -> None:
+        """Take the signals again, from a library that has taken them: some MPIs do so when they are initialised."""
+        for number in STOPPING:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Also the handler in Python, without which the system's would not write."""
@@ -103,7 +109,8 @@ def _go_on_as_child() -> None:
     if _ACTIVE:
         signal.set_wakeup_fd(-1)
         for number in STOPPING:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            # SIGINT, too: a KeyboardInterrupt would be lost where it comes within this function.
+            signal.signal(number, signal.SIG_DFL)
         _ACTIVE.clear()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 

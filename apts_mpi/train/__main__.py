@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from apts_mpi.train.layouts import make_training
         from apts_mpi.train.run import run
 
+        signals.renew()
         status = carry_out(given, functools.partial(run, make_training, signals))
     if status:
         sys.exit(status)
