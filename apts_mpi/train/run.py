@@ -129,6 +129,8 @@ def run(
         iteration, path = training.progress.iteration, destinations.path
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
+    if training.converged:
+        tell(f"converged after iteration {training.progress.iteration}: no batch has anything left to gain")
     tell(f"records: {destinations.path}")
     return 0
 
