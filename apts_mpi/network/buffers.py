@@ -78,8 +78,11 @@ class Buffers:
             changes = [(copy - buffer).flatten() for copy, buffer in pairs if buffer.is_floating_point()]
             self._change.tensor.add_(torch.cat(changes), alpha=weight)
 
-    def accept(self) -> None:
-        """Move the buffers by the change of the last evaluation. Collective."""
+    def accept(self, *also: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Move the buffers by the change of the last evaluation, and copy the second of each two tensors to the first.
+
+        All in one call, which an interrupt does not divide. Collective.
+        """
         if self._change is not None:
             self._comm.sum(self._change)
         counts, start, new = iter(self._counts), 0, []
@@ -91,6 +94,6 @@ class Buffers:
             change = self._change.tensor[start : start + buffer.numel()]
             new.append(buffer + change.view(buffer.shape))
             start += buffer.numel()
-        if new:
-            # All in one call, which an interrupt does not divide.
-            torch._foreach_copy_(self._buffers(), new)
+        places = [*self._buffers(), *(place for place, _ in also)]
+        if places:
+            torch._foreach_copy_(places, [*new, *(values for _, values in also)])

@@ -183,11 +183,9 @@ class AdditiveSchwarz:
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
         start = local.block.clone()
-        try:
-            self.solvers[subdomain.index].solve(local, radius, self._norm)
-            displacement = local.block - start
-        finally:
-            local.block.copy_(start)
+        self.solvers[subdomain.index].solve(local, radius, self._norm)
+        displacement = local.block - start
+        local.block.copy_(start)
         if self._stack is not None:
             size = len(displacement)
             descent = ensure_descent(local.gradient, displacement, radius, self._norm)

@@ -51,11 +51,9 @@ def cauchy_length(
         # The network is not to be run at parameters that are no numbers.
         direction.zero_()
     scratch.copy_(values)
-    try:
-        values.add_(direction, alpha=length)
-        objective.evaluate(passes)
-    finally:
-        values.copy_(scratch)
+    values.add_(direction, alpha=length)
+    objective.evaluate(passes)
+    values.copy_(scratch)
     slope, moved = inner.dots((gradient, direction), (total, direction))
 
     def decide(table: np.ndarray) -> Sequence[float]:
