@@ -159,7 +159,6 @@ class APTS:
             self._has_correction = True
         if coarse is not None:
             return coarse.step, coarse.recombine(self.state.present_radius)
-        # After a rejection the corrections of the larger ball are scaled into the smaller one.
         with self.events.timed("assembly"):
             self.holding.inner.clip(schwarz.correction, self.state.present_radius)
         return schwarz.correction, None
@@ -174,6 +173,8 @@ class APTS:
         if judged.accepted:
             self._forget()
             self._run = trial if keep_graph else None
+        # A larger ball has other corrections; into a smaller one they are scaled.
+        self._has_correction = self._has_correction and judged.next_radius <= judged.radius
         return judged
 
     def _follow(self, schwarz: Judged) -> None:
@@ -206,7 +207,6 @@ class APTS:
         arrays, metadata
             Named arrays, of which each rank has a share; and the rest, for JSON.
         """
-        # After a rejection the corrections are used again.
         arrays, metadata = self.holding.save(self.holding.schwarz.assembled if self._has_correction else None)
         known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
         return arrays, metadata | known | {"state": asdict(self.state)}

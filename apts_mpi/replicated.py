@@ -82,7 +82,7 @@ class Replicated:
             recorded=recorded,
             comm=self.comm,
         )
-        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition)
+        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size

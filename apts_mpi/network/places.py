@@ -18,7 +18,7 @@ class Places:
         self._held = [(module, dict(module._parameters), dict(module._buffers)) for module in network.modules()]
 
     def put_back(self) -> None:
-        """Let the modules have these tensors again: passes run on copies of buffers, and tangents on other parameters."""
+        """Let the modules have them again: passes run on copies of buffers, tangents on other parameters."""
         for module, parameters, buffers in self._held:
             module._parameters.update(parameters)
             module._buffers.update(buffers)

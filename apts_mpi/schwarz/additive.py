@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 
 from apts_mpi.curvature.kinds import make_curvature
@@ -42,6 +41,8 @@ class AdditiveSchwarz:
         The global objective.
     decomposition
         The subdomains, and who carries them.
+    inner
+        Of vectors of all parameters.
     make_rows
         What computes the rows of dense local solvers.
 
@@ -64,9 +65,11 @@ class AdditiveSchwarz:
         options: APTSOptions,
         objective: Objective,
         decomposition: Decomposition,
+        inner: InnerProducts,
         make_rows: MakeRows = GaussNewtonRows,
     ) -> None:
         schwarz = options.schwarz
+        self._inner = inner
         self.decomposition = decomposition
         self.local_solver = options.local.solver
         self._objective = objective
@@ -140,32 +143,25 @@ class AdditiveSchwarz:
         local_radius = subdomain_radius(radius, self._count, self._norm)
         self._mirror.tensor.zero_()
         self.open_rows(caches)
-        useful = self._useful(gradient)
+        useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
         tried = batch.size <= self._largest_batch
-        if len(useful) == len(self.solvers):
+        if useful:
             self._largest_batch = max(batch.size, self._largest_batch)
         with self._events.timed("local solves"), nullcontext() if tried else self._comm.shared_refusals():
             for weight, of_pass, rows in zip(batch.shares, caches, self.rows, strict=True):
-                for cache in of_pass:
-                    if cache.subdomain.index in useful:
-                        self._solve(cache, rows, weight, gradient, local_radius)
+                for cache in of_pass if useful else ():
+                    self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
 
-    def _useful(self, gradient: torch.Tensor) -> set[int]:
-        """Carried subdomains in which the batch can teach a local solver something, whose state lasts.
-
-        A part of the gradient that is zero, or not finite, would ruin running means. Collective over the team, which
-        solves together.
-        """
-        parts = self.decomposition.carried
-        ends = [torch.stack(torch.aminmax(gradient[part.start : part.stop])) for part in parts]
-        table = torch.stack(ends).double().cpu().numpy()
-        flags = (np.isfinite(table).all(axis=1) & table.any(axis=1)).tolist()
-        if self._team.size > 1:
-            flags = self._team.decide(lambda: flags)
-        return {part.index for part, flag in zip(parts, flags, strict=True) if flag}
+    def _is_of_use(self, gradient: torch.Tensor) -> bool:
+        """Whether the batch can teach the local solvers anything, whose state lasts. Collective."""
+        useful = self._inner.is_direction(gradient)
+        if self._team.size > 1 and not self._inner.spread:
+            # A team solves together.
+            useful = bool(self._team.decide(lambda: [useful])[0])
+        return useful
 
     def open_rows(self, caches: Sequence[Sequence[Cache]]) -> None:
         """Have `rows` ready to be computed at the present parameters, for the caches of each pass there."""

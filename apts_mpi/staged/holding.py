@@ -115,7 +115,7 @@ class Staged:
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
             team=team,
         )
-        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, StagedGaussNewtonRows)
+        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows)
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(

@@ -14,6 +14,10 @@ from apts_mpi.trust_region.inner_products import InnerProducts
 # A step that was scaled to the boundary in float32 misses it by rounding.
 BOUNDARY_TOLERANCE = 1e-3
 
+# Share of the radius from which on the ball, or those of subdomains in it, may have made a step too short to change a
+# parameter: the radius then grows.
+OF_THE_BALL = 1e-2
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -176,5 +180,9 @@ def judge_table(
     judged = replace(judged, gradient_norm=gradient_norm)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:
         return replace(judged, accepted=False, skipped=True, next_radius=radius)
-    # The radius of a step that reached the boundary has grown, so that the next one may change something.
-    return judged if table[:, 2].any() else replace(judged, accepted=False, step_norm=0.0)
+    if table[:, 2].any():
+        return judged
+    following = judged.next_radius
+    if following == radius and step_norm > OF_THE_BALL * radius:
+        following = min(options.increase_factor * radius, options.max_radius)
+    return replace(judged, accepted=False, step_norm=0.0, next_radius=following)

@@ -62,6 +62,13 @@ class InnerProducts:
         total = self._comm.agree(own.ravel().tolist(), lambda table: table[self._rows].sum(axis=0).tolist())
         return np.array(total).reshape(own.shape)
 
+    def is_direction(self, vector: torch.Tensor) -> bool:
+        """Whether a vector is finite, and not zero. Collective over the parts."""
+        low, high = torch.stack(torch.aminmax(vector)).tolist()
+        finite = math.isfinite(low) and math.isfinite(high)
+        infinite_parts, parts = self.sum(np.array([not finite, low != 0.0 or high != 0.0], dtype=np.float64))
+        return bool(infinite_parts == 0.0 and parts > 0.0)
+
     def norm(self, vector: torch.Tensor) -> float:
         """Norm of the ball. Collective over the parts."""
         own = float(norm(vector, self.kind))
