@@ -36,8 +36,11 @@ def carry_out(arguments: Sequence[str], run: RunFunction) -> int:
         if world.rank == 0:
             print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
         return USAGE if isinstance(error, SharedInvalidInput) else FAILED
+    except SystemExit:
+        # After --help, of all ranks.
+        raise
     except BaseException as error:
-        # A user's `sys.exit`, too. The other ranks are waiting for this one, or soon will be: end them all.
+        # The other ranks are waiting for this one, or soon will be: end them all.
         if isinstance(error, StallError):
             # All ranks that wait know the same, at the same time.
             environment.pause(turn(world))
@@ -62,9 +65,9 @@ def train(arguments: Sequence[str], run: RunFunction, world: MPI.Intracomm) -> i
     # --help and --print_config print and exit, on every rank.
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
-        try:
-            options, config = parse(arguments)
-        except SystemExit as ended:
-            return int(ended.code or 0)
+        options, config = parse(arguments)
     with Watch(world, options.stall_timeout), exits_told(world):
-        return run(arguments, options, config, comm, world, console)
+        try:
+            return run(arguments, options, config, comm, world, console)
+        except SystemExit as error:
+            raise RuntimeError("sys.exit was called, which does not end a run on several ranks") from error
