@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apts_mpi.tools.command import FAILED, add_version, said_once
+from apts_mpi.tools.streams import end_with_reader
 
 
 def positive(text: str) -> int:
@@ -76,6 +77,7 @@ def measurements() -> dict[str, Callable[..., None]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, on all ranks of ``MPI.COMM_WORLD``."""
+    end_with_reader()
     with said_once():
         options = vars(parse(arguments))
     # Not above: it is there with MPI, which --help and --version do without.

@@ -11,6 +11,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
 from apts_mpi.tools.command import USAGE, add_version
+from apts_mpi.tools.streams import end_with_reader
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
 ROW_NAMES = ("loss", "accuracy", "rho", "radius")
@@ -37,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot; the process ends with a status that says how it went."""
+    end_with_reader()
     options = parse(arguments)
     try:
         from apts_mpi.plot.runs import plot_runs
