@@ -76,7 +76,7 @@ def _occupy_descriptors() -> None:
 def _over(stream: TextIO | None, lost: Lost) -> TextIO:
     """A stream for the file of another; one that leads nowhere for none, which Python has where it began closed."""
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     buffer = io.BufferedWriter(_Descriptor(stream.fileno(), lost))
     # A line is written when it is complete, so that what fails does so where it can be dealt with.
