@@ -128,7 +128,10 @@ def run(
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
     if failure:
-        raise SharedFailure(f"{failure}; {destinations.path / CHECKPOINTS} holds the trained network and the records")
+        raise SharedFailure(
+            f"{failure}; the last checkpoint holds the trained network, and --resume --run-dir {destinations.path} "
+            "writes what is missing"
+        )
     tell(f"records: {destinations.path}")
     return 0
 
