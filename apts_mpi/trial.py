@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from apts_mpi.objective.passes import Run
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
+from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -94,8 +96,7 @@ class Trials:
         trial : Run
             The evaluation there.
         """
-        with self._comm.events.timed("judge"):
-            self._before.copy_(self._values)
+        with self._comm.events.timed("judge"), self._kept_after_errors():
             self._values.add_(step)
             trial = self._objective.forward(batch.passes, keep_graph)
             # With autocast samples are rounded independently of each other; what is summed of them much less.
@@ -115,12 +116,43 @@ class Trials:
 
             # The device is waited for here, once for all numbers.
             products = self._inner.own(self._objective.reduction.total, step)
-            own = torch.stack([present.loss, trial.loss, *products]).tolist()
+            moved = (self._values != self._before).any().double()
+            own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
             *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
             judged = judged_of(record)
-            state.move(judged, self._options.window)
             if judged.accepted:
                 self._objective.buffers.accept()
             else:
                 self._values.copy_(self._before)
+            state.move(judged, self._options)
         return judged, trial
+
+    @contextmanager
+    def iteration(self, forget: Callable[[], None]) -> Iterator[None]:
+        """Count the work of one iteration, the block, which leaves the random state as it was.
+
+        Whatever leaves it by an exception leaves the network at the last point that was judged.
+
+        Parameters
+        ----------
+        forget
+            Called then, as what is known of the point may be there in part.
+        """
+        self._comm.events.work = 0.0
+        with preserved_random_state(self._values.device):
+            try:
+                yield
+            except BaseException:
+                self._objective.reduction.abandon()
+                forget()
+                raise
+
+    @contextmanager
+    def _kept_after_errors(self) -> Iterator[None]:
+        """Whatever leaves the block by an exception restores the point: an interrupt, a failing hook, no memory."""
+        self._before.copy_(self._values)
+        try:
+            yield
+        except BaseException:
+            self._values.copy_(self._before)
+            raise

@@ -82,12 +82,15 @@ class Buffers:
         """Move the buffers by the change of the last evaluation. Collective."""
         if self._change is not None:
             self._comm.sum(self._change)
-            start = 0
-            for buffer in self._buffers():
-                if buffer.is_floating_point():
-                    change = self._change.tensor[start : start + buffer.numel()]
-                    buffer.add_(change.view(buffer.shape))
-                    start += buffer.numel()
-        counters = [buffer for buffer in self._buffers() if not buffer.is_floating_point()]
-        for counter, count in zip(counters, self._counts, strict=True):
-            counter.copy_(count)
+        counts, start, new = iter(self._counts), 0, []
+        for buffer in self._buffers():
+            if not buffer.is_floating_point():
+                new.append(next(counts))
+                continue
+            assert self._change is not None  # there is one
+            change = self._change.tensor[start : start + buffer.numel()]
+            new.append(buffer + change.view(buffer.shape))
+            start += buffer.numel()
+        if new:
+            # All in one call, which an interrupt does not divide.
+            torch._foreach_copy_(self._buffers(), new)

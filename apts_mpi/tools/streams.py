@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from apts_mpi.tools.command import FAILED
+from apts_mpi.tools.status import FAILED
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -47,10 +47,15 @@ def cauchy_length(
     direction = inner.steepest_descent(gradient, 1.0)
     size, reach = inner.euclidean_norms(values, direction)
     length = epsilon**0.5 * (1.0 + size) / reach if reach else 1.0
+    if not math.isfinite(reach):
+        # The network is not to be run at parameters that are no numbers.
+        direction.zero_()
     scratch.copy_(values)
-    values.add_(direction, alpha=length)
-    objective.evaluate(passes)
-    values.copy_(scratch)
+    try:
+        values.add_(direction, alpha=length)
+        objective.evaluate(passes)
+    finally:
+        values.copy_(scratch)
     slope, moved = inner.dots((gradient, direction), (total, direction))
 
     def decide(table: np.ndarray) -> Sequence[float]:
