@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.environment import pause
+from apts_mpi.tools.environment import pause, process, wall_time
 
 LOCK = ".lock"
 
@@ -33,8 +34,9 @@ class Claim:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(path, LOCK_TRIES)
-        self._directory = os.stat(path)
+        # Stands in the lock, so that a copy of the directory is known for one.
+        self._name = f"{process()}, {wall_time()}\n".encode()
+        self._take(lock(path, LOCK_TRIES))
 
     def renew(self) -> None:
         """Claim the directory again where it, or its lock, was taken away.
@@ -47,13 +49,24 @@ class Claim:
         self._path.mkdir(parents=True, exist_ok=True)
         if is_same(self._path / LOCK, os.fstat(self._lock)):
             return
-        if not is_same(self._path, self._directory) and any(self._path.glob("step-*")):
+        if any(self._path.glob("step-*")) and not (is_same(self._path, self._directory) or self._is_copy()):
             raise InvalidInput(
                 f"directory {str(self._path)!r} was replaced by one with other checkpoints in it; move them away"
             )
-        new = lock(self._path, 1)
-        os.close(self._lock)
-        self._lock, self._directory = new, os.stat(self._path)
+        earlier = self._lock
+        self._take(lock(self._path, 1))
+        os.close(earlier)
+
+    def _take(self, number: int) -> None:
+        self._lock, self._directory = number, os.stat(self._path)
+        with suppress(OSError):
+            os.ftruncate(number, 0)
+            os.pwrite(number, self._name, 0)
+
+    def _is_copy(self) -> bool:
+        """Whether the directory came from this run's, such as to another disk."""
+        path = self._path / LOCK
+        return path.is_file() and path.read_bytes() == self._name
 
     def release(self) -> None:
         """Let others have it."""

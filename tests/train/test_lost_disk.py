@@ -26,31 +26,62 @@ def delete(run):
 
 
 def rename(run):
-    number = len(list(run.parent.glob("elsewhere*")))
-    run.rename(run.with_name(f"elsewhere{number}"))
+    run.rename(free(run, "elsewhere"))
+
+
+def free(run, name):
+    """A path beside the run that is not in use."""
+    return next(path for path in (run.with_name(f"{name}{number}") for number in range(1000)) if not path.exists())
+
+
+def put(run, built):
+    """Put something in the place of the run, which makes its directory again as soon as it is gone."""
+    while True:
+        rename(run)
+        try:
+            built.rename(run)
+            return
+        except OSError:
+            pass
 
 
 def replace_by_directory(run):
-    rename(run)
-    run.mkdir()
-    (run / "notes.txt").write_text("mine")
+    built = free(run, "built")
+    built.mkdir()
+    (built / "notes.txt").write_text("mine")
+    put(run, built)
+
+
+def replace_by_link_to_copy(run):
+    """As one does to move a run to another disk."""
+    built, copy = free(run, "built"), free(run, "copy")
+    while not copy.exists():
+        try:
+            shutil.copytree(run, copy, symlinks=True)
+        except shutil.Error:  # a file was removed meanwhile
+            shutil.rmtree(copy)
+    built.symlink_to(copy)
+    put(run, built)
 
 
 def replace_by_file(run):
-    rename(run)
-    run.write_text("a file")
+    built = free(run, "built")
+    built.write_text("a file")
+    put(run, built)
 
 
 def replace_by_dead_link(run):
-    rename(run)
-    run.symlink_to(run.with_name("nowhere"))
+    built = run.with_name("link")
+    built.symlink_to(run.with_name("nowhere"))
+    put(run, built)
 
 
 def replace_by_other_run(run):
-    rename(run)
-    (run / "checkpoints").mkdir(parents=True)
+    built = free(run, "built")
+    (built / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "history.jsonl", "summary.json", "checkpoints/step-00000001.h5"):
-        (run / name).write_text("somebody else's")
+        (built / name).write_text("somebody else's")
+    put(run, built)
 
 
 def assert_whole_so_far(run):
@@ -91,14 +122,14 @@ def test_directory_that_is_gone_is_made_again(tmp_path, how):
     run = tmp_path / "run"
     job = Job(tmp_path, 2, [*ENDLESS, *how])
     job.wait_for("epoch 5 ")
-    for harm in (delete, rename, replace_by_directory):
+    for harm in (delete, rename, replace_by_directory, replace_by_link_to_copy):
         harm(run)
         job.wait_for_more("'run/history.jsonl' was gone or replaced, and has been written anew", 1)
         job.wait_for_more("epoch ", 5)
     (run / "checkpoints" / ".lock").unlink()
     job.wait_for_more("epoch ", 5)
     output = stopped(job, REQUEUE)
-    assert output.count("was gone or replaced") >= 3
+    assert output.count("was gone or replaced") >= 4
     assert_whole(run)
     done = start(tmp_path, 2, ["--resume", "--run-dir=run", "--max-seconds=0.01"])
     assert done.returncode == 0 and (run / "summary.json").exists(), done.stdout + done.stderr

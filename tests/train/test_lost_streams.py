@@ -1,5 +1,6 @@
 """Runs whose output nobody takes any more: a pipe that was closed, a full disk, no stream at all."""
 
+import json
 import os
 import subprocess
 
@@ -11,6 +12,18 @@ USAGE, UNREAD = 2, 141
 
 # Some seconds of lines.
 TALKATIVE = [*SMALL, "--epochs=100", "--monitor", "--log-view", "--run-dir=run"]
+
+
+# A problem that notes where the descriptors 0, 1 and 2 lead.
+LOOKING = """
+import json, os
+from pathlib import Path
+from networks import problem as known
+
+def problem():
+    Path("leads.json").write_text(json.dumps([os.path.realpath(f"/proc/self/fd/{number}") for number in range(3)]))
+    return known()
+"""
 
 
 def run(directory, arguments, module="apts_mpi.train", ranks=None, **streams):
@@ -70,12 +83,16 @@ def test_full_log_does_not_end_a_run(tmp_path, lost):
 @pytest.mark.parametrize("closed", [(1,), (0, 1, 2)], ids=str)
 def test_stream_that_was_never_open(tmp_path, closed):
     """What is opened later must not get its number, or MPI's and HDF5's own words would go into it."""
+    (tmp_path / "looking.py").write_text(LOOKING)
+    arguments = [*TALKATIVE, "--problem=looking:problem"]
     closing = " ".join(f"{number}>&-" for number in closed)
     process = subprocess.run(
-        ["sh", "-c", f'exec "$@" {closing}', "sh", *command(None, TALKATIVE)],
+        ["sh", "-c", f'exec "$@" {closing}', "sh", *command(None, arguments)],
         cwd=tmp_path, env=surroundings(tmp_path), capture_output=True, timeout=LIMIT,
     )  # fmt: skip
     assert process.returncode == 0 and process.stderr == b""
+    leads = json.loads((tmp_path / "leads.json").read_text())
+    assert [leads[number] for number in closed] == ["/dev/null"] * len(closed)
     assert_trained(tmp_path)
 
 
