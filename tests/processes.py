@@ -79,6 +79,13 @@ class Job:
             assert self.process.poll() is None and time.monotonic() < deadline, self.path.read_text()
             time.sleep(0.05)
 
+    def wait_for_more(self, words, times):
+        """Wait until the job has printed something so many times more."""
+        deadline, before = time.monotonic() + LIMIT, self.path.read_text().count(words)
+        while self.path.read_text().count(words) < before + times:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.path.read_text()
+            time.sleep(0.05)
+
     def ranks(self):
         """Numbers of the processes that are ranks, in the order in which they were started."""
         return sorted(number for number in descendants(self.process.pid) if not descendants(number))

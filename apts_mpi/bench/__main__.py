@@ -13,6 +13,7 @@ from pathlib import Path
 
 from apts_mpi.tools.command import add_version, said_once
 from apts_mpi.tools.status import FAILED
+from apts_mpi.tools.streams import end_with_reader
 
 
 def positive(text: str) -> int:
@@ -77,6 +78,7 @@ def measurements() -> dict[str, Callable[..., None]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, on all ranks of ``MPI.COMM_WORLD``."""
+    end_with_reader()
     with said_once():
         options = vars(parse(arguments))
     # Not above: it is there with MPI, which --help and --version do without.

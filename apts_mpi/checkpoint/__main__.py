@@ -23,6 +23,7 @@ from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.writers import write_file
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.streams import end_with_reader
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
 FOUND, ERROR = 1, 2
@@ -176,6 +177,7 @@ def first_line(error: Exception) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carry out the command; the process ends with a status that says how it went."""
+    end_with_reader()
     options = parse(arguments)
     try:
         width = None if sys.stdout.isatty() else FILE_WIDTH

@@ -6,7 +6,6 @@ is none, afterwards it is complete. Whatever else a killed run has left is remov
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,23 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.claim import Claim
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
 from apts_mpi.checkpoint.saving import LATEST, Saving, explained, file_name
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.tools.environment import pause
 
 if TYPE_CHECKING:
     from apts_mpi.parallel.communicator import Communicator
 
-LOCK = ".lock"
 TEMPORARY = ".step-*.tmp"
 FILE_NAME = re.compile(r"step-(\d{8,})\.h5")
 PARTS_NAME = re.compile(r"(step-\d{8,})(\.\d+)?\.parts")
-
-# Seconds to wait for the lock, in tries of a tenth: the ranks of a run that was killed may take a moment to end.
-LOCK_TRIES = 100
-LOCK_PAUSE = 0.1
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -132,13 +126,12 @@ class CheckpointDirectory:
         self._saving: Saving | None = None
         self._remover = ThreadPoolExecutor(1)
         self._removal: Future[None] | None = None
-        self._lock: int | None = None
+        self._claim: Claim | None = None
         with comm.shared_errors(), explained(path):
             if keep_last < 1 or keep_every < 0:
                 raise InvalidInput(f"keep_last {keep_last}, keep_every {keep_every}: keep at least the last one")
             if comm.rank == 0:
-                path.mkdir(parents=True, exist_ok=True)
-                self._lock = lock(path)
+                self._claim = Claim(path)
 
     def clear(self) -> None:
         """Remove all checkpoints, of an earlier run. Collective."""
@@ -206,9 +199,9 @@ class CheckpointDirectory:
             self._settle()
         finally:
             self._remover.shutdown()
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
 
     def __enter__(self) -> CheckpointDirectory:
         return self
@@ -219,13 +212,23 @@ class CheckpointDirectory:
             self._saving = self._removal = None
         self.close()
 
-    def _settle(self) -> None:
-        """Come to the end of all that is under way."""
-        self.finish()
+    def finish_removal(self) -> None:
+        """Wait until the checkpoints that are not kept are removed. Collective.
+
+        Raises
+        ------
+        SharedInvalidInput
+            If they cannot be.
+        """
         removal, self._removal = self._removal, None
         if removal is not None:
             with self._comm.shared_errors(), explained(self.path):
                 removal.result()
+
+    def _settle(self) -> None:
+        """Come to the end of all that is under way."""
+        self.finish()
+        self.finish_removal()
 
     def _begin(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int, copy: bool) -> Saving:
         with self._comm.shared_errors(), explained(self.path):
@@ -235,6 +238,8 @@ class CheckpointDirectory:
                 raise InvalidInput(f"checkpoint: step {step} is negative; number the steps from 0")
             if self._comm.rank == 0:
                 text = as_text(metadata)
+                if self._claim is not None:
+                    self._claim.renew()
                 remove_leftovers(self.path)
         return Saving(self.path, prepared, text, step, self._comm, self._writer)
 
@@ -255,7 +260,7 @@ class CheckpointDirectory:
         steps = [step for step in saved_steps(self.path) if step <= newest]
         for step in steps[: -self._keep_last]:
             if self._keep_every == 0 or step % self._keep_every:
-                (self.path / file_name(step)).unlink()
+                (self.path / file_name(step)).unlink(missing_ok=True)
         remove_leftovers(self.path)
 
     @contextmanager
@@ -275,22 +280,6 @@ def as_text(metadata: Mapping[str, Any]) -> str:
         return json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"checkpoint: the metadata cannot be saved as JSON ({error}); make arrays of it") from error
-
-
-def lock(directory: Path) -> int:
-    """Number of the open file that locks the directory for this process, until it is closed or the process ends."""
-    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pause(LOCK_PAUSE)
-            continue
-        except OSError:
-            pass  # a file system without locks: two runs in one directory stay unnoticed
-        return number
-    os.close(number)
-    raise InvalidInput(f"directory {str(directory)!r}: another run saves checkpoints into it; give each run its own")
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -18,6 +18,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
+from apts_mpi.tools.streams import end_with_reader
 from apts_mpi.train.parser import spell
 
 PROGRAM = "apts_mpi.compare"
@@ -104,6 +105,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare; the process ends with a status that says how it went."""
+    end_with_reader()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         compare(options, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))

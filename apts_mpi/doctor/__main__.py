@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apts_mpi.tools.command import add_version, said_once
+from apts_mpi.tools.streams import end_with_reader
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -27,6 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check and report; the process ends with a status that says how it went."""
+    end_with_reader()
     # --help and errors print and exit, in every process.
     with said_once():
         options = parse(arguments)

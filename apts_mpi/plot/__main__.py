@@ -12,6 +12,7 @@ from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
 from apts_mpi.tools.command import add_version
 from apts_mpi.tools.status import USAGE
+from apts_mpi.tools.streams import end_with_reader
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
 ROW_NAMES = ("loss", "accuracy", "rho", "radius")
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plot; the process ends with a status that says how it went."""
+    end_with_reader()
     options = parse(arguments)
     try:
         from apts_mpi.plot.runs import plot_runs

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.records.lasting import LastingFile, make_file
 
 CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
 
@@ -21,10 +24,41 @@ CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
 TRACE, TENSORBOARD = "trace.json", "tensorboard"
 
 
-def make_directory(path: Path) -> None:
-    """Make a run directory, unless it is there; raise `InvalidInput` if it cannot be made."""
-    try:
+def make_directory(path: Path) -> Path:
+    """Make a run directory, unless it is there, and return it; raise `InvalidInput` if it cannot be made."""
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def make_new_directory(path: Path) -> Path:
+    """Make a directory that nobody else has, and return it: ``path``, or that with -2, -3 and so on.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be made.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+        return next(place for place in map(path.with_name, names) if makes(place))
+
+
+def makes(path: Path) -> bool:
+    """Make a directory unless it is there, and say which: of several runs the file system lets one make it."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into `InvalidInput`."""
+    try:
+        yield
     except OSError as error:
         raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
 
@@ -32,10 +66,16 @@ def make_directory(path: Path) -> None:
 class RunDirectory:
     """Directory of one run: ``config.yaml``, ``history.jsonl`` and ``summary.json``. For rank 0 alone.
 
+    Once it is made, it raises nothing: a run goes on whatever becomes of its records. See `LastingFile`.
+
     Parameters
     ----------
     path
         Made if it does not exist.
+    config
+        The configuration, in a form that ``--config`` reads.
+    tell
+        Shows a message.
     overwrite
         Whether the records of an earlier run may be replaced.
     history
@@ -49,8 +89,18 @@ class RunDirectory:
         If the directory holds a run already, or cannot be written.
     """
 
-    def __init__(self, path: Path, overwrite: bool, history: bytes = b"", in_place: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: str,
+        tell: Callable[[str], None],
+        overwrite: bool,
+        history: bytes = b"",
+        in_place: bool = False,
+    ) -> None:
         self.path = path
+        self._place = path.absolute()
+        self._config = config
         make_directory(path)
         earlier = [name for name in (CONFIG, HISTORY, SUMMARY) if (path / name).exists()]
         if earlier and not overwrite:
@@ -58,49 +108,61 @@ class RunDirectory:
                 f"run_dir: {str(path)!r} already holds a run ({', '.join(earlier)}); "
                 "give another directory, or --overwrite to replace it"
             )
-        try:
+        with explained(path):
             for name in earlier:
                 (path / name).unlink()
             (path / TRACE).unlink(missing_ok=True)
             if not in_place and (path / TENSORBOARD).exists():
                 shutil.rmtree(path / TENSORBOARD)
-            (path / HISTORY).write_bytes(history)
-            self._history: IO[str] = open(path / HISTORY, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise InvalidInput(f"run_dir: {str(path)!r} cannot be written ({error}); give another one") from error
+            self._history = LastingFile(path / HISTORY, tell, history)
+            self._write(CONFIG, config)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InvalidInput(f"run_dir: {str(self.path)!r} cannot be written any more ({error.strerror})") from error
+    def __enter__(self) -> RunDirectory:
+        return self
 
-    def write_config(self, text: str) -> None:
-        """Keep the configuration, in a form that ``--config`` reads."""
-        with self._explained():
-            (self.path / CONFIG).write_text(text, encoding="utf-8")
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one object to the history."""
-        with self._explained():
-            self._history.write(json.dumps(finite(values)) + "\n")
+        self._history.write(json.dumps(finite(values)).encode() + b"\n")
 
     def flush(self) -> None:
-        """Let readers see the history so far."""
-        with self._explained():
-            self._history.flush()
+        """Let readers see the history so far, and the configuration where it is gone."""
+        if self._history.flush() and not (self._place / CONFIG).exists():
+            # What fails here is tried again with the next records.
+            with suppress(OSError):
+                self._write(CONFIG, self._config)
 
     def history(self) -> bytes:
-        """All records so far, as the file has them."""
-        self.flush()
-        return (self.path / HISTORY).read_bytes()
+        """All records so far."""
+        return self._history.contents()
 
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary and end the history."""
-        with self._explained():
-            self._history.close()
-            (self.path / SUMMARY).write_text(json.dumps(finite(summary), indent=2) + "\n", encoding="utf-8")
+    def close(self) -> None:
+        """End the history."""
+        self.flush()
+        self._history.close()
+
+    def is_gone(self) -> bool:
+        """Whether the directory is not there any more, or somebody else's by now."""
+        try:
+            return not self._history.is_in_place()
+        except OSError:
+            return True
+
+    def write_summary(self, summary: Mapping[str, Any]) -> str:
+        """Write the summary; return why there is none, empty if there is one."""
+        reason = "its directory is gone, or somebody else's"
+        try:
+            if not self.is_gone():
+                self._write(SUMMARY, json.dumps(finite(summary), indent=2) + "\n")
+                return ""
+        except OSError as error:
+            reason = str(error.strerror)
+        return f"{str(self.path / SUMMARY)!r} cannot be written ({reason})"
+
+    def _write(self, name: str, text: str) -> None:
+        os.close(make_file(self._place / name, text.encode()))
 
 
 def finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ from apts_mpi.scaling.report import measurement, print_shares, print_table, read
 from apts_mpi.scaling.studies import read_studies
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.status import FAILED, USAGE
+from apts_mpi.tools.streams import end_with_reader
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -120,6 +121,7 @@ def write_json(path: Path | None, values: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exit status 1 if a run did not come to its end, 2 for input that cannot be used."""
+    end_with_reader()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows belongs to another program, whatever it looks like.
     end = given.index("--") if "--" in given else len(given)

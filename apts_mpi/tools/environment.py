@@ -48,6 +48,11 @@ def seconds() -> float:
     return time.perf_counter()
 
 
+def wall_time() -> float:
+    """Seconds since 1970, of a clock that may be set."""
+    return time.time()
+
+
 def pause(duration: float) -> None:
     """Sleep for ``duration`` seconds."""
     time.sleep(duration)

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from apts_mpi.tools.signals import StopSignals
+from apts_mpi.tools.streams import outlive_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train; the process ends with a status that says how it went."""
+    outlive_streams()
     given = sys.argv[1:] if arguments is None else arguments
     with StopSignals() as signals:
         # Not above: torch and MPI take seconds, in which a signal is to count.

@@ -95,6 +95,7 @@ class Survival:
         self._last_step = self._last_save = seconds()
         self._longest_step = self._longest_save = 0.0
         self._saves = 0
+        self._under_way = 0
         self.stopped_by = ""
 
     def boundary(self, done: bool) -> bool:
@@ -141,17 +142,30 @@ class Survival:
 
     def _save(self, iteration: int, last: bool) -> None:
         started = seconds()
+        # What is wrong with the one before is told, and no reason to do without this one.
+        self._tolerate(self._directory.finish, f"checkpoint {self._under_way} could not be saved")
+        self._tolerate(self._directory.finish_removal, "old checkpoints could not be removed")
         try:
             arrays, metadata = self._training.save()
             arrays.append(history_array(self._history, self._comm))
             in_background = self._options.checkpoint_in_background and not last
             save = self._directory.start_save if in_background else self._directory.save
             save(arrays, metadata | self._metadata, iteration)
+            self._under_way = iteration
         except SharedInvalidInput as error:
             if last:
                 raise SharedFailure(f"the last checkpoint could not be saved: {error}") from error
             # The run is worth more than this checkpoint, and the ones before it are still there.
             self._tell(f"warning: checkpoint {iteration} could not be saved, training goes on: {error}")
+        if last:
+            self._tolerate(self._directory.finish_removal, "old checkpoints could not be removed")
         self._saves += 1
         self._last_save = seconds()
         self._longest_save = max(self._longest_save, self._last_save - started)
+
+    def _tolerate(self, act: Callable[[], None], failed: str) -> None:
+        """Do what training does not depend on, and tell if it fails. Collective."""
+        try:
+            act()
+        except SharedInvalidInput as error:
+            self._tell(f"warning: {failed}, training goes on: {error}")

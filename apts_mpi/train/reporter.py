@@ -50,8 +50,6 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        if self._scalars is not None:
-            self._scalars.close()
 
     def record(self, values: dict[str, Any]) -> None:
         """Take in one iteration or one epoch."""
@@ -62,6 +60,8 @@ class Reporter:
             self._scalars.write(values)
         if "train_loss" in values:
             self._directory.flush()
+            if self._scalars is not None:
+                self._scalars.flush()
             self._print(values)
         else:
             if self._monitor:

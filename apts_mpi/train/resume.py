@@ -9,6 +9,7 @@ from pathlib import Path
 from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.records.directory import make_directory, make_new_directory
 from apts_mpi.tools import environment
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 
@@ -81,12 +82,19 @@ def same_subdomains(options: TrainingOptions, checkpoint: Checkpoint) -> Trainin
 
 
 def run_directory(options: TrainingOptions, problem: str, checkpoint: Checkpoint | None) -> Path:
-    """The directory that was asked for, that of the run which goes on, or a new one."""
+    """Make the directory that was asked for, that of the run which goes on, or a new one. For one rank alone.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be made.
+    """
     if options.run_dir is not None:
-        return Path(options.run_dir)
+        return make_directory(Path(options.run_dir))
     if checkpoint is not None and checkpoint.path.parent.name == CHECKPOINTS:
-        return checkpoint.path.parent.parent
-    return Path("runs") / f"{problem.replace(':', '.')}-{options.optimizer}-{environment.timestamp()}"
+        return make_directory(checkpoint.path.parent.parent)
+    name = f"{problem.replace(':', '.')}-{options.optimizer}-{environment.timestamp()}"
+    return make_new_directory(Path("runs") / name)
 
 
 def replaces(options: TrainingOptions, path: Path, checkpoint: Checkpoint | None) -> bool:

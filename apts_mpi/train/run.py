@@ -14,10 +14,10 @@ from mpi4py import MPI
 from rich.console import Console
 
 from apts_mpi.checkpoint import Checkpoint, CheckpointDirectory
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, SharedFailure
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
-from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
+from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
 from apts_mpi.tools.signals import StopSignals, name_of
@@ -70,6 +70,10 @@ class Destinations:
         """The records so far, on rank 0."""
         return b"" if self.records is None else self.records.history()
 
+    def is_gone(self) -> bool:
+        """On rank 0: whether the run directory is not there any more, or somebody else's."""
+        return self.records is not None and self.records.is_gone()
+
 
 def run(
     make_training: MakeTraining,
@@ -112,7 +116,7 @@ def run(
         if number := stopped_early(signals, comm):
             tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
             return REQUEUE
-        destinations = open_destinations(training, options, config, checkpoint, comm, stack)
+        destinations = open_destinations(training, options, config, checkpoint, comm, stack, tell)
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
@@ -122,13 +126,18 @@ def run(
             metrics = training.run(reporter.record, survival.boundary)
         if trace is not None:
             trace.end()
-    report(training, metrics, destinations, options.log_view, console)
+    failure = report(training, metrics, destinations, options.log_view, console)
     if trace is not None:
-        write_trace(trace, destinations.path / TRACE, tell)
+        write_trace(trace, destinations, training.comm, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
+    if failure:
+        raise SharedFailure(
+            f"{failure}; the last checkpoint holds the trained network, and --resume --run-dir {destinations.path} "
+            "writes what is missing"
+        )
     if training.converged:
         tell(f"converged after iteration {training.progress.iteration}: no batch has anything left to gain")
     tell(f"records: {destinations.path}")
@@ -159,6 +168,7 @@ def open_destinations(
     checkpoint: Checkpoint | None,
     comm: Communicator,
     stack: contextlib.ExitStack,
+    tell: Tell,
 ) -> Destinations:
     """Make the run directory and what is in it; an earlier run's checkpoints are removed. Collective.
 
@@ -171,12 +181,13 @@ def open_destinations(
     comm
         All ranks. Not that of the training, whose messages are counted.
     stack
-        Takes the directory of checkpoints, to close it.
+        Takes what is to be closed.
+    tell
+        Shows a message.
     """
-    path = Path(comm.agree_on_text(str(run_directory(options, training.problem.name, checkpoint))))
     with comm.shared_errors():
-        if comm.rank == 0:
-            make_directory(path)
+        path = run_directory(options, training.problem.name, checkpoint) if comm.rank == 0 else Path()
+    path = Path(comm.agree_on_text(str(path)))
     # Rank 0's place, wherever the other ranks were started.
     place = Path(comm.agree_on_text(str((path / CHECKPOINTS).absolute())))
     checkpoints = CheckpointDirectory(place, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
@@ -185,10 +196,12 @@ def open_destinations(
     with comm.shared_errors():
         if comm.rank == 0:
             in_place = goes_on_in(path, checkpoint)
-            records = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint), in_place)
-            records.write_config(config)
+            overwrite = replaces(options, path, checkpoint)
+            records = RunDirectory(path, config, tell, overwrite, history_of(checkpoint), in_place)
+            stack.enter_context(records)
             if options.tensorboard:
-                scalars = ScalarWriter(path / TENSORBOARD, training.progress.iteration)
+                scalars = ScalarWriter(path / TENSORBOARD, tell, training.progress.iteration)
+                stack.enter_context(contextlib.closing(scalars))
     if checkpoint is None:
         checkpoints.clear()
     else:
@@ -198,27 +211,32 @@ def open_destinations(
 
 def report(
     training: Training, metrics: dict[str, Any] | None, destinations: Destinations, log_view: bool, console: Console
-) -> None:
+) -> str:
     """Write and print what the run came to; of one that was stopped, which has no metrics, the events alone.
 
-    Collective.
+    Collective. Returns why the summary is not written, empty if it is, or if there is none.
     """
+    failure = ""
     events = event_table(training.solver.events, training.batch_size, training.comm)
     if metrics is not None:
         summary = training.summary(metrics) | {"events": events}
         if destinations.records is not None:
-            destinations.records.close(summary)
+            failure = destinations.records.write_summary(summary)
             print_summary(console, summary)
         if warning := training.warning():
             say(console, f"warning: {warning}")
     if log_view:
         print_events(events, training.comm.size, console)
+    return training.comm.agree_on_text(failure)
 
 
-def write_trace(trace: Trace, path: Path, tell: Tell) -> None:
+def write_trace(trace: Trace, destinations: Destinations, comm: Communicator, tell: Tell) -> None:
     """Write what was traced. The run is at its end: it does not fail for a file that nothing needs. Collective."""
+    if comm.decide(lambda: [destinations.is_gone()])[0]:
+        tell(f"warning: trace: {str(destinations.path)!r} is gone, or somebody else's, and gets no {TRACE}")
+        return
     try:
-        dropped = trace.write(path)
+        dropped = trace.write(destinations.path / TRACE)
     except InvalidInput as error:
         tell(f"warning: {error}")
         return

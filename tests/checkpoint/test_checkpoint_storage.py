@@ -21,6 +21,7 @@ from apts_mpi.checkpoint import (
     CheckpointDirectory,
     DamagedCheckpoint,
     Slab,
+    claim,
     directory,
     newest_valid,
     open_checkpoint,
@@ -79,7 +80,7 @@ def save(path, comm, step=1, arrays=None, **options):
 def listing(path, comm):
     """Names in a directory, without the lock, once all ranks have done what they do there."""
     comm.collect(None)
-    names = sorted({file.name for file in path.iterdir()} - {directory.LOCK})
+    names = sorted({file.name for file in path.iterdir()} - {claim.LOCK})
     comm.collect(None)
     return names
 
@@ -353,7 +354,7 @@ def test_leftovers_of_killed_runs_are_removed(mpi_tmp_path, comm):
 
 @pytest.mark.mpi
 def test_two_runs_in_one_directory(mpi_tmp_path, comm, monkeypatch):
-    monkeypatch.setattr(directory, "LOCK_TRIES", 2)
+    monkeypatch.setattr(claim, "LOCK_TRIES", 2)
     with CheckpointDirectory(mpi_tmp_path, comm) as checkpoints:
         with pytest.raises(SharedInvalidInput, match="another run saves checkpoints into it"):
             CheckpointDirectory(mpi_tmp_path, comm)

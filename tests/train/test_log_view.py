@@ -186,7 +186,7 @@ def test_a_new_run_takes_away_what_was_written_of_an_earlier_one(tmp_path):
         (tmp_path / "trace.json").touch()
         (tmp_path / "tensorboard").mkdir(exist_ok=True)
         try:
-            RunDirectory(tmp_path, **how).close({})
+            RunDirectory(tmp_path, "", print, **how).close()
         except InvalidInput as error:
             assert "already holds a run" in str(error)
         return [name for name in ("trace.json", "tensorboard") if (tmp_path / name).exists()]

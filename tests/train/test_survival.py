@@ -211,10 +211,6 @@ def test_failing_save_is_told_and_the_run_goes_on(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("*step*")) == []
 
 
-# A run that fails leaves its file of records to the end of the process.
-unclosed = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
 def drifting():
     """On rank 1 a weight changes by itself, after some iterations on any number of ranks."""
     network, _, data = networks.problem()
@@ -229,7 +225,6 @@ def drifting():
     return network, loss, data
 
 
-@unclosed
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.all_sizes
 def test_rank_that_drifts_is_named_and_its_state_not_saved(world, directory, command):
@@ -261,7 +256,6 @@ def drifting_stage():
     return network, loss, data
 
 
-@unclosed
 @pytest.mark.mpi(min_size=4)
 def test_replica_of_a_stage_that_drifts_is_named(world, command):
     """The stages differ; each is compared among its replicas."""

@@ -1,0 +1,97 @@
+"""The directory of a run's checkpoints, claimed by a lock, and claimed again where it was lost."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.environment import pause, process, wall_time
+
+LOCK = ".lock"
+
+# Seconds to wait for the lock, in tries of a tenth: the ranks of a run that was killed may take a moment to end.
+LOCK_TRIES = 100
+LOCK_PAUSE = 0.1
+
+
+class Claim:
+    """Makes a directory and locks it for this process, until `release` or the end of the process.
+
+    Parameters
+    ----------
+    path
+        Of the directory.
+
+    Raises
+    ------
+    InvalidInput, OSError
+        If another process has locked it, or it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(parents=True, exist_ok=True)
+        # Stands in the lock, so that a copy of the directory is known for one.
+        self._name = f"{process()}, {wall_time()}\n".encode()
+        self._take(lock(path, LOCK_TRIES))
+
+    def renew(self) -> None:
+        """Claim the directory again where it, or its lock, was taken away.
+
+        Raises
+        ------
+        InvalidInput, OSError
+            If it is another one's by now, or has checkpoints that this run has not saved; or cannot be made.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        if is_same(self._path / LOCK, os.fstat(self._lock)):
+            return
+        if any(self._path.glob("step-*")) and not (is_same(self._path, self._directory) or self._is_copy()):
+            raise InvalidInput(
+                f"directory {str(self._path)!r} was replaced by one with other checkpoints in it; move them away"
+            )
+        earlier = self._lock
+        self._take(lock(self._path, 1))
+        os.close(earlier)
+
+    def _take(self, number: int) -> None:
+        self._lock, self._directory = number, os.stat(self._path)
+        with suppress(OSError):
+            os.ftruncate(number, 0)
+            os.pwrite(number, self._name, 0)
+
+    def _is_copy(self) -> bool:
+        """Whether the directory came from this run's, such as to another disk."""
+        path = self._path / LOCK
+        return path.is_file() and path.read_bytes() == self._name
+
+    def release(self) -> None:
+        """Let others have it."""
+        os.close(self._lock)
+
+
+def is_same(path: Path, known: os.stat_result) -> bool:
+    """Whether a path leads to what is known."""
+    try:
+        return os.path.samestat(os.stat(path), known)
+    except FileNotFoundError:
+        return False
+
+
+def lock(directory: Path, tries: int) -> int:
+    """Number of the open file that locks the directory for this process, until it is closed or the process ends."""
+    number = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    for _ in range(tries):
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pause(LOCK_PAUSE)
+            continue
+        except OSError:
+            pass  # a file system without locks: two runs in one directory stay unnoticed
+        return number
+    os.close(number)
+    raise InvalidInput(f"directory {str(directory)!r}: another run saves checkpoints into it; give each run its own")
