@@ -89,7 +89,7 @@ class Communicator:
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
-        self.patience = Patience(self._mpi, timeout, places)
+        self.patience = Patience(self._mpi, timeout, places, WAITING.sign)
 
     @contextmanager
     def _collective(self, operation: str, size: int = 0) -> Iterator[None]:

@@ -94,6 +94,7 @@ class Pending:
                     MPI.Request.Waitall(self._requests)
             else:
                 self._patience.wait(self._all_done, what)
+        WAITING.sign()
         self._note_completion(began)
         for finish in self._finish:
             finish()

@@ -8,7 +8,6 @@ import numpy as np
 from mpi4py import MPI
 
 from apts_mpi.errors import StallError
-from apts_mpi.parallel.waiting import WAITING
 from apts_mpi.tools.environment import pause, seconds
 
 # Of the notes that ranks send each other; messages of the pipeline have lower ones.
@@ -39,9 +38,14 @@ class Patience:
         The limit in seconds.
     places
         Names of the ranks, for messages.
+    alive
+        Called as long as this rank does not stand still by itself: where it works, and where it looks for others.
     """
 
-    def __init__(self, comm: MPI.Intracomm, timeout: float, places: Sequence[str]) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, timeout: float, places: Sequence[str], alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self._alive = alive
         self._comm = comm
         self._timeout = timeout
         self._places = places
@@ -70,6 +74,7 @@ class Patience:
             polls += 1
             if polls <= EAGER_POLLS:
                 continue
+            self._alive()
             self._listen()
             waited = seconds() - max(started, self._heard)
             if waited > TELL * self._timeout and not told:
@@ -78,13 +83,12 @@ class Patience:
             if waited > GIVE_UP * self._timeout:
                 raise StallError(self._verdict(what))
             pause(NAP)
-        WAITING.sign()
         if told:
             self._tell(WORKS)
 
     def sign(self) -> None:
         """Let the others know, now and then, that this rank works; to be called while it does."""
-        WAITING.sign()
+        self._alive()
         if seconds() - self._signed > SIGN * self._timeout:
             self._listen()
             self._tell(WORKS)
