@@ -18,6 +18,7 @@ from apts_mpi.local.registry import solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layer, Subdomain, make_subdomains
+from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
@@ -78,6 +79,7 @@ class Staged:
             check_staged(options)
             count = options.subdomains or max(self.comm.size // options.replicas, 1)
             self._teams = Teams(self.comm.size, count, options.replicas)
+            is_whole, given = stages_of(places_of(network)) is None, structure(network)
             self.stages = self._find_stages(options, sample)
             own = self._teams.team_of(self.comm.rank)
             segmented = keep_stage(places_of(network), self.stages, self.stages[own], lower_precision(options.autocast))
@@ -93,6 +95,8 @@ class Staged:
                 layers=layers,
                 subdomains=subdomains,
             )
+        part = "network" if is_whole else f"network of stage {own}"
+        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, options, self.comm)
         names = self._limit_patience()
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
