@@ -125,7 +125,7 @@ class Replicated:
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm)
+        check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""

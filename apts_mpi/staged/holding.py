@@ -198,8 +198,9 @@ class Staged:
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
-        given = batch.size if self.options.batch == "whole" else sum(part.samples for part in batch.passes)
-        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm)
+        whole = self.options.batch == "whole"
+        given = batch.size if whole else sum(part.samples for part in batch.passes)
+        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""

@@ -119,7 +119,7 @@ class DataParallel:
                 least=samples_of_pass(self.network),
             )
             if not self._loss_is_checked:
-                check_objective(self.objective, cut, self.comm)
+                check_objective(self.objective, cut, self.comm, True)
                 self._loss_is_checked = True
         first: list[tuple[float, float]] = []
         most_work = 0.0
