@@ -19,9 +19,9 @@ from apts_mpi.tools.tensors import checksum
 # Evaluations more where a generator is drawn from that nobody seeds: what it decides may come out alike twice.
 REPEATS = 50
 
-# By how much a loss may differ that is evaluated again, as a power of the machine number. On one host the same sums come
-# in the same order, but for threads. Other machines add in other orders and round products to fewer digits, and a GPU's
-# atomic operations come in any order: half the digits.
+# By how much a loss may differ that is evaluated again, as a power of the machine number. On one host the same sums
+# come in the same order, but for threads. Other machines add in other orders and round products to fewer digits, a GPU
+# adds in any order: half the digits.
 ONE_HOST, ELSEWHERE = 0.75, 0.5
 
 # Numbers that show whether generators of two machines draw the same, as many as one has to draw in several parts.

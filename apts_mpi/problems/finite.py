@@ -15,9 +15,7 @@ def check_finite(problem: Problem, wanted: Wanted) -> None:
     """
     data = {"training": problem.train} | ({} if problem.test is None else {"test": problem.test})
     for which, samples in data.items():
-        for what, tensor, is_there in zip(
-            ("inputs", "targets"), samples, (wanted.inputs, wanted.targets), strict=True
-        ):
+        for what, tensor, is_there in zip(("inputs", "targets"), samples, (wanted.inputs, wanted.targets), strict=True):
             place = first_not_finite(tensor) if is_there else None
             if place is not None:
                 sample, *within = place

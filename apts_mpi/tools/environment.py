@@ -146,7 +146,7 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 
     def states() -> tuple[Any, ...]:
         host = torch.get_rng_state() if device.type == "cuda" else torch.empty(0)
-        return random.getstate(), np.random.get_state(), host
+        return random.getstate(), np.random.get_state(), host  # noqa: NPY002 - what users may draw from
 
     def in_words(python: Any, numpy: Any, host: torch.Tensor) -> tuple[Any, ...]:
         kind, keys, *rest = numpy
@@ -158,7 +158,7 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     finally:
         python, numpy, host = before
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
         if host.numel():
             torch.set_rng_state(host)
 

@@ -21,7 +21,6 @@ from apts_mpi.train.__main__ import main
 from apts_mpi.train.layouts import train_problem
 from apts_mpi.train.metrics import dimension_of_classes
 from apts_mpi.train.parser import make_parser, parse, spell
-from apts_mpi.train.rejection import why_not_accepted
 from apts_mpi.train.training import RETRIES
 from apts_mpi.trust_region.acceptance import Judged
 
@@ -377,7 +376,9 @@ def test_residuals_by_autograd(world, directory, optimizer):
         ({"gradient_norm": math.nan}, "the gradient is not finite"),
         ({"predicted_reduction": math.nan}, "the predicted reduction is nan"),
         ({"predicted_reduction": 0.0}, "the predicted reduction is 0"),
-        ({"trial_loss": math.inf}, "the loss after the step is not finite"),
+        ({"trial_loss": math.inf}, "the loss after the step is not finite;"),
+        ({"trial_loss": math.inf, "not_finite_on": 2}, "the loss after the step is not finite on rank 2;"),
+        ({"loss": math.nan, "not_finite_on": 0}, "the loss is not finite on rank 0;"),
     ],
 )
 def test_reasons_of_a_rejection(changes, reason):
@@ -393,7 +394,8 @@ def test_reasons_of_a_rejection(changes, reason):
         step_norm=1.0,
         gradient_norm=1.0,
     )
-    assert why_not_accepted(replace(judged, **changes)).startswith(reason)
+    assert replace(judged, **changes).reason.startswith(reason)
+    assert replace(judged, accepted=True).reason == ""
 
 
 @pytest.mark.mpi
