@@ -68,9 +68,11 @@ def check_same_tensors(own: Mapping[str, Rows], comm: Communicator, where: str, 
     SharedInvalidInput
         On every rank if one differs from most, naming the first that does.
     """
-    shapes = {name: (len(data if rows is None else rows), *data.shape[1:]) for name, (data, rows) in own.items()}
-    check_same({f"shape of the {name}": [str(shape)] for name, shape in shapes.items()}, comm, where, remedy)
-    check_same({f"type of the {name}": [str(data.dtype)] for name, (data, _) in own.items()}, comm, where, remedy)
+    words: dict[str, list[str]] = {}
+    for name, (data, rows) in own.items():
+        words[f"shape of the {name}"] = [str((len(data if rows is None else rows), *data.shape[1:]))]
+        words[f"type of the {name}"] = [str(data.dtype)]
+    check_same(words, comm, where, remedy)
     found = comm.collect({name: checksum(*given) for name, given in own.items()})
     for name in _names(found):
         ranks = [rank for rank, given in enumerate(found) if name in given]
