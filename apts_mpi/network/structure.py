@@ -11,9 +11,15 @@ from apts_mpi.parallel.sameness import check_same, fields_in_words
 
 def structure(network: torch.nn.Module) -> list[str]:
     """Its modules with their types, and its parameters and buffers with their shapes and types."""
-    modules = [f"{name or 'all of it'}: {type(module).__name__}" for name, module in network.named_modules()]
+    modules = [f"{name or 'all of it'}: {_kind(module)}" for name, module in network.named_modules()]
     tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers()]
     return modules + [f"{name}: {_describe(tensor)}" for name, tensor in tensors]
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """Its type, with its settings where it is torch's own: other words may have addresses in them."""
+    kind = type(module)
+    return f"{kind.__name__}({module.extra_repr()})" if kind.__module__.startswith("torch.nn.") else kind.__name__
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -138,7 +138,7 @@ def check_same_loss(
     def decide(table: np.ndarray) -> list[float]:
         for part in np.unique(table[table[:, 0] >= 0, 0]):
             ranks = np.flatnonzero(table[:, 0] == part)
-            losses, tolerance = table[ranks, 1], table[ranks, 2].max()
+            losses, tolerance = table[ranks, 1], table[ranks, 2].max(initial=0.0, where=np.isfinite(table[ranks, 2]))
             agreeing = [sum(_agree(one, other, tolerance) for other in losses) for one in losses]
             usual = int(np.argmax(agreeing))
             for place, loss in enumerate(losses):
