@@ -12,7 +12,7 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.holding import Holding
 from apts_mpi.network.segments import Forward
-from apts_mpi.objective.batch import Batch, Samples
+from apts_mpi.objective.batch import Batch, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.replicated import Replicated
@@ -40,8 +40,7 @@ class APTS:
     options
         The configuration; the attribute has what its ``auto`` values stand for.
     forward
-        Function of (network, inputs) that returns the outputs, for a loss that needs more of the network than its
-        values (derivatives, several calls). None is ``network(inputs)``.
+        Function of (network, inputs) that returns the outputs, such as derivatives. None is ``network(inputs)``.
 
     Attributes
     ----------
@@ -103,16 +102,17 @@ class APTS:
         InvalidInput
             On every rank, for a batch that is too small, parameters that were moved, or a loss that is no mean.
         """
-        started = seconds()
-        self._take(batch, rows)
-        run = self._evaluate()
-        schwarz = self._judge(run, *self._correct(run), keep_graph=batch is None)
-        self._follow(schwarz)
-        return self._report(schwarz, self._take_global_step(keep_graph=batch is None), started)
+        started, again = seconds(), batch is None
+        with self._trials.iteration(self._forget):
+            self._take(batch, rows)
+            run = self._evaluate()
+            schwarz = self._judge(run, *self._correct(run), keep_graph=again)
+            self._follow(schwarz)
+            return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
 
     def _take(self, samples: Samples | None, rows: torch.Tensor | None) -> None:
         """Make a new batch the present function f_k, or see whether the one before still is where it was."""
-        self.events.work = 0.0
+        check_call(samples is not None or hasattr(self, "batch"))
         vector = self.holding.objective.vector
         if samples is not None:
             self.state.functions += 1
@@ -177,12 +177,12 @@ class APTS:
         return judged
 
     def _follow(self, schwarz: Judged) -> None:
-        if self.holding.coarse is not None:
+        if self.holding.coarse is not None and not schwarz.skipped:
             self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
 
-    def _take_global_step(self, keep_graph: bool) -> Judged | None:
+    def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""
-        if self.holding.global_step is None:
+        if self.holding.global_step is None or schwarz.skipped:
             return None
         run, find = self._evaluate(), self.holding.global_step.find
         with self.events.timed("global step"):

@@ -7,6 +7,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+# Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
+WAIT_LIMIT = 600.0
+
 
 class InvalidInput(ValueError):
     """Input that cannot be used; the message alone, without a traceback, is enough to mend it."""

@@ -25,6 +25,7 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.guard import guard
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
@@ -56,6 +57,7 @@ class Replicated:
     ) -> None:
         self.network = network
         self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
+        guard(self.comm, options.stall_timeout)
         called = forward is not None
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))

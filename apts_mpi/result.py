@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from apts_mpi.options import TrustRegionOptions
 from apts_mpi.trust_region.acceptance import Judged
 
 
@@ -35,6 +36,16 @@ class StepResult:
     seconds: float
 
     @property
+    def skipped(self) -> bool:
+        """Whether the batch was of no use, see `Judged`."""
+        return self.schwarz.skipped
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the batch has nothing left to gain, see `Judged`."""
+        return self.schwarz.at_rest and not self.accepted
+
+    @property
     def accepted(self) -> bool:
         """Whether the parameters changed."""
         return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
@@ -56,6 +67,7 @@ class State:
     gradient_evaluations: float = 0.0
     accepted: int = 0
     rejected: int = 0
+    skipped: int = 0
 
     @property
     def present_radius(self) -> float:
@@ -63,17 +75,21 @@ class State:
         assert self.radius is not None
         return self.radius
 
-    def move(self, judged: Judged, window: int) -> None:
-        """Take over the next radius, and the loss of an accepted step into the window of the last ``window`` ones."""
+    def move(self, judged: Judged, options: TrustRegionOptions) -> None:
+        """Take over the next radius, and the loss of an accepted step into the window of the last ones."""
         self.radius = judged.next_radius
+        if judged.skipped and self.accepted == self.rejected == 0:
+            # Such a batch has not told how long a step may be.
+            self.radius = options.initial_radius
         if judged.accepted:
-            self.losses = [*self.losses, judged.loss][-window:] if window else []
+            self.losses = [*self.losses, judged.loss][-options.window :] if options.window else []
 
     def count(self, result: StepResult) -> None:
         """Take note of an iteration that has come to its end."""
         self.iteration += 1
         self.accepted += result.accepted
-        self.rejected += not result.accepted
+        self.skipped += result.skipped
+        self.rejected += not (result.accepted or result.skipped)
         self.gradient_evaluations += result.gradient_evaluations
 
 

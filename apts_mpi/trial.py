@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 
 import numpy as np
 import torch
 
+from apts_mpi.network.places import Places
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
+from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -45,6 +48,7 @@ class Trials:
         self._comm = comm
         self._options = options.trust_region
         self._values = objective.vector.values
+        # The last point that was judged.
         self._before = self._values.clone()
         self._is_lower = options.autocast != "none"
         # Of the evaluations.
@@ -95,7 +99,6 @@ class Trials:
             The evaluation there.
         """
         with self._comm.events.timed("judge"):
-            self._before.copy_(self._values)
             self._values.add_(step)
             trial = self._objective.forward(batch.passes, keep_graph)
             # With autocast samples are rounded independently of each other; what is summed of them much less.
@@ -115,12 +118,41 @@ class Trials:
 
             # The device is waited for here, once for all numbers.
             products = self._inner.own(self._objective.reduction.total, step)
-            own = torch.stack([present.loss, trial.loss, *products]).tolist()
+            moved = (self._values != self._before).any().double()
+            own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
             *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
             judged = judged_of(record)
-            state.move(judged, self._options.window)
             if judged.accepted:
-                self._objective.buffers.accept()
+                self._objective.buffers.accept((self._before, self._values))
             else:
                 self._values.copy_(self._before)
+            state.move(judged, self._options)
         return judged, trial
+
+    @contextmanager
+    def iteration(self, forget: Callable[[], None]) -> Iterator[None]:
+        """Count the work of one iteration, the block, and undo what is left of it in part.
+
+        Whatever leaves the block by an exception (an interrupt, a failing hook, no memory) leaves parameters, buffers
+        and random state at the last point that was judged.
+
+        Parameters
+        ----------
+        forget
+            Called then, as what is known of the point may be there in part.
+        """
+        device = self._values.device
+        places, random = Places(self._objective.network), random_state(device)
+        self._before.copy_(self._values)
+        self._comm.events.work = 0.0
+        try:
+            yield
+        except BaseException:
+            # Here and not in the blocks within: an interrupt may come at their ends, too.
+            places.put_back()
+            self._values.copy_(self._before)
+            set_random_state(random, device)
+            torch.set_grad_enabled(True)
+            self._objective.reduction.abandon()
+            forget()
+            raise

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apts_mpi.tools.command import FAILED, add_version, said_once
+from apts_mpi.tools.command import add_version, said_once
+from apts_mpi.tools.status import FAILED
 
 
 def positive(text: str) -> int:

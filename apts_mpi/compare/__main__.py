@@ -15,8 +15,9 @@ from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
 from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.jobs import check_can_start
+from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.train.parser import spell
 
 PROGRAM = "apts_mpi.compare"

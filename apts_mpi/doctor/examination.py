@@ -35,9 +35,10 @@ from apts_mpi.parallel.gpu_direct import try_direct
 from apts_mpi.parallel.launcher import launcher_mismatch, mpi_version
 from apts_mpi.parallel.transport import TRANSPORTS, choose_device
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import FAILED, FILE_WIDTH
+from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.jobs import find_launcher
+from apts_mpi.tools.status import FAILED
 
 STATUS_COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -78,16 +78,22 @@ class Buffers:
             changes = [(copy - buffer).flatten() for copy, buffer in pairs if buffer.is_floating_point()]
             self._change.tensor.add_(torch.cat(changes), alpha=weight)
 
-    def accept(self) -> None:
-        """Move the buffers by the change of the last evaluation. Collective."""
+    def accept(self, *also: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Move the buffers by the change of the last evaluation, and copy the second of each two tensors to the first.
+
+        All in one call, which an interrupt does not divide. Collective.
+        """
         if self._change is not None:
             self._comm.sum(self._change)
-            start = 0
-            for buffer in self._buffers():
-                if buffer.is_floating_point():
-                    change = self._change.tensor[start : start + buffer.numel()]
-                    buffer.add_(change.view(buffer.shape))
-                    start += buffer.numel()
-        counters = [buffer for buffer in self._buffers() if not buffer.is_floating_point()]
-        for counter, count in zip(counters, self._counts, strict=True):
-            counter.copy_(count)
+        counts, start, new = iter(self._counts), 0, []
+        for buffer in self._buffers():
+            if not buffer.is_floating_point():
+                new.append(next(counts))
+                continue
+            assert self._change is not None  # there is one
+            change = self._change.tensor[start : start + buffer.numel()]
+            new.append(buffer + change.view(buffer.shape))
+            start += buffer.numel()
+        places = [*self._buffers(), *(place for place, _ in also)]
+        if places:
+            torch._foreach_copy_(places, [*new, *(values for _, values in also)])

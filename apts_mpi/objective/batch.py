@@ -85,6 +85,25 @@ class Piece(NamedTuple):
         return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size)
 
 
+def check_call(has_batch: bool) -> None:
+    """Raise `InvalidInput` where no step can be made: before the first batch, and where torch takes no gradients."""
+    if not has_batch:
+        raise InvalidInput("step: there is no batch yet to go on with; give inputs and targets to the first step")
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise InvalidInput(
+            "step: torch takes no gradients here; call it outside of torch.no_grad() and torch.inference_mode()"
+        )
+
+
+def check_rows(rows: torch.Tensor, count: int) -> None:
+    """Raise `InvalidInput` unless ``rows`` are numbers of ``count`` samples."""
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
+        raise InvalidInput("rows: give the numbers of the samples as a Tensor of int64, shape (samples,)")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        wrong = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
+        raise InvalidInput(f"rows: there is no sample {wrong} among {count}; number them from 0")
+
+
 def check_counts(inputs: int, targets: int) -> None:
     """Raise `InvalidInput` unless there are as many inputs as targets."""
     if inputs != targets:
@@ -140,6 +159,8 @@ def cut_batch(
         if inputs is None or targets is None:
             raise InvalidInput("batch: it has no inputs or no targets; give both, samples in the first dimension")
         check_counts(len(inputs), len(targets))
+        if rows is not None:
+            check_rows(rows, len(inputs))
         count = len(inputs if rows is None else rows)
         if whole:
             ranges = teams.shards(comm.rank, count, local_data)

@@ -64,6 +64,10 @@ class GradientReduction:
         self._missing = list(self._sizes)
         self._next = 0
 
+    def abandon(self) -> None:
+        """After an error within an evaluation: gradients of the user's own are not to be sent."""
+        self._pending = None
+
     def ready(self, index: int) -> None:
         """The backward pass has finished with parameter ``index``."""
         if self._pending is None:

@@ -11,9 +11,11 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.parallel.nonblocking import WAITING, Pending, Starts
+from apts_mpi.parallel.nonblocking import Pending, Starts
+from apts_mpi.parallel.private import private_of
 from apts_mpi.parallel.stall import Patience
 from apts_mpi.parallel.transport import Bytes, Mirror
+from apts_mpi.parallel.waiting import WAITING
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
 
@@ -22,33 +24,6 @@ CLOCK, TURN = 900, 901
 
 # Round trips by which two clocks are compared. The shortest counts: the others met a busy machine.
 ROUND_TRIPS = 20
-
-
-class _Private:
-    """A duplicate of a user's communicator, and its groups by the colors of all ranks."""
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self.comm = comm.Dup()
-        self.groups: dict[tuple[int, ...], Any] = {}
-
-    def free(self) -> None:
-        for group in self.groups.values():
-            group.Free()
-        self.comm.Free()
-
-
-# Kept as an attribute of the user's communicator and freed with it, as in PETSc: one duplicate however many solvers
-# are made, since an MPI library has room for a few thousand communicators only.
-_PRIVATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, private: private.free())
-
-
-def _private(comm: MPI.Intracomm) -> _Private:
-    private: Any = comm.Get_attr(_PRIVATE)
-    if private is None:
-        with WAITING.noted("all ranks to make a communicator"):
-            private = _Private(comm)
-        comm.Set_attr(_PRIVATE, private)
-    return private
 
 
 class Communicator:
@@ -74,7 +49,7 @@ class Communicator:
         patience: Patience | None = None,
         starts: Starts | None = None,
     ) -> None:
-        self._private = _private(comm)
+        self._private = private_of(comm)
         self._mpi = self._private.comm
         self.events = events
         self.patience = patience
@@ -106,7 +81,11 @@ class Communicator:
 
     def pending(self) -> Pending:
         """An empty set of operations."""
-        return Pending(self.events, self._starts, self.patience)
+        return Pending(self.events, self._starts, self.patience, self._private.departures.departed)
+
+    def watch_departures(self) -> None:
+        """End waits for ranks whose programs have come to their ends; see `Departures`. Called on all ranks."""
+        self._private.departures.watch()
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:
         """From now on wait for others at most ``timeout`` seconds; groups made later do so too. See ``Patience``."""
@@ -126,7 +105,7 @@ class Communicator:
         with self.events.timed("wait"):
             if self.patience is not None:
                 self.patience.wait(self._mpi.Ibarrier().Test, what)
-            with WAITING.noted(what):
+            with WAITING.noted(what, self._private.departures.departed):
                 yield
 
     def start_send(self, pending: Pending, content: Bytes, rank: int, tag: int) -> None:

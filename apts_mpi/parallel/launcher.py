@@ -7,7 +7,7 @@ import sys
 from mpi4py import MPI
 
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import USAGE
+from apts_mpi.tools.status import USAGE
 
 
 def mpi_version() -> str:

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from mpi4py import MPI
 
 from apts_mpi.parallel.stall import NAP, Patience
 from apts_mpi.parallel.transport import DeviceEvent
+from apts_mpi.parallel.waiting import WAITING, Departed, nobody
 from apts_mpi.tools.environment import pause, seconds
 from apts_mpi.tools.events import Events
-
-
-class Waiting:
-    """The wait for other ranks without a limit in which this process is, for `apts_mpi.parallel.watchdog`."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._what = ""
-
-    @contextmanager
-    def noted(self, what: str) -> Iterator[None]:
-        """The block waits for ``what``; of nested blocks the outermost counts."""
-        if self._since is not None:
-            yield
-            return
-        self._what, self._since = what, seconds()
-        try:
-            yield
-        finally:
-            self._since = None
-
-    def longest(self) -> tuple[float, str]:
-        """Seconds of the present wait, 0 if there is none, and what for."""
-        since = self._since
-        return (0.0 if since is None else seconds() - since), self._what
-
-
-WAITING = Waiting()
 
 
 class Starts:
@@ -77,8 +49,11 @@ class Starts:
 class Pending:
     """Operations under way; `wait` returns when their results are in the tensors."""
 
-    def __init__(self, events: Events, starts: Starts, patience: Patience | None = None) -> None:
+    def __init__(
+        self, events: Events, starts: Starts, patience: Patience | None = None, departed: Departed = nobody
+    ) -> None:
         self._events = events
+        self._departed = departed
         self._starts = starts
         self._patience = patience
         self._operations = 0
@@ -115,7 +90,7 @@ class Pending:
         began = seconds()
         with self._events.timed("wait"):
             if self._patience is None:
-                with WAITING.noted(what):
+                with WAITING.noted(what, self._departed):
                     MPI.Request.Waitall(self._requests)
             else:
                 self._patience.wait(self._all_done, what)

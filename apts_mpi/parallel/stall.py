@@ -8,6 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from apts_mpi.errors import StallError
+from apts_mpi.parallel.waiting import WAITING
 from apts_mpi.tools.environment import pause, seconds
 
 # Of the notes that ranks send each other; messages of the pipeline have lower ones.
@@ -77,11 +78,13 @@ class Patience:
             if waited > GIVE_UP * self._timeout:
                 raise StallError(self._verdict(what))
             pause(NAP)
+        WAITING.sign()
         if told:
             self._tell(WORKS)
 
     def sign(self) -> None:
         """Let the others know, now and then, that this rank works; to be called while it does."""
+        WAITING.sign()
         if seconds() - self._signed > SIGN * self._timeout:
             self._listen()
             self._tell(WORKS)

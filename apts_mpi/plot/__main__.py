@@ -10,7 +10,8 @@ from pathlib import Path
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
-from apts_mpi.tools.command import USAGE, add_version
+from apts_mpi.tools.command import add_version
+from apts_mpi.tools.status import USAGE
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
 ROW_NAMES = ("loss", "accuracy", "rho", "radius")

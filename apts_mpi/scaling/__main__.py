@@ -16,7 +16,8 @@ from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
-from apts_mpi.tools.command import FAILED, FILE_WIDTH, USAGE, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.status import FAILED, USAGE
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 from apts_mpi.curvature.kinds import make_curvature
@@ -137,17 +138,34 @@ class AdditiveSchwarz:
             On every rank, for what a local solver cannot do.
         """
         local_radius = subdomain_radius(radius, self._count, self._norm)
-        if not self._disjoint:
-            self.correction.zero_()
+        self._mirror.tensor.zero_()
         self.open_rows(caches)
+        useful = self._useful(gradient)
         # What cannot be done shows the first time, or with a larger batch.
-        tried, self._largest_batch = batch.size <= self._largest_batch, max(batch.size, self._largest_batch)
+        tried = batch.size <= self._largest_batch
+        if len(useful) == len(self.solvers):
+            self._largest_batch = max(batch.size, self._largest_batch)
         with self._events.timed("local solves"), nullcontext() if tried else self._comm.shared_refusals():
             for weight, of_pass, rows in zip(batch.shares, caches, self.rows, strict=True):
                 for cache in of_pass:
-                    self._solve(cache, rows, weight, gradient, local_radius)
+                    if cache.subdomain.index in useful:
+                        self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
+
+    def _useful(self, gradient: torch.Tensor) -> set[int]:
+        """Carried subdomains in which the batch can teach a local solver something, whose state lasts.
+
+        A part of the gradient that is zero, or not finite, would ruin running means. Collective over the team, which
+        solves together.
+        """
+        parts = self.decomposition.carried
+        ends = [torch.stack(torch.aminmax(gradient[part.start : part.stop])) for part in parts]
+        table = torch.stack(ends).double().cpu().numpy()
+        flags = (np.isfinite(table).all(axis=1) & table.any(axis=1)).tolist()
+        if self._team.size > 1:
+            flags = self._team.decide(lambda: flags)
+        return {part.index for part, flag in zip(parts, flags, strict=True) if flag}
 
     def open_rows(self, caches: Sequence[Sequence[Cache]]) -> None:
         """Have `rows` ready to be computed at the present parameters, for the caches of each pass there."""

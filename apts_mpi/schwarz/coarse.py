@@ -24,6 +24,9 @@ from apts_mpi.trust_region.norms import euclidean_radius
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
 RAISE, LOWER = 4.0, 0.5
 
+# Of the raised damping: with more of it a step is too short to be seen, and the model of it no longer one of numbers.
+LARGEST = RAISE**10
+
 
 def inner_products(columns: Sequence[Column]) -> torch.Tensor:
     """Inner products of columns, shape (m, m), float64; zero for those that share no index."""
@@ -189,7 +192,7 @@ class CoarseLevel:
     def follow(self, accepted: bool, poor: bool) -> None:
         """Take note of how the step was judged."""
         if poor:
-            self.raised *= RAISE
+            self.raised = min(RAISE * self.raised, LARGEST)
         elif accepted:
             self.raised = max(1.0, LOWER * self.raised)
         if accepted:
@@ -213,7 +216,7 @@ class CoarseLevel:
         # Only where both or neither keep it.
         if len(state["last_correction"]) == len(self.last_correction):
             self.last_correction.copy_(state["last_correction"])
-        self.raised = state["raised"]
+        self.raised = min(state["raised"], LARGEST)
         space = state.get("space")
         if space is None:
             return []

@@ -24,6 +24,7 @@ from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions, lower_precision
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.guard import guard
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.staged.build import check_staged, cut_network
@@ -75,6 +76,7 @@ class Staged:
     ) -> None:
         self.network = network
         self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
+        guard(self.comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
             count = options.subdomains or max(self.comm.size // options.replicas, 1)

@@ -7,7 +7,7 @@ import torch
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
-from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, check_counts
+from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, check_counts, check_rows
 from apts_mpi.parallel.communicator import Communicator
 
 
@@ -63,6 +63,9 @@ def cut_micro_batches(
                 "batch: the first stage was given no inputs or the last one no targets; give them on those ranks"
             )
         check_counts(count, others)
+        for given in (inputs, targets):
+            if given is not None and rows is not None:
+                check_rows(rows, len(given))
         start, stop = split(count, team.size, team.rank) if whole else (0, count)
         smallest = count // team.size if whole else count
         if smallest < micro_batches:

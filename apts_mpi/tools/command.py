@@ -1,4 +1,4 @@
-"""What the commands of the package share: exit statuses, ``--version``, how wide a table may be, lines as they are."""
+"""What the commands of the package share: ``--version``, how wide a table may be, lines as they are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from rich.console import Console
 
 from apts_mpi.tools import environment
 from apts_mpi.tools.version import __version__
-
-# Exit statuses: after a failure; after input that cannot be used, as shells and argparse have it; where a run is to go
-# on later (EX_TEMPFAIL of sysexits.h); and after Ctrl-C, as shells have it.
-FAILED, USAGE, REQUEUE, INTERRUPTED = 1, 2, 75, 130
 
 # Columns of a table that goes to a file: enough for its cells to stay on one line.
 FILE_WIDTH = 160

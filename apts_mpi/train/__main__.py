@@ -6,20 +6,25 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from apts_mpi.tools.command import prints_version
+from apts_mpi.tools.signals import StopSignals
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train; the process ends with a status that says how it went."""
     given = sys.argv[1:] if arguments is None else arguments
-    if prints_version(given):
-        return
-    # Not above: it needs MPI, which the version does without.
-    from apts_mpi.train.command import carry_out
-    from apts_mpi.train.layouts import make_training
-    from apts_mpi.train.run import run
+    with StopSignals() as signals:
+        # Not above: torch and MPI take seconds, in which a signal is to count.
+        from apts_mpi.tools.command import prints_version
 
-    if status := carry_out(given, functools.partial(run, make_training)):
+        if prints_version(given):
+            return
+        from apts_mpi.train.command import carry_out
+        from apts_mpi.train.layouts import make_training
+        from apts_mpi.train.run import run
+
+        signals.renew()
+        status = carry_out(given, functools.partial(run, make_training, signals))
+    if status:
         sys.exit(status)
 
 

@@ -53,6 +53,8 @@ class BaselineResult:
     gradient_evaluations: float
     seconds: float
     accepted: bool = True
+    skipped: bool = False
+    at_rest: bool = False
 
 
 class DataParallel:

@@ -12,10 +12,10 @@ from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import seconds, since_start
 from apts_mpi.tools.events import Events
+from apts_mpi.tools.signals import StopSignals, name_of
 from apts_mpi.train.consistency import check_shared
 from apts_mpi.train.options import TrainingOptions, as_seconds
 from apts_mpi.train.saved_history import history_array
-from apts_mpi.train.signals import StopSignals, name_of
 
 # Steps and saves may take that many times as long as the longest so far without being cut off by the wall time.
 MARGIN = 2.0

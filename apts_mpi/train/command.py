@@ -14,11 +14,11 @@ from rich.console import Console
 from apts_mpi.errors import InvalidInput, SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import check_launcher
-from apts_mpi.parallel.watchdog import Watch, end_job, turn
+from apts_mpi.parallel.watchdog import Watch, end_job, exits_told, turn
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import FAILED, USAGE
 from apts_mpi.tools.events import Events
-from apts_mpi.train.options import WAIT_LIMIT, TrainingOptions
+from apts_mpi.tools.status import FAILED, USAGE
+from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
 from apts_mpi.train.sharing import check_same_options
 
@@ -30,15 +30,15 @@ RunFunction = Callable[[Sequence[str], TrainingOptions, str, Communicator, MPI.I
 def carry_out(arguments: Sequence[str], run: RunFunction) -> int:
     """Train, and return the exit status; an error that the ranks do not share ends all of them. Collective."""
     world = MPI.COMM_WORLD
+    check_launcher(world)
     try:
-        check_launcher(world)
         return train(arguments, run, world)
     except (SharedInvalidInput, SharedFailure) as error:
         if world.rank == 0:
             print(f"apts_mpi.train: error: {error}", file=sys.stderr, flush=True)
         return USAGE if isinstance(error, SharedInvalidInput) else FAILED
-    except Exception as error:
-        # The other ranks are waiting for this one, or soon will be: end them all.
+    except BaseException as error:
+        # A user's `sys.exit`, too. The other ranks are waiting for this one, or soon will be: end them all.
         if isinstance(error, StallError):
             # All ranks that wait know the same, at the same time.
             environment.pause(turn(world))
@@ -63,7 +63,10 @@ def train(arguments: Sequence[str], run: RunFunction, world: MPI.Intracomm) -> i
     # --help and --print_config print and exit, on every rank.
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
-        options, config = parse(arguments)
+        try:
+            options, config = parse(arguments)
+        except SystemExit as ended:
+            return int(ended.code or 0)
     check_same_options(options, comm)
-    with Watch(world, options.stall_timeout or WAIT_LIMIT):
+    with Watch(world, options.stall_timeout), exits_told(world):
         return run(arguments, options, config, comm, world, console)

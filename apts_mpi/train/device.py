@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from mpi4py import MPI
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import WAIT_LIMIT, InvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.gpu_direct import PROBE_LIMIT, choose_transport
 from apts_mpi.parallel.transport import choose_device, use_transport
-from apts_mpi.train.options import WAIT_LIMIT, TrainingOptions
+from apts_mpi.train.options import TrainingOptions
 
 
 def take_device(options: TrainingOptions, comm: Communicator) -> torch.device:

@@ -17,9 +17,6 @@ from apts_mpi.options import (
     TrustRegionOptions,
 )
 
-# Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
-WAIT_LIMIT = 600.0
-
 # The value of --resume that asks for the latest checkpoint in the run directory.
 LATEST_OF_RUN = "latest"
 

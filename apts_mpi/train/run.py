@@ -19,7 +19,9 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
 from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, make_directory, print_summary
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import REQUEUE, say
+from apts_mpi.tools.command import say
+from apts_mpi.tools.signals import StopSignals, name_of
+from apts_mpi.tools.status import REQUEUE
 from apts_mpi.train.checkpointing import Survival
 from apts_mpi.train.device import take_device
 from apts_mpi.train.log_view import event_table, print_events
@@ -35,7 +37,6 @@ from apts_mpi.train.resume import (
     same_subdomains,
 )
 from apts_mpi.train.saved_history import history_of
-from apts_mpi.train.signals import StopSignals
 from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
@@ -72,6 +73,7 @@ class Destinations:
 
 def run(
     make_training: MakeTraining,
+    signals: StopSignals,
     arguments: Sequence[str],
     options: TrainingOptions,
     config: str,
@@ -85,6 +87,8 @@ def run(
     ----------
     make_training
         See `apts_mpi.train.layouts.make_training`.
+    signals
+        What asks the run to stop.
     arguments, options, config
         Of the command line, and what `apts_mpi.train.parser.parse` makes of them.
     comm, world
@@ -94,7 +98,6 @@ def run(
     """
     tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(signals := StopSignals())
         checkpoint = open_earlier(options, comm, tell)
         if checkpoint is not None:
             stack.enter_context(checkpoint)
@@ -106,6 +109,9 @@ def run(
                 check_tensorboard()
         training = make_training(options, take_device(options, comm), comm, world)
         begin(training, checkpoint, options.view, tell)
+        if number := stopped_early(signals, comm):
+            tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
+            return REQUEUE
         destinations = open_destinations(training, options, config, checkpoint, comm, stack)
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
@@ -123,8 +129,15 @@ def run(
         iteration, path = training.progress.iteration, destinations.path
         tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
         return REQUEUE
+    if training.converged:
+        tell(f"converged after iteration {training.progress.iteration}: no batch has anything left to gain")
     tell(f"records: {destinations.path}")
     return 0
+
+
+def stopped_early(signals: StopSignals, comm: Communicator) -> int:
+    """Number of the signal that any rank has received so far, or 0. Collective."""
+    return int(comm.agree([signals.received], lambda table: [table.max()])[0])
 
 
 def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: Tell) -> None:

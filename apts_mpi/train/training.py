@@ -20,6 +20,7 @@ from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.progress import Progress
 from apts_mpi.train.rejection import Rejections
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
@@ -28,39 +29,6 @@ RETRIES = 3
 # Takes what an iteration or an epoch did, and a message.
 Record = Callable[[dict[str, Any]], None]
 Tell = Callable[[str], None]
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes
-    ----------
-    epoch : int
-        The present one, from 1.
-    batch : int
-        Batches of it that are done with.
-    tries : int
-        Steps on the next batch that were rejected.
-    iteration, accepted, rejected : int
-        Steps so far.
-    gradient_evaluations, seconds : float
-        Of the steps; metrics are not counted.
-    """
-
-    epoch: int = 1
-    batch: int = 0
-    tries: int = 0
-    iteration: int = 0
-    accepted: int = 0
-    rejected: int = 0
-    gradient_evaluations: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def within_epoch(self) -> bool:
-        """Whether the present epoch has begun."""
-        return self.batch > 0 or self.tries > 0
 
 
 @dataclass(frozen=True)
@@ -204,7 +172,12 @@ class Training:
         """Whether there is nothing left to do."""
         progress = self.progress
         last = progress.iteration >= (self.options.max_iterations or math.inf)
-        return progress.epoch > self.epochs or last or self._is_out_of_time
+        return progress.epoch > self.epochs or last or self._is_out_of_time or self.converged
+
+    @property
+    def converged(self) -> bool:
+        """Whether no batch of an epoch has anything left to gain."""
+        return self.progress.at_rest >= self.batches
 
     def _rows(self) -> torch.Tensor | None:
         """Samples of the present batch; None is the full batch."""
@@ -237,7 +210,9 @@ class Training:
         progress.gradient_evaluations += result.gradient_evaluations
         progress.seconds += result.seconds
         progress.accepted += result.accepted
-        progress.rejected += not result.accepted
+        progress.skipped += result.skipped
+        progress.rejected += not (result.accepted or result.skipped)
+        progress.at_rest = progress.at_rest + 1 if result.at_rest else 0
         values: dict[str, Any] = {"iteration": progress.iteration, "epoch": progress.epoch}
         if isinstance(result, StepResult):
             values |= result.schwarz.record()
@@ -246,7 +221,7 @@ class Training:
         else:
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
         progress.tries += 1
-        if result.accepted or progress.tries > RETRIES:
+        if result.accepted or result.skipped or result.at_rest or progress.tries > RETRIES:
             progress.tries = 0
             progress.batch += 1
         return values | self._totals()
@@ -316,7 +291,7 @@ class Training:
         progress, last = self.progress, self._last
         if isinstance(last, BaselineResult):
             return "" if math.isfinite(last.loss) else "the loss is not finite; give a smaller --learning-rate"
-        if progress.accepted or not progress.rejected:
+        if progress.accepted or not (progress.rejected or progress.skipped):
             return ""
         return "no step was accepted" + ("" if last is None else f": {last.reason}")
 
@@ -339,6 +314,7 @@ class Training:
             **metrics,
             "accepted_steps": self.progress.accepted,
             "rejected_steps": self.progress.rejected,
+            "skipped_steps": self.progress.skipped,
             **self._totals(),
             "seconds_in_communication": communication,
             "seconds_in_checkpoints": checkpoints,

@@ -32,7 +32,11 @@ class Judged:
     next_radius
         Radius of the next step.
     step_norm, gradient_norm
-        Norms of the step (in the norm of the ball) and of the gradient (2-norm); not a number where nobody asked.
+        Norms of the step (in the norm of the ball) and of the gradient (2-norm); not a number where nobody asked. A
+        step that is too short to change a parameter has length 0.
+    skipped
+        Whether the batch says nothing about the ball, as its loss or gradient is not finite or its gradient is zero:
+        then nothing of the method moves.
     not_finite_on
         First rank whose share of a loss that is not finite is not; -1 where there is none, or all ranks' are not.
     """
@@ -47,7 +51,14 @@ class Judged:
     next_radius: float
     step_norm: float
     gradient_norm: float = math.nan
+    skipped: bool = False
     not_finite_on: int = -1
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the batch has nothing left to gain: a zero gradient, or a best step that changes no parameter."""
+        within = self.next_radius == self.radius
+        return self.gradient_norm == 0.0 or (not self.skipped and self.step_norm == 0.0 and within)
 
     def record(self) -> dict[str, float]:
         """Its numbers by their names; the rank is a part of the reason."""
@@ -95,7 +106,7 @@ def judge(
         reference = max(loss, earlier losses of the window)
         actual    = reference - trial_loss
         rho       = (actual + noise) / (predicted_reduction + noise)
-        accept     if rho >= eta1
+        accept     if rho >= eta1, and step_norm > 0
         next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
                       increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
                       radius                                     otherwise, within [min_radius, max_radius]
@@ -130,15 +141,15 @@ def judge(
         elif rho >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
             following = options.increase_factor * radius
     following = min(max(following, options.min_radius), options.max_radius)
-    accepted = rho >= options.eta1
+    accepted = rho >= options.eta1 and step_norm > 0.0
     return Judged(loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm)
 
 
 def judged_of(record: Sequence[float]) -> Judged:
     """A judged step from the numbers of its fields, in their order."""
     values = dict(zip((value.name for value in fields(Judged)), record, strict=True))
-    accepted, rank = bool(values.pop("accepted")), int(values.pop("not_finite_on"))
-    return Judged(**values, accepted=accepted, not_finite_on=rank)
+    accepted, skipped, rank = (values.pop(name) for name in ("accepted", "skipped", "not_finite_on"))
+    return Judged(**values, accepted=bool(accepted), skipped=bool(skipped), not_finite_on=int(rank))
 
 
 def judge_table(
@@ -155,8 +166,9 @@ def judge_table(
 
     Parameters
     ----------
-    table : ndarray, shape (ranks, 5)
-        Of each rank its share of the loss before and after the step, and what ``InnerProducts.own`` returns.
+    table : ndarray, shape (ranks, 6)
+        Of each rank its share of the loss before and after the step, whether the step changed a parameter there, and
+        what ``InnerProducts.own`` returns.
     options, inner
         Of the solver.
     radius
@@ -169,7 +181,7 @@ def judge_table(
         Relative error of a loss.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-    slope, step_norm, gradient_norm = inner.of_table(table[:, 2:])
+    slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
     predicted = -slope if predicted_reduction is None else predicted_reduction
     judged = judge(
         options,
@@ -182,7 +194,11 @@ def judge_table(
         noise=options.noise * rounding * abs(loss),
     )
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
-    return replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
+    judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
+    if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:
+        return replace(judged, accepted=False, skipped=True, next_radius=radius)
+    # The radius of a step that reached the boundary has grown, so that the next one may change something.
+    return judged if table[:, 2].any() else replace(judged, accepted=False, step_norm=0.0)
 
 
 def _first_not_finite(shares: np.ndarray) -> int:

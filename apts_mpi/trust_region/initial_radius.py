@@ -47,6 +47,9 @@ def cauchy_length(
     direction = inner.steepest_descent(gradient, 1.0)
     size, reach = inner.euclidean_norms(values, direction)
     length = epsilon**0.5 * (1.0 + size) / reach if reach else 1.0
+    if not math.isfinite(reach):
+        # The network is not to be run at parameters that are no numbers.
+        direction.zero_()
     scratch.copy_(values)
     values.add_(direction, alpha=length)
     objective.evaluate(passes)

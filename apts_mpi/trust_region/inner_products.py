@@ -42,8 +42,9 @@ class InnerProducts:
 
     def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[torch.Tensor]:
         """This rank's part of what `of_table` finds, float64 of shape (), for a message that goes anyway."""
-        products = torch.dot(gradient, step), norm(step, self.kind), norm(gradient, "2")
-        return [product.double() for product in products]
+        # In float64, as the squares of a small gradient in float32 are zero.
+        length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        return [torch.dot(gradient, step).double(), norm(step, self.kind).double(), length]
 
     def of_table(self, table: np.ndarray) -> tuple[float, float, float]:
         """Inner product, norm of the step, and 2-norm of the gradient, from what `own` returned on all ranks."""

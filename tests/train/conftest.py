@@ -6,6 +6,7 @@ import sys
 import pytest
 from mpi4py import MPI
 
+from apts_mpi.tools.signals import StopSignals
 from apts_mpi.train.__main__ import main
 from apts_mpi.train.command import train
 from apts_mpi.train.layouts import make_training
@@ -58,7 +59,7 @@ def trained_on(world, directory, capfd):
         capfd.readouterr()
         comm = world.Split(int(world.rank < ranks), world.rank)
         if world.rank < ranks:
-            assert train(arguments, functools.partial(run, make_training), comm) == 0
+            assert train(arguments, functools.partial(run, make_training, StopSignals()), comm) == 0
         comm.Free()
         world.Barrier()
         return capfd.readouterr().out

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from networks import classifier, cross_entropy, problem
 from torch import nn
 
 from apts_mpi.problems import Problem
-from apts_mpi.tools.command import USAGE
+from apts_mpi.result import StepResult
+from apts_mpi.tools.status import USAGE
+from apts_mpi.train.rejection import Rejections
+from apts_mpi.trust_region.acceptance import Judged
 
 # A run that is refused in its first step leaves the closing of its files to Python.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -272,9 +276,9 @@ RIGHT = {
 }
 
 
-def without_effect():
+def never_finite():
     network, _, data = problem()
-    return network, lambda outputs, targets: cross_entropy(0.0 * outputs, targets), data
+    return network, lambda outputs, targets: cross_entropy(outputs, targets) + (0.0 * outputs.sum()).log(), data
 
 
 @pytest.fixture
@@ -353,12 +357,29 @@ def test_autocast_passes(trained):
 
 
 @pytest.mark.mpi
-def test_rejections_in_a_row_are_told_once(world, trained):
+def test_steps_that_keep_failing_are_told_once(world, trained):
     arguments = [argument for argument in ARGUMENTS if "max-iterations" not in argument]
-    printed = trained("--problem=test_wrong_data:without_effect", *arguments, "--epochs=4", "--coarse=none")
+    printed = trained("--problem=test_wrong_data:never_finite", *arguments, "--epochs=12", "--coarse=none")
     told = [line for line in printed.splitlines() if line.startswith("warning: the last 10 steps")]
-    assert len(told) == (world.rank == 0)
-    assert all("up to iteration 10, were rejected: the gradient is 0; look for" in line for line in told)
+    assert len(told) == (world.rank == 0), printed
+    assert all("up to iteration 10, were not accepted: the loss is not finite; look for" in line for line in told)
+
+
+def test_the_streak_is_told_again_after_a_step():
+    rejected = Judged(1.0, 2.0, 0.5, -1.0, -2.0, False, 0.3, 0.1, 0.3, 1.0)
+    accepted = replace(rejected, rho=1.0, accepted=True)
+    rejections = Rejections()
+
+    def told(judged, times):
+        results = [StepResult(0, judged, None, 1.0, 0.1)] * times
+        return [number for number, result in enumerate(results, 1) if rejections.note(result, number)]
+
+    assert told(rejected, 9) == []
+    assert told(accepted, 1) == []
+    assert told(rejected, 25) == [10]
+    assert told(accepted, 2) == []
+    assert told(rejected, 10) == [10]
+    assert "rho -2 with radius 0.3; give more --epochs" in rejected.reason and accepted.reason == ""
 
 
 @pytest.mark.mpi(min_size=2)
