@@ -183,8 +183,8 @@ def test_an_iteration_by_hand(world):
         "global evaluation": (1, 8 * count),
         "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Six numbers of each rank, and twelve that rank 0 decides.
-        "judge": (2, 8 * 6 + 8 * 12),
+        # Seven numbers of each rank, and thirteen that rank 0 decides.
+        "judge": (2, 8 * 7 + 8 * 13),
         "wait": (0, 0),
         OTHER: (0, 0),
     }
