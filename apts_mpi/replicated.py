@@ -17,6 +17,7 @@ from apts_mpi.local.registry import needs_evaluations, solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import Forward, SegmentedNetwork
+from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
@@ -67,6 +68,7 @@ class Replicated:
             self.options = options = compose(
                 options, network=network, loss=loss, called=called, layers=layers, subdomains=subdomains
             )
+        check_same_network({"network": structure(network), "forward": [str(called)]}, options, self.comm)
         self.inner = InnerProducts(options.trust_region.norm)
         self.comm.share_tensors([vector.values, *network.buffers()])
         team = self.comm.group(teams.team_of(self.comm.rank))
@@ -125,7 +127,7 @@ class Replicated:
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm)
+        check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""

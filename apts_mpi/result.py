@@ -50,6 +50,11 @@ class StepResult:
         """Whether the parameters changed."""
         return self.schwarz.accepted or (self.global_step is not None and self.global_step.accepted)
 
+    @property
+    def reason(self) -> str:
+        """What is known of why the parameters did not change, in words; empty where they did."""
+        return "" if self.accepted else self.schwarz.reason
+
 
 @dataclass
 class State:

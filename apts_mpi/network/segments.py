@@ -45,6 +45,8 @@ class SegmentedNetwork:
         Each takes what the one before returned: a tensor whose first dimension is the samples.
     multiplications : float
         What `share` is a share of; those of `measure`, unless these are segments of a larger network.
+    autocast : torch.dtype or None
+        As given.
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
@@ -59,7 +61,7 @@ class SegmentedNetwork:
                 )
         self._counts: list[float] | None = None
         self.multiplications = 0.0
-        self._autocast = autocast
+        self.autocast = autocast
         others = {parameter.dtype for parameter in network.parameters()} - {torch.float32}
         if autocast is not None and others:
             raise InvalidInput(
@@ -85,9 +87,9 @@ class SegmentedNetwork:
         return outputs
 
     def _run(self, segment: torch.nn.Module, activations: Bundle) -> Bundle:
-        if self._autocast is None:
+        if self.autocast is None:
             return segment(activations)
-        with torch.autocast(tensors_of(activations)[0].device.type, self._autocast):
+        with torch.autocast(tensors_of(activations)[0].device.type, self.autocast):
             outputs = segment(activations)
         return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
 

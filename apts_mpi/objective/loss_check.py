@@ -1,10 +1,10 @@
-"""Whether a loss is what the method minimises, seen on a few samples: a mean over the samples that has a gradient."""
+"""Whether a loss is what the method minimises, seen on a few samples: a mean over them, with a gradient, and one."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,23 @@ from apts_mpi.network.partition import split
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
+from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.sameness import check_same_tensors
+from apts_mpi.tools.environment import kept_generators, random_state
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
 MOST, FEWEST = 64, 4
 
+# Draws samples and random numbers that are the same on all ranks; no rank has this number.
+SHARED = 1 << 30
 
-def check_objective(objective: Objective, batch: Batch, comm: Communicator) -> None:
+
+def check_objective(objective: Objective, batch: Batch, comm: Communicator, whole: bool) -> None:
     """Try the loss on a few samples at the present parameters, and leave no trace. Collective.
+
+    It has to be a mean over the samples and the same the second time. Of a batch that every rank was given as a whole,
+    samples and loss have to be the same on all ranks.
 
     Parameters
     ----------
@@ -33,6 +42,8 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator) -> N
         The samples.
     comm
         The ranks.
+    whole
+        Whether every rank was given the whole batch.
 
     Raises
     ------
@@ -41,12 +52,43 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator) -> N
     """
     inputs, targets = batch.samples
     assert inputs is not None and targets is not None  # as the batch was cut
-    part = batch.passes[0]
-    few = some_rows(len(inputs), batch.rows, part.samples, comm.rank)
-    sample = replace(part, inputs=inputs[few], targets=targets[few])
-    with comm.shared_refusals(), objective.replayed(), torch.enable_grad():
+    part, device, rows = batch.passes[0], inputs.device, batch.rows
+    if whole:
+        check_same_batch({"inputs": inputs, "targets": targets}, rows, comm)
+    few = some_rows(len(inputs), rows, part.samples, comm.rank)
+    with comm.shared_refusals(), kept_generators(device), objective.replayed(), torch.enable_grad():
+        sample = replace(part, inputs=inputs[few], targets=targets[few])
         outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
         check_loss(objective.loss, outputs, sample.targets)
+    if whole:
+        few = some_rows(len(inputs), rows, min(comm.collect(part.samples)), SHARED)
+    sample = replace(part, inputs=inputs[few], targets=targets[few], stream=(SHARED,))
+    draws = False
+
+    def evaluate() -> Value:
+        nonlocal draws
+        with objective.replayed(sample.stream), torch.enable_grad():
+            before = random_state(device)
+            outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
+            loss = objective.loss(outputs, sample.targets)
+            draws = not torch.equal(before, random_state(device))
+        return value_of(loss, outputs)
+
+    value = check_repeated(evaluate, device, comm)
+    if whole:
+        check_same_loss(value, draws, device, comm, objective.epsilon)
+
+
+def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None, comm: Communicator) -> None:
+    """See that all ranks were given the same batch, as far as each was given it. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        Naming the first rank that was given another one.
+    """
+    remedy = "give all ranks the same, or choose batch shard and give each its own"
+    check_same_tensors({name: (data, rows) for name, data in own.items()}, comm, "batch", remedy)
 
 
 def some_rows(count: int, rows: torch.Tensor | None, samples: int, key: int) -> torch.Tensor:

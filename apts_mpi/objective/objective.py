@@ -76,6 +76,11 @@ class Objective:
         self.events = comm.events
         self._device = vector.values.device
 
+    @property
+    def epsilon(self) -> float:
+        """Of the arithmetic in which the network is evaluated."""
+        return torch.finfo(self.segmented.autocast or self.vector.values.dtype).eps
+
     @contextmanager
     def replayed(self, random: tuple[int, ...] | torch.Tensor | None = None) -> Iterator[None]:
         """Run the network in the block as it is evaluated, and leave no trace in its buffers and the random state.

@@ -12,10 +12,11 @@ import torch
 
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
+from apts_mpi.problems.finite import check_finite
 from apts_mpi.problems.problem import ALL, Problem, Wanted
 from apts_mpi.tools import environment
 
-__all__ = ["Problem", "Wanted", "build", "names"]
+__all__ = ["ALL", "Problem", "Wanted", "build", "names", "read_parts"]
 
 # Functions of (dtype).
 _SELF_CONTAINED = {
@@ -43,6 +44,11 @@ _READ_IN_PARTS = {
 def names() -> tuple[str, ...]:
     """Names that `build` knows, besides ``MODULE:FUNCTION``."""
     return tuple(sorted(_SELF_CONTAINED | _READ_FROM_FILES | _READ_IN_PARTS))
+
+
+def read_parts(name: str, wanted: Wanted) -> Wanted:
+    """Which data `build` gives of what is ``wanted``: all where it does not read them from files of their own."""
+    return wanted if name in _READ_IN_PARTS else ALL
 
 
 def build(
@@ -79,13 +85,17 @@ def build(
     Raises
     ------
     InvalidInput
-        When the name is unknown, the data cannot be read or an argument does not suit the problem.
+        When the name is unknown, the data cannot be read or an argument does not suit the problem, and for nan or inf
+        among the data.
     """
     cpu = torch.device("cpu")
     with environment.preserved_random_state(cpu):
         environment.seed_stream(cpu, seed)
         problem = _find(name, data_dir, wanted)(dtype=dtype)
-    return problem if train_samples is None else _take_first(problem, train_samples, wanted)
+    if train_samples is not None:
+        problem = _take_first(problem, train_samples, wanted)
+    check_finite(problem, read_parts(name, wanted))
+    return problem
 
 
 def _find(name: str, data_dir: str | None, wanted: Wanted) -> Callable[..., Problem]:

@@ -9,6 +9,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
@@ -51,6 +52,7 @@ def build_stage(
         teams = Teams(ranks.size, ranks.size // options.replicas, options.replicas)
         made, registrations = without_memory(make)
         network, sample = parts(made)
+        own_network = structure(network)
         stages = cut_network(network, options, ranks.size, sample)
         own = stages[teams.team_of(ranks.rank)]
         elsewhere = {
@@ -64,6 +66,7 @@ def build_stage(
         del made, network
         made, _ = with_parameters(make, set(range(len(sizes))) - elsewhere, max(sizes, default=0))
         keep_stage(places_of(parts(made)[0]), stages, own)
+    check_same_network({"network": own_network}, options, ranks)
     return made
 
 

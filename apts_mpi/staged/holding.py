@@ -18,6 +18,7 @@ from apts_mpi.local.registry import solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Layer, Subdomain, make_subdomains
+from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
@@ -80,6 +81,7 @@ class Staged:
             check_staged(options)
             count = options.subdomains or max(self.comm.size // options.replicas, 1)
             self._teams = Teams(self.comm.size, count, options.replicas)
+            is_whole, given = stages_of(places_of(network)) is None, structure(network)
             self.stages = self._find_stages(options, sample)
             own = self._teams.team_of(self.comm.rank)
             segmented = keep_stage(places_of(network), self.stages, self.stages[own], lower_precision(options.autocast))
@@ -95,6 +97,8 @@ class Staged:
                 layers=layers,
                 subdomains=subdomains,
             )
+        part = "network" if is_whole else f"network of stage {own}"
+        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, options, self.comm)
         names = self._limit_patience()
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
@@ -196,8 +200,9 @@ class Staged:
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
-        given = batch.size if self.options.batch == "whole" else sum(part.samples for part in batch.passes)
-        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm)
+        whole = self.options.batch == "whole"
+        given = batch.size if whole else sum(part.samples for part in batch.passes)
+        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""

@@ -8,19 +8,21 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.loss_check import check_loss, some_rows
+from apts_mpi.objective.loss_check import SHARED, check_loss, check_same_batch, some_rows
+from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.objective import StagedObjective
+from apts_mpi.tools.environment import kept_generators, random_state
 
 
 def check_staged_objective(
-    objective: StagedObjective, batch: Batch, count: int, replica: int, comm: Communicator
+    objective: StagedObjective, batch: Batch, count: int, replica: int, comm: Communicator, whole: bool
 ) -> None:
     """`apts_mpi.objective.loss_check.check_objective` where each rank has a stage. Collective.
 
     Parameters
     ----------
-    objective, batch
+    objective, batch, whole
         As there; the first stage has inputs and the last one targets.
     count
         Number of samples that the ranks of this replica were given.
@@ -30,15 +32,46 @@ def check_staged_objective(
         All ranks.
     """
     inputs, targets = batch.samples
-    few = some_rows(count, batch.rows, batch.passes[0].samples, replica)
-    entering = inputs[few] if objective.pipeline.is_first and inputs is not None else few
-    found: list[Any] = []
-    with objective.replayed():
-        objective.infer([entering], lambda _, outputs: found.append(outputs))
-    with comm.shared_refusals(), torch.enable_grad():
-        for outputs in found:  # on the last stage
+    pipeline, device = objective.pipeline, objective.vector.values.device
+    if whole:
+        needed = {"inputs": inputs if pipeline.is_first else None, "targets": targets if pipeline.is_last else None}
+        check_same_batch({name: data for name, data in needed.items() if data is not None}, batch.rows, comm)
+    samples = min(comm.collect(batch.passes[0].samples))
+    draws = False
+
+    def outputs_of(few: torch.Tensor) -> list[Any]:
+        """What the last stage has of these samples, as points to differentiate at; nothing on the others."""
+        nonlocal draws
+        found: list[Any] = []
+        entering = inputs[few] if pipeline.is_first and inputs is not None else few
+        with objective.replayed((SHARED,)):
+            before = random_state(device)
+            objective.infer([entering], lambda _, outputs: found.append(outputs))
+            draws = not torch.equal(before, random_state(device))
+        return [tree_map_only(torch.Tensor, _as_point, outputs) for outputs in found]
+
+    few = some_rows(count, batch.rows, samples, replica)
+    with kept_generators(device):
+        found = outputs_of(few)
+        with comm.shared_refusals(), objective.replayed((SHARED,)), torch.enable_grad():
+            for outputs in found:
+                assert targets is not None
+                check_loss(objective.loss, outputs, targets[few])
+    if whole:
+        few = some_rows(count, batch.rows, samples, SHARED)
+
+    def evaluate() -> Value | None:
+        value = None
+        for outputs in outputs_of(few):
             assert targets is not None
-            check_loss(objective.loss, tree_map_only(torch.Tensor, _as_point, outputs), targets[few])
+            with objective.replayed((SHARED,)), torch.enable_grad():
+                value = value_of(objective.loss(outputs, targets[few]), outputs)
+        return value
+
+    value = check_repeated(evaluate, device, comm)
+    if whole:
+        (drawn,) = comm.agree([draws], lambda table: [table.max()])
+        check_same_loss(value, bool(drawn), device, comm, objective.epsilon)
 
 
 def _as_point(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import signal
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 # What launchers tell each process about the size of its job and its number in it (Hydra and others, Open MPI, Slurm).
@@ -137,6 +140,32 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_state(state, device)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Leave the random states that `seed_stream` does not set after the block as before: Python's, numpy's, another's.
+
+    Gives a function that says whether one of them has moved since.
+    """
+
+    def states() -> tuple[Any, ...]:
+        host = torch.get_rng_state() if device.type == "cuda" else torch.empty(0)
+        return random.getstate(), np.random.get_state(), host  # noqa: NPY002 - what users may draw from
+
+    def in_words(python: Any, numpy: Any, host: torch.Tensor) -> tuple[Any, ...]:
+        kind, keys, *rest = numpy
+        return python, kind, keys.tobytes(), rest, host.tolist()
+
+    before = states()
+    try:
+        yield lambda: in_words(*states()) != in_words(*before)
+    finally:
+        python, numpy, host = before
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        if host.numel():
+            torch.set_rng_state(host)
 
 
 def seed_stream(device: torch.device, *key: int) -> None:

@@ -14,6 +14,7 @@ from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.segments import Forward, SegmentedNetwork
+from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
@@ -82,6 +83,7 @@ class DataParallel:
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             self.vector = FlatParameters(network)
+        check_same_network({"network": structure(network)}, options, self.comm)
         self.comm.share_tensors([self.vector.values, *network.buffers()])
         size, last = self.vector.values.numel(), len(segmented) - 1
         ranks = self.comm.size
@@ -119,7 +121,7 @@ class DataParallel:
                 least=samples_of_pass(self.network),
             )
             if not self._loss_is_checked:
-                check_objective(self.objective, cut, self.comm)
+                check_objective(self.objective, cut, self.comm, True)
                 self._loss_is_checked = True
         first: list[tuple[float, float]] = []
         most_work = 0.0

@@ -20,6 +20,7 @@ from apts_mpi.tools.events import Events
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
+from apts_mpi.train.sharing import check_same_options
 
 # What is to be done with the arguments, their options and configuration, the ranks and a console: see
 # `apts_mpi.train.run.run`.
@@ -66,6 +67,7 @@ def train(arguments: Sequence[str], run: RunFunction, world: MPI.Intracomm) -> i
     quiet = contextlib.nullcontext() if comm.rank == 0 else contextlib.redirect_stdout(io.StringIO())
     with comm.shared_errors(), quiet:
         options, config = parse(arguments)
+    check_same_options(options, comm)
     with Watch(world, options.stall_timeout), exits_told(world):
         try:
             return run(arguments, options, config, comm, world, console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from apts_mpi.errors import SharedFailure
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.sameness import first_other
 from apts_mpi.state.tensors import to_numpy
 
 
@@ -47,9 +47,9 @@ def check_shared(own: tuple[int, int, int], iteration: int, comm: Communicator) 
         parts, tensors, numbers = table.T
         for part in np.unique(parts):
             ranks = np.flatnonzero(parts == part)
-            if (found := _first_other(tensors[ranks])) is not None:
+            if (found := first_other(tensors[ranks].tolist())) is not None:
                 return [float(ranks[place]) for place in found]
-        return list(map(float, _first_other(numbers) or (-1, -1)))
+        return list(map(float, first_other(numbers.tolist()) or (-1, -1)))
 
     rank, usual = (int(number) for number in comm.agree(own, decide))
     if rank >= 0:
@@ -58,10 +58,3 @@ def check_shared(own: tuple[int, int, int], iteration: int, comm: Communicator) 
             "and they should have the same bits: the memory of one, or what changes the network besides the solver, is "
             "at fault; nothing of this is saved, resume from the last checkpoint"
         )
-
-
-def _first_other(values: np.ndarray) -> tuple[int, int] | None:
-    """Places of the first value that differs from the most frequent one, and of that; None if all are equal."""
-    usual = Counter(values.tolist()).most_common(1)[0][0]
-    others = np.flatnonzero(values != usual)
-    return (int(others[0]), int(np.flatnonzero(values == usual)[0])) if others.size else None

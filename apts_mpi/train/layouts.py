@@ -20,7 +20,7 @@ from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.problems import Problem, Wanted, build
+from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
@@ -28,6 +28,7 @@ from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
 from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.sharing import check_same_problem
 from apts_mpi.train.training import Method, Training
 
 
@@ -55,6 +56,8 @@ def make_training(options: TrainingOptions, device: torch.device, comm: Communic
         problem = make() if options.layout == "replicated" else None
     if problem is None:
         problem = build_staged_problem(make, options, world)
+    else:
+        check_same_problem(problem, ALL, comm)
     return train_problem(problem, options, device, world)
 
 
@@ -113,6 +116,7 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
         wanted = Wanted(inputs=stage == 0, targets=stage == teams.count - 1)
     make = functools.partial(make, wanted=wanted)
     problem = build_stage(make, comm=world, options=options.solver_options(), parts=parts)
+    check_same_problem(problem, read_parts(options.problem, wanted), comm)
     return _without_what_others_have(problem, wanted, comm)
 
 

@@ -1,27 +1,28 @@
-"""Why a step was rejected, in words for who started the run."""
+"""A warning where no step is accepted for long."""
 
 from __future__ import annotations
 
-import math
+from apts_mpi.result import StepResult
+from apts_mpi.train.baselines import BaselineResult
 
-from apts_mpi.trust_region.acceptance import Judged
+# Steps in a row that are no longer the search for a ball: a rejected batch has four, so on the third one.
+MANY = 10
 
 
-def why_not_accepted(judged: Judged) -> str:
-    """What is known of why a step was rejected."""
-    if not math.isfinite(judged.loss):
-        return "the loss is not finite; look for nan and inf in the inputs, the targets and the network's outputs"
-    if not math.isfinite(judged.gradient_norm):
-        return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
-    if judged.gradient_norm == 0.0:
-        return "the gradient is 0; look for what cuts the network off from the loss"
-    if not 0.0 < judged.predicted_reduction < math.inf:
-        return (
-            f"the predicted reduction is {judged.predicted_reduction:g}; choose --coarse none, or another local solver"
-        )
-    if not math.isfinite(judged.trial_loss):
-        return "the loss after the step is not finite; give a smaller --trust-region.initial-radius"
-    return (
-        f"the last one had rho {judged.rho:.3g} with radius {judged.radius:.3g}; give more --epochs, in which the "
-        "radius shrinks further, or a smaller --trust-region.initial-radius"
-    )
+class Rejections:
+    """Counts steps that were not accepted one after another."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def note(self, result: StepResult | BaselineResult, iteration: int) -> str:
+        """A warning with its reason at the last of ``MANY`` in a row, once until a step is accepted; else empty."""
+        if result.accepted:
+            self._in_a_row = 0
+        elif not result.at_rest:  # then there is nothing left to gain
+            self._in_a_row += 1
+            if isinstance(result, StepResult) and self._in_a_row == MANY:
+                return (
+                    f"warning: the last {MANY} steps, up to iteration {iteration}, were not accepted: {result.reason}"
+                )
+        return ""

@@ -123,7 +123,7 @@ def run(
         total, done = training.epochs * training.batches, training.progress.accepted
         records, scalars = destinations.records, destinations.scalars
         with Reporter(total, done, records, console, options.monitor, scalars) as reporter:
-            metrics = training.run(reporter.record, survival.boundary)
+            metrics = training.run(reporter.record, survival.boundary, tell)
         if trace is not None:
             trace.end()
     failure = report(training, metrics, destinations, options.log_view, console)

@@ -21,10 +21,14 @@ from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress
-from apts_mpi.train.rejection import why_not_accepted
+from apts_mpi.train.rejection import Rejections
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
+
+# Takes what an iteration or an epoch did, and a message.
+Record = Callable[[dict[str, Any]], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Training:
         self._is_out_of_time = False
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
+        self._rejections = Rejections()
 
     def _check_batch(self) -> None:
         least = self.solver.smallest_batch
@@ -115,7 +120,7 @@ class Training:
         return self.samples // self.batch_size
 
     def run(
-        self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool] = lambda done: False
+        self, record: Record, boundary: Callable[[bool], bool] = lambda done: False, tell: Tell = lambda text: None
     ) -> dict[str, Any] | None:
         """Train to the end and return the metrics, or None if stopped before. Collective.
 
@@ -127,18 +132,22 @@ class Training:
         boundary
             Called on every rank after each iteration, and told whether it was the last one; true stops the run.
             Between the iterations `save` may be called.
+        tell
+            Called on every rank with a warning where steps keep being rejected, once until one is accepted.
         """
         self.solver.events.clear()
         with self.solver.events.timed(OTHER):
-            return self._run(record, boundary)
+            return self._run(record, boundary, tell)
 
-    def _run(self, record: Callable[[dict[str, Any]], None], boundary: Callable[[bool], bool]) -> dict[str, Any] | None:
+    def _run(self, record: Record, boundary: Callable[[bool], bool], tell: Tell) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
         self._look_at_the_time()
         while not self.done:
             self.problem.network.train()
-            record(self._note(self._step()))
+            record(self._note(result := self._step()))
+            if warning := self._rejections.note(result, progress.iteration):
+                tell(warning)
             self._look_at_the_time()
             metrics = None
             if progress.batch == self.batches:
@@ -206,9 +215,9 @@ class Training:
         progress.at_rest = progress.at_rest + 1 if result.at_rest else 0
         values: dict[str, Any] = {"iteration": progress.iteration, "epoch": progress.epoch}
         if isinstance(result, StepResult):
-            values |= asdict(result.schwarz)
+            values |= result.schwarz.record()
             if result.global_step is not None:
-                values["global_step"] = asdict(result.global_step)
+                values["global_step"] = result.global_step.record()
         else:
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
         progress.tries += 1
@@ -217,7 +226,7 @@ class Training:
             progress.batch += 1
         return values | self._totals()
 
-    def _end_epoch(self, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def _end_epoch(self, record: Record) -> dict[str, Any]:
         metrics = self.metrics()
         progress = self.progress
         record({"epoch": progress.epoch, "iteration": progress.iteration, **self._totals(), **metrics})
@@ -284,7 +293,7 @@ class Training:
             return "" if math.isfinite(last.loss) else "the loss is not finite; give a smaller --learning-rate"
         if progress.accepted or not (progress.rejected or progress.skipped):
             return ""
-        return "no step was accepted" + ("" if last is None else f": {why_not_accepted(last.schwarz)}")
+        return "no step was accepted" + ("" if last is None else f": {last.reason}")
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What the run came to. Collective."""

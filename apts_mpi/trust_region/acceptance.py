@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Judged:
     skipped
         Whether the batch says nothing about the ball, as its loss or gradient is not finite or its gradient is zero:
         then nothing of the method moves.
+    not_finite_on
+        First rank whose share of a loss that is not finite is not; -1 where there is none, or all ranks' are not.
     """
 
     loss: float
@@ -54,12 +56,42 @@ class Judged:
     step_norm: float
     gradient_norm: float = math.nan
     skipped: bool = False
+    not_finite_on: int = -1
 
     @property
     def at_rest(self) -> bool:
         """Whether the batch has nothing left to gain: a zero gradient, or a best step that changes no parameter."""
         within = self.next_radius == self.radius
         return self.gradient_norm == 0.0 or (not self.skipped and self.step_norm == 0.0 and within)
+
+    def record(self) -> dict[str, float]:
+        """Its numbers by their names; the rank is a part of the reason."""
+        return {name: value for name, value in asdict(self).items() if name != "not_finite_on"}
+
+    @property
+    def reason(self) -> str:
+        """What is known of why the step was rejected, for who started the run; empty where it was accepted."""
+        where = f" on rank {self.not_finite_on}" if self.not_finite_on >= 0 else ""
+        if self.accepted:
+            return ""
+        if not math.isfinite(self.loss):
+            return (
+                f"the loss is not finite{where}; look for nan and inf in the inputs, the targets and the network's "
+                "outputs"
+            )
+        if not math.isfinite(self.gradient_norm):
+            return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
+        if self.gradient_norm == 0.0:
+            return "the gradient is 0; look for what cuts the network off from the loss"
+        if not 0.0 < self.predicted_reduction < math.inf:
+            predicted = f"the predicted reduction is {self.predicted_reduction:g}"
+            return f"{predicted}; choose --coarse none, or another local solver"
+        if not math.isfinite(self.trial_loss):
+            return f"the loss after the step is not finite{where}; give a smaller --trust-region.initial-radius"
+        return (
+            f"the last one had rho {self.rho:.3g} with radius {self.radius:.3g}; give more --epochs, in which the "
+            "radius shrinks further, or a smaller --trust-region.initial-radius"
+        )
 
 
 def judge(
@@ -119,21 +151,9 @@ def judge(
 
 def judged_of(record: Sequence[float]) -> Judged:
     """A judged step from the numbers of its fields, in their order."""
-    loss, trial_loss, predicted, actual, rho, accepted, *rest, skipped = record
-    radius, next_radius, step_norm, gradient_norm = rest
-    return Judged(
-        loss,
-        trial_loss,
-        predicted,
-        actual,
-        rho,
-        bool(accepted),
-        radius,
-        next_radius,
-        step_norm,
-        gradient_norm,
-        bool(skipped),
-    )
+    values = dict(zip((value.name for value in fields(Judged)), record, strict=True))
+    accepted, skipped, rank = (values.pop(name) for name in ("accepted", "skipped", "not_finite_on"))
+    return Judged(**values, accepted=bool(accepted), skipped=bool(skipped), not_finite_on=int(rank))
 
 
 def judge_table(
@@ -177,7 +197,8 @@ def judge_table(
         earlier_losses=tuple(earlier_losses),
         noise=options.noise * rounding * abs(loss),
     )
-    judged = replace(judged, gradient_norm=gradient_norm)
+    shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
+    judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:
         return replace(judged, accepted=False, skipped=True, next_radius=radius)
     if table[:, 2].any():
@@ -186,3 +207,8 @@ def judge_table(
     if following == radius and step_norm > OF_THE_BALL * radius:
         following = min(options.increase_factor * radius, options.max_radius)
     return replace(judged, accepted=False, step_norm=0.0, next_radius=following)
+
+
+def _first_not_finite(shares: np.ndarray) -> int:
+    ranks = np.flatnonzero(~np.isfinite(shares))
+    return int(ranks[0]) if 0 < ranks.size < shares.size else -1

@@ -177,12 +177,14 @@ def test_an_iteration_by_hand(world):
     own = world.allgather(solver.events.totals["assembly"].bytes)
     assert sum(own) == 8 * count  # of all corrections each rank hands out its own
     assert found == {
-        "data": (3, 0),  # whether all ranks can use the batch, the network, and in the first step the loss
+        # Whether all ranks can use the batch and the network. In the first step twelve in all: on the loss, and whether
+        # it is the same again (a number) and on all ranks (three numbers, of which rank 0 makes four).
+        "data": (12, 8 * (1 + 3) + 8 * (1 + 4)),
         "global evaluation": (1, 8 * count),
         "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Six numbers of each rank, and eleven that rank 0 decides.
-        "judge": (2, 8 * 6 + 8 * 11),
+        # Seven numbers of each rank, and thirteen that rank 0 decides.
+        "judge": (2, 8 * 7 + 8 * 13),
         "wait": (0, 0),
         OTHER: (0, 0),
     }
@@ -192,9 +194,9 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the three of the batch, the one of local solves and the two of the verdict
+    # Reduction and assembly are completed, the twelve of the batch, the one of local solves and the two of the verdict
     # block.
-    assert table["wait"]["calls"] == 8 and table["judge"]["calls"] == 1
+    assert table["wait"]["calls"] == 17 and table["judge"]["calls"] == 1
 
 
 @pytest.mark.mpi

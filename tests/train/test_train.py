@@ -21,7 +21,6 @@ from apts_mpi.train.__main__ import main
 from apts_mpi.train.layouts import train_problem
 from apts_mpi.train.metrics import dimension_of_classes
 from apts_mpi.train.parser import make_parser, parse, spell
-from apts_mpi.train.rejection import why_not_accepted
 from apts_mpi.train.training import RETRIES
 from apts_mpi.trust_region.acceptance import Judged
 
@@ -34,7 +33,8 @@ PLAIN = (
 
 ITERATION = {
     "iteration", "epoch", "loss", "trial_loss", "predicted_reduction", "actual_reduction", "rho", "accepted", "radius",
-    "next_radius", "step_norm", "gradient_norm", "gradient_evaluations", "seconds",
+    "next_radius", "step_norm", "gradient_norm", "skipped", "gradient_evaluations",
+    "seconds",
 }  # fmt: skip
 EPOCH = {
     "epoch", "iteration", "gradient_evaluations", "seconds", "train_loss", "train_accuracy", "test_loss",
@@ -43,7 +43,7 @@ EPOCH = {
 SUMMARY = {
     "problem", "optimizer", "ranks", "subdomains", "batch_size", "targets_per_sample", "parameters", "epochs",
     "iterations", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "accepted_steps", "rejected_steps",
-    "gradient_evaluations", "seconds", "seconds_in_communication", "seconds_in_checkpoints", "events",
+    "skipped_steps", "gradient_evaluations", "seconds", "seconds_in_communication", "seconds_in_checkpoints", "events",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_records(world, directory):
     assert set(summary) == SUMMARY
     assert (summary["ranks"], summary["iterations"], summary["epochs"]) == (world.size, 4, 2)
     assert summary["problem"] == "networks:problem" and summary["optimizer"] == "apts"
-    assert summary["accepted_steps"] + summary["rejected_steps"] == 4
+    assert summary["accepted_steps"] + summary["rejected_steps"] + summary["skipped_steps"] == 4
     assert summary["train_loss"] == epochs[-1]["train_loss"]
     assert summary["gradient_evaluations"] == iterations[-1]["gradient_evaluations"]
 
@@ -300,10 +300,9 @@ def test_dimension_of_classes():
     assert dimension_of_classes((torch.zeros(9, 3),), torch.zeros(9)) is None
 
 
-def missing_values():
-    network, loss, ((inputs, targets), _) = problem()
-    inputs[::3, 2] = math.nan
-    return network, loss, (inputs, targets)
+def without_value():
+    network, loss, data = problem()
+    return network, lambda outputs, targets: loss(outputs, targets) + (0.0 * outputs.sum()).log(), data
 
 
 def without_effect():
@@ -321,13 +320,13 @@ def normalised():
     ("arguments", "warning"),
     [
         (
-            "--problem test_train:missing_values",
+            "--problem test_train:without_value",
             "no step was accepted: the loss is not finite; look for nan and inf in",
         ),
         ("--problem test_train:without_effect", "no step was accepted: the gradient is 0; look for what"),
         ("--trust-region.initial_radius 1e4 --max-iterations 2", "no step was accepted: the last one had rho -.* with"),
         (
-            "--problem test_train:missing_values --optimizer sgd",
+            "--problem test_train:without_value --optimizer sgd",
             "the loss is not finite; give a smaller --learning-rate",
         ),
         ("--max-iterations 2", ""),
@@ -339,8 +338,9 @@ def test_warning_at_the_end_of_a_run_without_success(world, capfd, arguments, wa
     """In one line of rank 0; the status is 0, as the run did what it was told, and has records."""
     main([*PLAIN, *arguments.split()])
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(lines) == (bool(warning) and world.rank == 0)
-    assert not lines or re.match("warning: " + warning, lines[0])
+    assert bool(lines) == (bool(warning) and world.rank == 0)
+    assert not lines or re.match("warning: " + warning, lines.pop())
+    assert all(line.startswith("warning: the last 10 steps") for line in lines)  # in the course of it
 
 
 def sine():
@@ -377,7 +377,9 @@ def test_residuals_by_autograd(world, directory, optimizer):
         ({"gradient_norm": math.nan}, "the gradient is not finite"),
         ({"predicted_reduction": math.nan}, "the predicted reduction is nan"),
         ({"predicted_reduction": 0.0}, "the predicted reduction is 0"),
-        ({"trial_loss": math.inf}, "the loss after the step is not finite"),
+        ({"trial_loss": math.inf}, "the loss after the step is not finite;"),
+        ({"trial_loss": math.inf, "not_finite_on": 2}, "the loss after the step is not finite on rank 2;"),
+        ({"loss": math.nan, "not_finite_on": 0}, "the loss is not finite on rank 0;"),
     ],
 )
 def test_reasons_of_a_rejection(changes, reason):
@@ -393,7 +395,8 @@ def test_reasons_of_a_rejection(changes, reason):
         step_norm=1.0,
         gradient_norm=1.0,
     )
-    assert why_not_accepted(replace(judged, **changes)).startswith(reason)
+    assert replace(judged, **changes).reason.startswith(reason)
+    assert replace(judged, accepted=True).reason == ""
 
 
 @pytest.mark.mpi
