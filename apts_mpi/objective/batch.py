@@ -93,6 +93,11 @@ def check_call(has_batch: bool) -> None:
         raise InvalidInput(
             "step: torch takes no gradients here; call it outside of torch.no_grad() and torch.inference_mode()"
         )
+    if torch.is_anomaly_enabled():
+        raise InvalidInput(
+            "step: torch's anomaly detection is on, under which it has no tangents of several directions at once; switch "
+            "it off: what is not finite is named in the result's reason"
+        )
 
 
 def check_rows(rows: torch.Tensor, count: int) -> None:

@@ -166,6 +166,12 @@ def test_step_without_gradients_is_refused_in_a_sentence(world, block):
     assert solver.step(classified()).schwarz.loss > 0.0
 
 
+def test_anomaly_detection_is_refused_in_a_sentence():
+    solver = APTS(classifier(), cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=2))
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(InvalidInput, match="anomaly detection is on"):
+        solver.step(classified())
+
+
 @pytest.mark.mpi
 def test_step_before_a_batch_is_refused_in_a_sentence(world):
     solver = APTS(classifier(), cross_entropy, comm=world, options=options(subdomains=2))
