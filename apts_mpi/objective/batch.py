@@ -95,8 +95,8 @@ def check_call(has_batch: bool) -> None:
         )
     if torch.is_anomaly_enabled():
         raise InvalidInput(
-            "step: torch's anomaly detection is on, under which it has no tangents of several directions at once; switch "
-            "it off: what is not finite is named in the result's reason"
+            "step: torch's anomaly detection is on, under which it has no tangents of several directions at once; "
+            "switch it off: what is not finite is named in the result's reason"
         )
 
 

@@ -97,7 +97,7 @@ class TrainingOptions:
         of a directory with some.
     checkpoint_every
         Iterations (a number) or time (such as 10min) between checkpoints in ``run_dir``/checkpoints. null: only at
-        the end, and when the run is stopped by SIGTERM, SIGUSR1 or ``walltime``.
+        the end, and when the run is stopped: by SIGTERM, SIGUSR1, SIGHUP, Ctrl-C or ``walltime``.
     checkpoint_keep_last
         How many checkpoints to keep.
     checkpoint_keep_every
@@ -108,7 +108,8 @@ class TrainingOptions:
         [DAYS-]HH:MM:SS from the start of the program, in which the run saves and stops, with exit status 75.
     stall_timeout
         Seconds that a rank waits for another, in layout staged for a sign of it, before it ends the run. It has to be
-        longer than what a rank does alone, such as writing a checkpoint. null: 600, and 10 for a sign of a stage.
+        longer than what a rank does alone, such as writing a checkpoint. null: 600, and 10 for a sign of a stage; 3600
+        for a rank that does nothing with others, such as a single one.
     drift_check_every
         Iterations between checks that all ranks have the same parameters and state; each save checks, too. 0: no
         others.
