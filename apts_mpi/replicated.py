@@ -24,15 +24,13 @@ from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions, lower_precision
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.guard import guard
+from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
 from apts_mpi.state.local_solvers import LocalSolvers
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
-from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.inner_products import InnerProducts
 
 
@@ -56,8 +54,7 @@ class Replicated:
         forward: Forward | None,
     ) -> None:
         self.network = network
-        self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
-        guard(self.comm, options.stall_timeout)
+        self.comm = guarded(comm, options.stall_timeout)
         called = forward is not None
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 
+from mpi4py import MPI
+
 from apts_mpi.errors import SharedFailure, SharedInvalidInput, StallError
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.watchdog import Watch, end_job, turn
 from apts_mpi.tools.environment import pause
+from apts_mpi.tools.events import Events
 
 PROGRAM = "apts_mpi"
 
@@ -18,28 +21,43 @@ PROGRAM = "apts_mpi"
 ShowError = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 
-def guard(comm: Communicator, limit: float | None) -> None:
-    """Let no rank of a solver be left waiting, from now on, unless a command watches over the job already.
+def guarded(comm: MPI.Intracomm | None, limit: float | None) -> Communicator:
+    """Communicator of a solver, none of whose ranks is left waiting from now on. Collective.
 
     An exception that nobody catches ends all ranks, with its traceback; so does a wait for a rank whose program has
-    come to its end, and one that lasts longer than ``limit``, of all solvers the longest.
+    come to its end, and one that lasts longer than ``limit``, of all solvers the longest. Where a command watches over
+    the job, this is its matter.
 
     Parameters
     ----------
     comm
-        The ranks.
+        Any intracommunicator; None is ``MPI.COMM_WORLD``.
     limit
         Seconds; see `apts_mpi.parallel.watchdog.Watch`.
+
+    Raises
+    ------
+    InvalidInput
+        For what is no intracommunicator.
     """
-    if comm.size == 1 or Watch.commands:
-        return
-    comm.watch_departures()
+    comm = MPI.COMM_WORLD if comm is None else comm
+    alone = comm == MPI.COMM_NULL or comm.size == 1
+    if not (alone or Watch.commands):
+        # Before the first collective, for which another rank may never come.
+        _watch(limit)
+    made = Communicator(comm, Events())
+    if not (alone or Watch.commands):
+        made.watch_departures()
+    return made
+
+
+def _watch(limit: float | None) -> None:
     if _WATCHES:
         _WATCHES[0].extend(limit)
         return
-    _WATCHES.append(Watch(comm.mpi, limit, PROGRAM))
+    _WATCHES.append(Watch(MPI.COMM_WORLD, limit, PROGRAM))
     _WATCHES[0].start()
-    sys.excepthook = functools.partial(_end_after_error, sys.excepthook, comm)
+    sys.excepthook = functools.partial(_end_after_error, sys.excepthook)
 
 
 # That of this process, from its first solver on ranks to its end.
@@ -47,16 +65,17 @@ _WATCHES: list[Watch] = []
 
 
 def _end_after_error(
-    show: ShowError, comm: Communicator, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    show: ShowError, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """What Python calls for an exception that nobody has caught."""
+    world = MPI.COMM_WORLD
     if isinstance(error, (SharedInvalidInput, SharedFailure)):
         # All ranks have it, and end.
-        if comm.rank == 0:
+        if world.rank == 0:
             show(kind, error, trace)
         return
     if isinstance(error, StallError):
         # All ranks that wait know the same, at the same time.
-        pause(turn(comm.mpi))
+        pause(turn(world))
     show(kind, error, trace)
-    end_job(comm.mpi, f"{PROGRAM}: error: rank {comm.rank} failed as above and ends the job")
+    end_job(world, f"{PROGRAM}: error: rank {world.rank} failed as above and ends the job")

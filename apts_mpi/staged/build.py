@@ -12,10 +12,9 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.options import APTSOptions
-from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.guard import guarded
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
 from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of
-from apts_mpi.tools.events import Events
 
 Made = TypeVar("Made")
 
@@ -46,7 +45,7 @@ def build_stage(
     InvalidInput
         See `StagedAPTS`.
     """
-    ranks = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
+    ranks = guarded(comm, options.stall_timeout)
     with ranks.shared_errors():
         check_staged(options)
         teams = Teams(ranks.size, ranks.size // options.replicas, options.replicas)

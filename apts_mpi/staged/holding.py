@@ -23,8 +23,7 @@ from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions, lower_precision
-from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.guard import guard
+from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.staged.build import check_staged, cut_network
@@ -41,7 +40,6 @@ from apts_mpi.state.local_solvers import LocalSolvers
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
-from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.inner_products import InnerProducts
 
 # Seconds; longer than a pass through any one module, between which a stage gives signs.
@@ -75,8 +73,7 @@ class Staged:
         sample: torch.Tensor | None,
     ) -> None:
         self.network = network
-        self.comm = Communicator(MPI.COMM_WORLD if comm is None else comm, Events())
-        guard(self.comm, options.stall_timeout)
+        self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
             count = options.subdomains or max(self.comm.size // options.replicas, 1)

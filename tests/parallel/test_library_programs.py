@@ -76,6 +76,33 @@ def test_fault_before_the_first_step(tmp_path):
     assert done.returncode != 0 and "ValueError: mine" in done.stderr and took < AT_ONCE
 
 
+def test_rank_that_never_comes(tmp_path):
+    """It failed before its first solver, where nothing of the package knows; the wait of the others has its limit."""
+    done, took = run(tmp_path, 2, before="if last: time.sleep(1000)", options="stall_timeout=8.0")
+    assert done.returncode != 0 and took < AT_ONCE
+    assert "waited" in done.stderr and "all ranks to make a communicator" in done.stderr
+
+
+def test_function_that_makes_a_stage(tmp_path):
+    """It has a collective before that of the solver."""
+    text = """
+import sys
+import torch
+from mpi4py import MPI
+from apts_mpi import APTSOptions, build_stage
+
+def make():
+    if MPI.COMM_WORLD.rank == 1:
+        sys.exit("no")
+    return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+build_stage(make, options=APTSOptions(layout="staged"))
+"""
+    (tmp_path / "program.py").write_text(text)
+    done = start(tmp_path, 2, [], module="program")
+    assert done.returncode != 0 and "has come to the end of its program" in done.stderr
+
+
 def test_input_that_cannot_be_used_is_told_once(tmp_path):
     """All ranks raise the same, and end by themselves."""
     done, took = run(tmp_path, 3, options="subdomains=1000")
@@ -104,7 +131,8 @@ except ValueError:
 """
     done, _ = run(tmp_path, 3, after=after)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "done 0", "done 1", "done 2"] and not done.stderr
+    # Lines of several ranks may meet.
+    assert done.stdout.count("done") == 3 and not done.stderr
 
 
 def test_solvers_on_other_communicators_do_not_meet(tmp_path):
