@@ -86,11 +86,10 @@ class Staged:
             segmented = keep_stage(places_of(network), self.stages, self.stages[own], lower_precision(options.autocast))
             vector = FlatParameters(network)
             layers = segmented.layers(vector)
-        names = self._limit_patience()
-        team = self.comm.group(own)
-        self.replica = self.comm.group(team.rank)
-        starts, all_layers = layers_of_stages(layers, len(vector.values), self.stages[own].start, self.replica)
+        leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
+        held = self.comm.collect((layers, len(vector.values)))
         with self.comm.shared_errors():
+            starts, all_layers = layers_of_stages(self.stages, [held[leader] for leader in leaders])
             asked = subdomains_asked_for(options, all_layers, len(self.stages))
             cuts, self.notes = cuts_of_stages(asked, self.stages, starts)
             first, last = starts[own], starts[own] + len(vector.values)
@@ -105,7 +104,9 @@ class Staged:
                 layers=layers,
                 subdomains=subdomains,
             )
-        leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
+        names = self._limit_patience()
+        team = self.comm.group(own)
+        self.replica = self.comm.group(team.rank)
         self.inner = InnerProducts(options.trust_region.norm, self.comm, leaders)
         team.share_tensors([vector.values, *network.buffers()])
         self.decomposition = Decomposition(

@@ -6,12 +6,10 @@ A stage is made of whole subdomains where it can be. Where it begins within one,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import Layer, Subdomain, make_subdomains, subdomains_at
 from apts_mpi.options import APTSOptions
-from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.stages import Stage
 
 
@@ -59,25 +57,22 @@ def modules_begun(layers: Sequence[Layer], subdomains: Sequence[Subdomain]) -> s
 
 
 def layers_of_stages(
-    layers: Sequence[Layer], size: int, first_segment: int, stages: Communicator
+    stages: Sequence[Stage], held: Sequence[tuple[Sequence[Layer], int]]
 ) -> tuple[list[int], list[Layer]]:
     """Where in the flat vector of all parameters each stage begins, and the layers of the whole network there.
 
-    Collective over the stages; each gives its layers, the number of its parameters and its first segment.
+    Parameters
+    ----------
+    stages, held
+        The stages, and for each its layers and the number of its parameters.
     """
     starts, found = [0], []
-    for own, count, segment in stages.collect((tuple(layers), size, first_segment)):
-        found += [
-            replace(
-                layer,
-                start=layer.start + starts[-1],
-                stop=layer.stop + starts[-1],
-                first_segment=layer.first_segment + segment,
-                last_segment=layer.last_segment + segment,
-            )
-            for layer in own
-        ]
-        starts.append(starts[-1] + count)
+    for stage, (layers, size) in zip(stages, held, strict=True):
+        for layer in layers:
+            start, stop = layer.start + starts[-1], layer.stop + starts[-1]
+            first, last = layer.first_segment + stage.start, layer.last_segment + stage.start
+            found.append(Layer(start, stop, first, last, layer.name))
+        starts.append(starts[-1] + size)
     return starts[:-1], found
 
 

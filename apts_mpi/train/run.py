@@ -33,7 +33,7 @@ from apts_mpi.train.resume import (
     replaces,
     run_directory,
 )
-from apts_mpi.train.same_subdomains import Asked, same_subdomains
+from apts_mpi.train.same_run import Asked, same_run
 from apts_mpi.train.saved_history import history_of
 from apts_mpi.train.signals import StopSignals
 from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
@@ -102,7 +102,7 @@ def run(
                 given, saved = options, checkpoint.metadata.get("configuration", "")
                 options, config = parse(arguments, saved)
                 asked = Asked(given, parse([], saved)[0], options)
-                options, notes = same_subdomains(asked, checkpoint, comm.size)
+                options, notes = same_run(asked, checkpoint, comm.size)
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
