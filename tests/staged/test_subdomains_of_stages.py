@@ -72,7 +72,8 @@ def replicated(chosen, network, batches=BATCHES):
 
 def assert_alike(found, expected):
     """Up to sums in another order, and what they leave of differences of losses."""
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    numbers = (torch.tensor(values, dtype=torch.float64) for values in (found, expected))
+    torch.testing.assert_close(*numbers, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.mpi
@@ -87,6 +88,18 @@ def test_the_iterates_depend_on_the_subdomains_alone(world, coarse, solver):
     assert solvers.holding.notes == [] and solvers.subdomains == number
     found = trace(solvers, BATCHES)
     assert_alike(found, replicated(chosen, uneven()))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.usefixtures("few_ranks")
+@pytest.mark.parametrize("solver", ["adam", "gauss-newton"])
+def test_subdomains_that_cut_layers(world, solver):
+    """Of a run with equal ranges of the vector that goes on in stages."""
+    chosen = staged(options(subdomains=6, partition="auto", initial_radius=0.2), coarse="gauss-newton", solver=solver)
+    chosen = replace(chosen, schwarz=replace(chosen.schwarz, cuts=(0, 100, 207, 300, 450, 590)))
+    solver = StagedAPTS(uneven(), cross_entropy, comm=world, options=chosen)
+    assert solver.holding.notes == []
+    assert_alike(trace(solver, BATCHES), replicated(chosen, uneven()))
 
 
 @pytest.mark.mpi(min_size=2)

@@ -53,7 +53,6 @@ def goes_on(world, directory, trained_on):
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 @pytest.mark.parametrize(
     ("first", "then", "arguments"),
     [
@@ -78,7 +77,6 @@ def test_staged_on_other_ranks(world, goes_on, first, then, arguments):
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 @pytest.mark.parametrize("then", [1, 2])
 def test_named_cuts_are_those_of_their_number_of_stages(world, goes_on, then):
     output = goes_on(3, then, [*STAGED, "--cuts=0.1.0,4.0.0", "--balance=cost"])
@@ -87,14 +85,10 @@ def test_named_cuts_are_those_of_their_number_of_stages(world, goes_on, then):
 
 
 @pytest.mark.mpi(min_size=4)
-@pytest.mark.parametrize(
-    ("first", "then", "replicas"),
-    [((4, 2), (2, 1), []), ((4, 2), (4, 1), []), ((3, 1), (4, 2), []), ((4, 2), (3, 1), [])],
-)
-def test_with_replicas(goes_on, first, then, replicas):
+@pytest.mark.parametrize(("first", "then"), [((4, 2), (2, 1)), ((4, 2), (4, 1)), ((3, 1), (4, 2)), ((4, 2), (3, 1))])
+def test_with_replicas(goes_on, first, then):
     """Each with a number of ranks and of replicas."""
-    begin = [*STAGED, "--subdomains=5", f"--replicas={first[1]}"]
-    output = goes_on(first[0], then[0], begin, f"--replicas={then[1]}", *replicas)
+    output = goes_on(first[0], then[0], [*STAGED, "--subdomains=5", f"--replicas={first[1]}"], f"--replicas={then[1]}")
     assert "note:" not in output
 
 
@@ -109,14 +103,12 @@ LAYOUTS = [
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 @pytest.mark.parametrize(("first", "then", "begin", "more"), LAYOUTS, ids=range(len(LAYOUTS)))
 def test_in_the_other_layout(goes_on, first, then, begin, more):
     assert "note:" not in goes_on(first, then, begin, *more)
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 def test_a_chain_of_layouts(world, directory, trained_on):
     """The local objective, left to ``auto``, is that of the run, whatever the layouts between."""
     line = [*STAGED, "--local.solver=kfac"]
@@ -142,7 +134,6 @@ def test_what_layout_staged_does_otherwise_is_said(world, directory, trained_on)
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -199,7 +190,6 @@ def test_the_same_command_line_again(world, directory, trained_on):
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 def test_other_subdomains_are_those_asked_for(world, directory, trained_on):
     trained_on(3, *STAGED, "--balance=cost", "--run-dir=begun", "--max-iterations=3")
     other = trained_on(2, *RESUMED, "--subdomains=4")
@@ -211,7 +201,6 @@ def test_other_subdomains_are_those_asked_for(world, directory, trained_on):
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.all_sizes
 def test_a_new_run_says_what_its_stages_cut(world, directory, trained_on):
     output = trained_on(3, *STAGED, "--subdomains=3", "--cuts=0.1.0,4.0.0", "--run-dir=run", "--max-iterations=1")
     note = (
