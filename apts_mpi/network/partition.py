@@ -167,7 +167,9 @@ def subdomains_at(
     """
     size = layers[-1].stop
     if cuts[-1] >= size:
-        raise InvalidInput(f"schwarz.cuts: {cuts[-1]} is not within the {size} parameters; give less")
+        raise InvalidInput(
+            f"schwarz.cuts: {cuts[-1]} is not within the {size} parameters; give cuts, or a checkpoint, of this network"
+        )
     within = [(cut, layer) for cut in cuts for layer in layers_between(layers, cut, cut + 1) if layer.start != cut]
     if kind == "layer" and within:
         cut, layer = within[0]
