@@ -209,7 +209,7 @@ class APTS:
         """
         arrays, metadata = self.holding.save(self.holding.schwarz.assembled if self._has_correction else None)
         known = {"evaluated": self._run is not None, "differentiated": self._has_gradient}
-        return arrays, metadata | known | {"state": asdict(self.state)}
+        return arrays, metadata | known | {"state": asdict(self.state), "composed": asdict(self.options)}
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
         """Take over network and state from a checkpoint of any number of ranks and subdomains. Collective.

@@ -14,7 +14,14 @@ from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSolver, Split
-from apts_mpi.network.partition import Layer, Subdomain, make_subdomains, most_subdomains, whole_subdomains
+from apts_mpi.network.partition import (
+    Layer,
+    Subdomain,
+    make_subdomains,
+    most_subdomains,
+    subdomains_at,
+    whole_subdomains,
+)
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions
@@ -114,6 +121,10 @@ def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
             f"schwarz.overlap: {schwarz.overlap} is for subdomains of parameters; with schwarz.decomposition data give "
             "0"
         )
+    if schwarz.cuts is not None:
+        raise InvalidInput(
+            f"schwarz.cuts: {schwarz.cuts} are for subdomains of parameters; with schwarz.decomposition data give null"
+        )
 
 
 def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], loss: Loss) -> LocalOptions:
@@ -170,13 +181,15 @@ def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int, 
     Raises
     ------
     InvalidInput
-        If the partition cannot make as many as the options ask for.
+        If the partition cannot make as many as the options ask for, or has none of the cuts.
     """
     schwarz = options.schwarz
     step = max(ranks // options.replicas, 1)
     count = options.subdomains or step
     if schwarz.decomposition == "data":
         return whole_subdomains(layers, count)
+    if schwarz.cuts is not None:
+        return subdomains_at(layers, schwarz.cuts, schwarz.partition, schwarz.overlap)
     partition: Literal["layer", "index"] = "index" if schwarz.partition == "index" else "layer"
     if options.subdomains is None:
         count = min(count, most_subdomains(layers, partition))

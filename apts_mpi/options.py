@@ -6,16 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from apts_mpi.errors import require, require_choice, require_choices, require_name
 
 LocalData = Literal["auto", "shard", "full"]
-
-
-def lower_precision(autocast: str) -> torch.dtype | None:
-    """What option ``autocast`` stands for."""
-    return None if autocast == "none" else getattr(torch, autocast)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +27,9 @@ class SchwarzOptions:
     partition
         ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``auto``: layer,
         but for dense Gauss-Newton where layers make blocks of more than 640 parameters.
+    cuts
+        Where in the flat vector of the parameters the subdomains begin, the first one at 0. null: by the partition,
+        or as saved where a run is resumed.
     overlap
         Layers (``layer``) or indices (``index``) that a subdomain takes from each neighbour.
     type
@@ -49,6 +45,7 @@ class SchwarzOptions:
     decomposition: Literal["parameters", "data"] = "parameters"
     variant: Literal["auto", "exact", "inexact"] = "auto"
     partition: Literal["auto", "layer", "index"] = "auto"
+    cuts: tuple[int, ...] | None = None
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
     local_data: LocalData = "auto"
@@ -56,6 +53,9 @@ class SchwarzOptions:
 
     def __post_init__(self) -> None:
         require_choices(self, "schwarz.")
+        cuts = self.cuts
+        rising = cuts is None or (cuts[:1] == (0,) and sorted({*cuts}) == list(cuts))
+        require(rising, "schwarz.cuts", cuts, "give rising numbers from 0 on, such as [0,120,260], or null")
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
 
@@ -178,10 +178,9 @@ class TrustRegionOptions:
             (self.eta1, self.shrink_below, self.eta2),
             "give 0 <= eta1 <= shrink_below <= eta2 < 1",
         )
-        factor = self.decrease_factor
-        require(0.0 < factor < 1.0, name + "decrease_factor", factor, "give a number in (0, 1)")
-        factor = self.increase_factor
-        require(1.0 < factor < math.inf, name + "increase_factor", factor, "give a finite number above 1")
+        small, large = self.decrease_factor, self.increase_factor
+        require(0.0 < small < 1.0, name + "decrease_factor", small, "give a number in (0, 1)")
+        require(1.0 < large < math.inf, name + "increase_factor", large, "give a finite number above 1")
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
         require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
 
@@ -342,6 +341,9 @@ class APTSOptions:
     def __post_init__(self) -> None:
         require_choices(self)
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
+        cuts = self.schwarz.cuts
+        alike = self.subdomains is None or cuts is None or self.subdomains == len(cuts)
+        require(alike, "subdomains", self.subdomains, f"schwarz.cuts {cuts} has another number; give one of the two")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
         require(self.seed >= 0, "seed", self.seed, "give 0 or more")
         limit = self.stall_timeout

@@ -16,19 +16,19 @@ from apts_mpi.defaults import compose, describe, may_be_dense, split_parameters
 from apts_mpi.local.registry import needs_evaluations, solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
-from apts_mpi.network.segments import Forward, SegmentedNetwork
+from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
-from apts_mpi.state.local_solvers import LocalSolvers
+from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -132,7 +132,9 @@ class Replicated:
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
         """See `apts_mpi.holding.Holding`."""
-        return load_solver(self._parts(), checkpoint, metadata)
+        correction, notes = load_solver(self._parts(), checkpoint, metadata)
+        others = other_subdomains(self.options, self.decomposition.subdomains, metadata["subdomains"])
+        return correction, [*others, *notes]
 
     def _arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
         return replicated_arrays({**tensors, **vectors}, self.comm)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from apts_mpi.network.places import Places
+from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
-from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state

@@ -1,5 +1,7 @@
 """Networks, batches and options that the tests share. All float64, so that tolerances can be tight."""
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -94,6 +96,15 @@ def classifier(seed=0, *, batch_norm=False, dropout=0.0, width=16):
     return nn.Sequential(*modules, nn.Linear(width, CLASSES)).double()
 
 
+def uneven(seed=0):
+    """Nine layers of 14 to 248 parameters in nested sequences: other numbers of parts are cut elsewhere."""
+    torch.manual_seed(seed)
+    widths = [FEATURES, 4, 20, 3, 9, 12, 2, 18, 7, CLASSES]
+    layers = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
+    parts = [nn.Sequential(layer, nn.Tanh()) for layer in layers[:-1]]
+    return nn.Sequential(nn.Sequential(*parts[:3]), *parts[3:6], nn.Sequential(*parts[6:]), layers[-1]).double()
+
+
 def classified(samples=SAMPLES, seed=1):
     """Inputs and class indices."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,8 +133,48 @@ def numbers(result):
     return [tuple(vars(step).values()) for step in judged]
 
 
-def problem():
+def problem(network=classifier):
     """A small problem for the command line, in the dtype that it asks for."""
     dtype = torch.get_default_dtype()
     data = [(inputs.to(dtype), targets) for inputs, targets in (classified(60), classified(30, seed=2))]
-    return classifier().to(dtype), cross_entropy, tuple(data)
+    return network().to(dtype), cross_entropy, tuple(data)
+
+
+def uneven_problem():
+    """The same with layers of very unequal sizes."""
+    return problem(uneven)
+
+
+def tied_problem():
+    """The same with two layers that share a tensor."""
+    return problem(tied)
+
+
+def tied():
+    """Eleven layers, the fifth and the sixth with one weight."""
+    first, second = nn.Linear(9, 9).double(), nn.Linear(9, 9).double()
+    second.weight = first.weight
+    parts = list(uneven())
+    return nn.Sequential(*parts[:2], first, nn.Tanh(), second, *parts[2:])
+
+
+def blocks_problem():
+    """The same with modules of several layers."""
+    return problem(blocks)
+
+
+def blocks():
+    """The nine layers, of which three and three are one module."""
+    layers = [module for module in uneven().modules() if isinstance(module, nn.Linear)]
+    return nn.Sequential(Block(*layers[:3]), Block(*layers[3:6]), *layers[6:])
+
+
+class Block(nn.Module):
+    """Three layers in one module."""
+
+    def __init__(self, first, second, third):
+        super().__init__()
+        self.first, self.second, self.third = first, second, third
+
+    def forward(self, inputs):
+        return torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(inputs))))))

@@ -26,6 +26,17 @@ def _is_trained(parameter: torch.nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.numel() > 0
 
 
+def trained_parameters(network: torch.nn.Module) -> list[tuple[Entry, torch.nn.Parameter]]:
+    """The trainable parameters in the order of the flat vector, and where they lie in it; their values are not read."""
+    found = []
+    start = 0
+    for name, parameter in network.named_parameters():
+        if _is_trained(parameter):
+            found.append((Entry(name, start, start + parameter.numel()), parameter))
+            start += parameter.numel()
+    return found
+
+
 class FlatParameters:
     """The trainable parameters of a network as one flat vector; they keep their names and shapes as views of it.
 
@@ -54,36 +65,31 @@ class FlatParameters:
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
-        named = [(name, parameter) for name, parameter in network.named_parameters() if _is_trained(parameter)]
-        if not named:
+        trained = trained_parameters(network)
+        if not trained:
             raise InvalidInput("network: it has no trainable parameter; give a network with requires_grad parameters")
-        first = named[0][1]
-        for name, parameter in named:
+        self.entries = tuple(entry for entry, _ in trained)
+        self.parameters = tuple(parameter for _, parameter in trained)
+        first = self.parameters[0]
+        for entry, parameter in trained:
             if parameter.dtype not in ADMITTED_DTYPES:
                 raise InvalidInput(
-                    f"network: parameter {name} has dtype {parameter.dtype}, which MPI cannot reduce; "
+                    f"network: parameter {entry.name} has dtype {parameter.dtype}, which MPI cannot reduce; "
                     "convert the network with network.float() or network.double()"
                 )
             if parameter.dtype != first.dtype or parameter.device != first.device:
                 raise InvalidInput(
-                    f"network: parameter {name} is {parameter.dtype} on {parameter.device}, {named[0][0]} is "
-                    f"{first.dtype} on {first.device}; convert the network to one dtype and device"
+                    f"network: parameter {entry.name} is {parameter.dtype} on {parameter.device}, "
+                    f"{self.entries[0].name} is {first.dtype} on {first.device}; convert the network to one dtype "
+                    "and device"
                 )
         self.network = network
-        self.parameters = tuple(parameter for _, parameter in named)
-        size = sum(parameter.numel() for parameter in self.parameters)
-        self.values = torch.empty(size, dtype=first.dtype, device=first.device)
+        self.values = torch.empty(self.entries[-1].stop, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros_like(self.values)
-        entries = []
-        start = 0
-        for name, parameter in named:
-            entry = Entry(name, start, start + parameter.numel())
+        for entry, parameter in trained:
             view = self.values[entry.start : entry.stop].view(parameter.shape)
             view.copy_(parameter.detach())
             parameter.data = view
-            entries.append(entry)
-            start = entry.stop
-        self.entries = tuple(entries)
         self._gradient_views = tuple(
             self.gradients[entry.start : entry.stop].view(parameter.shape)
             for entry, parameter in zip(self.entries, self.parameters, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -135,23 +136,60 @@ def make_subdomains(
         remedy = "; --schwarz.partition index makes more" if kind == "layer" else ""
         raise InvalidInput(f"subdomains: {count} is too many; the {kind} partition makes at most {most}{remedy}")
     if kind == "layer":
-        cuts = balanced_cuts([layer.stop - layer.start for layer in layers], count)
-        starts: Sequence[int] = [layer.start for layer in layers] + [layers[-1].stop]
+        starts = [
+            layers[item].start for item in balanced_cuts([layer.stop - layer.start for layer in layers], count)[:-1]
+        ]
     else:
-        cuts = [split(most, count, part)[0] for part in range(count)] + [most]
-        starts = range(most + 1)
-    return tuple(
-        _subdomain(
-            layers,
-            index,
-            owned=(starts[cuts[index]], starts[cuts[index + 1]]),
-            extended=(
-                starts[max(cuts[index] - overlap, 0)],
-                starts[min(cuts[index + 1] + overlap, cuts[-1])],
-            ),
+        starts = [split(most, count, part)[0] for part in range(count)]
+    return subdomains_at(layers, starts, kind, overlap)
+
+
+def subdomains_at(
+    layers: Sequence[Layer], cuts: Sequence[int], kind: Literal["auto", "layer", "index"], overlap: int
+) -> tuple[Subdomain, ...]:
+    """Split the parameters at given places.
+
+    Parameters
+    ----------
+    layers
+        As in `make_subdomains`.
+    cuts
+        Where in the flat vector subdomains begin, rising from 0.
+    kind
+        What the overlap is counted in; ``auto``: layers, where no cut is within one.
+    overlap
+        As in `make_subdomains`.
+
+    Raises
+    ------
+    InvalidInput
+        For a cut that is not within the vector, or with kind ``layer`` within a layer.
+    """
+    size = layers[-1].stop
+    if cuts[-1] >= size:
+        raise InvalidInput(
+            f"schwarz.cuts: {cuts[-1]} is not within the {size} parameters; give cuts, or a checkpoint, of this network"
         )
-        for index in range(count)
+    within = [(cut, layer) for cut in cuts for layer in layers_between(layers, cut, cut + 1) if layer.start != cut]
+    if kind == "layer" and within:
+        cut, layer = within[0]
+        raise InvalidInput(
+            f"schwarz.cuts: {cut} is within layer {layer.name!r}, from {layer.start} to {layer.stop}; give where "
+            "layers begin, or --schwarz.partition index"
+        )
+    by_index = kind == "index" or within
+    edges: Sequence[int] = range(size + 1) if by_index else [*(layer.start for layer in layers), size]
+    owned = itertools.pairwise([*cuts, size])
+    return tuple(
+        _subdomain(layers, index, owned=(start, stop), extended=_extend(edges, start, stop, overlap))
+        for index, (start, stop) in enumerate(owned)
     )
+
+
+def _extend(edges: Sequence[int], start: int, stop: int, overlap: int) -> tuple[int, int]:
+    """The range between two of the edges, and so many units between edges more on either side, as far as there are."""
+    first, last = bisect_left(edges, start), bisect_left(edges, stop)
+    return edges[max(first - overlap, 0)], edges[min(last + overlap, len(edges) - 1)]
 
 
 def _subdomain(layers: Sequence[Layer], index: int, owned: tuple[int, int], extended: tuple[int, int]) -> Subdomain:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of
-from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.parameters import Entry, FlatParameters
 from apts_mpi.network.partition import Layer
 from apts_mpi.tools.environment import random_state, set_random_state
 
 Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+
+
+def lower_precision(autocast: str) -> torch.dtype | None:
+    """What option ``autocast`` stands for."""
+    return None if autocast == "none" else getattr(torch, autocast)
 
 
 class SegmentedNetwork:
@@ -97,30 +102,8 @@ class SegmentedNetwork:
         return len(self.segments)
 
     def layers(self, vector: FlatParameters) -> tuple[Layer, ...]:
-        """The layers that `make_subdomains` cuts between: modules that hold parameters of their own.
-
-        A layer extends over the segments without parameters that follow it. A tensor that several segments share
-        makes its layer extend to the last of them.
-        """
-        users: dict[int, list[int]] = {}
-        for index, module in enumerate(self.segments):
-            for parameter in module.parameters():
-                users.setdefault(id(parameter), []).append(index)
-        layers: list[Layer] = []
-        for entry, parameter in zip(vector.entries, vector.parameters, strict=True):
-            owner = entry.name.rpartition(".")[0]
-            used = users[id(parameter)]
-            if layers and layers[-1].name == owner:
-                before = layers.pop()
-                used = [*used, before.first_segment, before.last_segment]
-                layers.append(Layer(before.start, entry.stop, min(used), max(used), owner))
-            else:
-                layers.append(Layer(entry.start, entry.stop, min(used), max(used), owner))
-        nexts = [layer.first_segment for layer in layers[1:]] + [len(self)]
-        return tuple(
-            dataclasses.replace(layer, last_segment=max(layer.last_segment, following - 1))
-            for layer, following in zip(layers, nexts, strict=True)
-        )
+        """The layers of the network whose parameters are in a vector, see `layers_of`."""
+        return layers_of(self.segments, list(zip(vector.entries, vector.parameters, strict=True)))
 
     def measure(self, inputs: Bundle, part: bool = False) -> None:
         """Count the multiplications of each segment on a few samples, once, for `share`.
@@ -151,6 +134,42 @@ class SegmentedNetwork:
         """Share of the network's multiplications in segments ``first`` to ``last``."""
         assert self._counts is not None
         return sum(count / self.multiplications for count in self._counts[first : last + 1])
+
+
+def layers_of(
+    segments: Sequence[torch.nn.Module], trained: Sequence[tuple[Entry, torch.nn.Parameter]]
+) -> tuple[Layer, ...]:
+    """The layers that `make_subdomains` cuts between: modules that hold parameters of their own.
+
+    A layer extends over the segments without parameters that follow it. A tensor that several segments share makes its
+    layer extend to the last of them.
+
+    Parameters
+    ----------
+    segments
+        Of a network.
+    trained
+        Its `trained_parameters`.
+    """
+    users: dict[int, list[int]] = {}
+    for index, module in enumerate(segments):
+        for parameter in module.parameters():
+            users.setdefault(id(parameter), []).append(index)
+    layers: list[Layer] = []
+    for entry, parameter in trained:
+        owner = entry.name.rpartition(".")[0]
+        used = users[id(parameter)]
+        if layers and layers[-1].name == owner:
+            before = layers.pop()
+            used = [*used, before.first_segment, before.last_segment]
+            layers.append(Layer(before.start, entry.stop, min(used), max(used), owner))
+        else:
+            layers.append(Layer(entry.start, entry.stop, min(used), max(used), owner))
+    nexts = [layer.first_segment for layer in layers[1:]] + [len(segments)]
+    return tuple(
+        dataclasses.replace(layer, last_segment=max(layer.last_segment, following - 1))
+        for layer, following in zip(layers, nexts, strict=True)
+    )
 
 
 class CalledNetwork(torch.nn.Module):

@@ -9,12 +9,15 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.parameters import trained_parameters
+from apts_mpi.network.segments import layers_of
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
 from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of
+from apts_mpi.staged.subdomains import modules_begun, subdomains_asked_for
 
 Made = TypeVar("Made")
 
@@ -91,9 +94,15 @@ def check_staged(options: APTSOptions) -> None:
 def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: torch.Tensor | None) -> list[Stage]:
     """The stages of a network on so many ranks, one for each rank of a replica."""
     places = places_of(network)
+    stages = ranks // options.replicas
+    beginnings = None
+    if options.subdomains is not None or options.schwarz.cuts is not None:
+        layers = layers_of([place.module for place in places], trained_parameters(network))
+        subdomains = subdomains_asked_for(options, layers, stages) if layers else None
+        beginnings = None if subdomains is None else modules_begun(layers, subdomains)
     costs = None
     if options.pipeline.balance == "cost" and options.pipeline.cuts is None:
         if sample is None:
             raise InvalidInput("balance: 'cost' needs a sample of the inputs; give sample=, or choose parameters")
         costs = multiplications(places, sample)
-    return cut(places, ranks // options.replicas, options.pipeline, costs)
+    return cut(places, stages, options.pipeline, costs, beginnings)

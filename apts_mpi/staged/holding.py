@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.local.registry import solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
-from apts_mpi.network.partition import Layer, Subdomain, make_subdomains
+from apts_mpi.network.partition import subdomains_at
+from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import APTSOptions, lower_precision
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
@@ -36,7 +37,8 @@ from apts_mpi.staged.pipeline import Pipeline
 from apts_mpi.staged.rows import StagedGaussNewtonRows
 from apts_mpi.staged.stages import Stage, keep_stage, places_of, stages_of
 from apts_mpi.staged.state import Extent, StagePart, make_arrays
-from apts_mpi.state.local_solvers import LocalSolvers
+from apts_mpi.staged.subdomains import cuts_of_stages, layers_of_stages, subdomains_asked_for
+from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
@@ -62,6 +64,8 @@ class Staged:
         The ranks that hold the stages of this replica.
     processes : list of str
         For each rank, its stage and its process, in words.
+    notes : list of str
+        What of the subdomains is other than asked for, as the stages cannot be made of whole ones; one sentence each.
     """
 
     def __init__(
@@ -76,16 +80,23 @@ class Staged:
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
-            count = options.subdomains or max(self.comm.size // options.replicas, 1)
-            self._teams = Teams(self.comm.size, count, options.replicas)
+            self._teams = Teams(self.comm.size, max(self.comm.size // options.replicas, 1), options.replicas)
             is_whole, given = stages_of(places_of(network)) is None, structure(network)
             self.stages = self._find_stages(options, sample)
             own = self._teams.team_of(self.comm.rank)
             segmented = keep_stage(places_of(network), self.stages, self.stages[own], lower_precision(options.autocast))
             vector = FlatParameters(network)
             layers = segmented.layers(vector)
-            subdomains = self._split(layers, self.stages[own])
-            schwarz = replace(options.schwarz, variant="inexact", partition="layer", local_data="full")
+        leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
+        held = self.comm.collect((layers, len(vector.values)))
+        with self.comm.shared_errors():
+            starts, all_layers = layers_of_stages(self.stages, [held[leader] for leader in leaders])
+            asked = subdomains_asked_for(options, all_layers, len(self.stages))
+            cuts, self.notes = cuts_of_stages(asked, self.stages, starts)
+            first, last = starts[own], starts[own] + len(vector.values)
+            within = [cut - first for cut in cuts if first <= cut < last]
+            subdomains = subdomains_at(layers, within, "auto", 0)
+            schwarz = replace(options.schwarz, variant="inexact", local_data="full")
             self.options = options = compose(
                 replace(options, schwarz=schwarz),
                 network=network,
@@ -99,11 +110,10 @@ class Staged:
         names = self._limit_patience()
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
-        leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
         self.inner = InnerProducts(options.trust_region.norm, self.comm, leaders)
         team.share_tensors([vector.values, *network.buffers()])
         self.decomposition = Decomposition(
-            subdomains, layers, Teams(team.size, len(subdomains), team.size), team, team, count
+            subdomains, layers, Teams(team.size, len(subdomains), team.size), team, team, len(cuts)
         )
         whole_layers = solver_class(options.local.solver).whole_layers
         recorded = self.decomposition.modules_carried(network) if whole_layers else ()
@@ -138,22 +148,7 @@ class Staged:
                 f"network: it was cut into {len(stages)} stages before; make it again for {ranks} ranks with "
                 f"{replicas} replicas"
             )
-        if self._teams.subdomains < len(stages):
-            raise InvalidInput(
-                f"subdomains: {self._teams.subdomains} is too few for {len(stages)} stages, which have one each at "
-                "least; give more, or start fewer ranks"
-            )
         return stages
-
-    def _split(self, layers: Sequence[Layer], stage: Stage) -> tuple[Subdomain, ...]:
-        """The subdomains of this stage."""
-        own = len(self._teams.subdomains_of(stage.index))
-        if own > len(layers):
-            raise InvalidInput(
-                f"subdomains: {self._teams.subdomains} on {len(self.stages)} stages are {own} for {stage}, which has "
-                f"{len(layers)} layers with parameters; give fewer, or other --cuts"
-            )
-        return make_subdomains(layers, own, "layer", 0)
 
     def _limit_patience(self) -> list[str]:
         """Wait for others only as long as they give signs. Returns names of all ranks, in words."""
@@ -208,7 +203,9 @@ class Staged:
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
         """See `apts_mpi.holding.Holding`."""
         others = set(self._names) - set(named_tensors(self.network))
-        return load_solver(self._parts(), StagePart(checkpoint, self._extent, others), metadata)
+        correction, notes = load_solver(self._parts(), StagePart(checkpoint, self._extent, others), metadata)
+        others_now = other_subdomains(self.options, self._extent.subdomains, metadata["subdomains"])
+        return correction, [*self.notes, *others_now, *notes]
 
     def _arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
         return make_arrays(tensors, vectors, self._extent, self.decomposition.leads, self.comm)

@@ -37,8 +37,8 @@ class StagedAPTS(APTS):
     Attributes
     ----------
     holding : Staged
-        What this rank holds; its ``stages`` are all stages, and its ``processes``, for each rank, its stage and its
-        process, in words.
+        What this rank holds; its ``stages`` are all stages, its ``processes``, for each rank, its stage and its process
+        in words, and its ``notes`` what of the subdomains is other than asked for; `load` returns these as well.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,13 @@ def _places(prefix: str, sequence: nn.Sequential) -> Iterator[Place]:
             yield Place(prefix + key, sequence, key)
 
 
-def cut(places: Sequence[Place], stages: int, options: PipelineOptions, costs: Sequence[float] | None) -> list[Stage]:
+def cut(
+    places: Sequence[Place],
+    stages: int,
+    options: PipelineOptions,
+    costs: Sequence[float] | None,
+    beginnings: Collection[int] | None = None,
+) -> list[Stage]:
     """The stages.
 
     Parameters
@@ -100,6 +106,8 @@ def cut(places: Sequence[Place], stages: int, options: PipelineOptions, costs: S
         Named cuts, or what to balance.
     costs
         Cost of each module; None takes the number of its parameters.
+    beginnings
+        Modules with which subdomains begin; balanced stages begin with others only where these are too few. None: all.
 
     Raises
     ------
@@ -117,10 +125,11 @@ def cut(places: Sequence[Place], stages: int, options: PipelineOptions, costs: S
                 f"layout: 'staged' on {stages} stages needs as many modules with parameters, and the network has "
                 f"{len(heads)} in its sequence; start fewer ranks, or give --replicas"
             )
-        edges = [0, *heads[1:], len(places)]
         weights = sizes if costs is None else costs
-        groups = [sum(weights[start:stop]) for start, stop in itertools.pairwise(edges)]
-        starts = [edges[index] for index in balanced_cuts(groups, stages)[:-1]]
+        possible = [0, *heads[1:]]
+        if beginnings is not None:
+            possible = _whole_subdomains(places, possible, beginnings, weights, stages)
+        starts = _balance([*possible, len(places)], weights, stages)
     edges = [*starts, len(places)]
     found = [
         Stage(index, start, stop, (places[start].name, places[stop - 1].name))
@@ -128,6 +137,40 @@ def cut(places: Sequence[Place], stages: int, options: PipelineOptions, costs: S
     ]
     _check_untied(places, found)
     return found
+
+
+def _balance(edges: Sequence[int], weights: Sequence[float], parts: int) -> list[int]:
+    """The edges with which so many parts begin, of which the heaviest is as light as can be."""
+    groups = [sum(weights[start:stop]) for start, stop in itertools.pairwise(edges)]
+    return [edges[index] for index in balanced_cuts(groups, parts)[:-1]]
+
+
+def _whole_subdomains(
+    places: Sequence[Place], heads: Sequence[int], beginnings: Collection[int], weights: Sequence[float], stages: int
+) -> list[int]:
+    """The heads with which subdomains begin; where these are too few, the heaviest parts between them are halved."""
+    crossed = _crossed(places)
+    untied = [head for head in heads if head not in crossed]
+    heads = untied if len(untied) >= stages else heads
+    edges = sorted({0, *(head for head in heads if head in beginnings), len(places)})
+    while len(edges) <= stages:
+        within = {
+            (start, stop): [head for head in heads if start < head < stop] for start, stop in itertools.pairwise(edges)
+        }
+        start, stop = max((span for span in within if within[span]), key=lambda span: sum(weights[slice(*span)]))
+        edges.append(_balance([start, *within[start, stop], stop], weights, 2)[1])
+        edges.sort()
+    return edges[:-1]
+
+
+def _crossed(places: Sequence[Place]) -> set[int]:
+    """The places where no stage can begin, as modules before and after share a parameter."""
+    first: dict[int, int] = {}
+    crossed: set[int] = set()
+    for index, place in enumerate(places):
+        for parameter in place.module.parameters():
+            crossed.update(range(first.setdefault(id(parameter), index) + 1, index + 1))
+    return crossed
 
 
 def _named_starts(places: Sequence[Place], heads: Sequence[int], stages: int, cuts: Sequence[str]) -> list[int]:

@@ -8,7 +8,7 @@ that were saved take what they need from the saved owners.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.local.solver import LayerState, LocalSolver, LocalState
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.state.tensors import Source, to_numpy
 
@@ -121,7 +122,7 @@ def _place(layer: str, number: int) -> str:
 
 def load_local_solvers(local: LocalSolvers, source: Source, records: Sequence[dict[str, Any]]) -> list[str]:
     """Give the local solvers of this rank what `save_local_solvers` has saved; return what could not be given."""
-    same = [_extent(record) for record in records] == [_extent(asdict(part)) for part in local.subdomains]
+    same = _extents(records) == _extents(map(asdict, local.subdomains))
     if not same and not all(solver.divisible for solver in local.solvers.values()):
         return [f"the state of local solver {local.name} is dropped: it belongs to the saved subdomains, others now"]
     for index, solver in local.solvers.items():
@@ -130,8 +131,23 @@ def load_local_solvers(local: LocalSolvers, source: Source, records: Sequence[di
     return []
 
 
-def _extent(record: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(record[name] for name in ("start", "stop", "owned_start", "owned_stop"))
+def other_subdomains(
+    options: APTSOptions, subdomains: Sequence[Subdomain], records: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Say, in a list, that subdomains are others than the saved ones; where another number was asked for, nothing."""
+    asked = options.subdomains is not None or options.schwarz.cuts is not None
+    pairs = itertools.zip_longest(_extents(map(asdict, subdomains)), _extents(records))
+    other = next((index for index, (now, saved) in enumerate(pairs) if now != saved), None)
+    if other is None or (asked and len(subdomains) != len(records)):
+        return []
+    return [
+        f"the subdomains are others than the saved ones, {len(subdomains)} for {len(records)}, from number {other} on: "
+        "what follows is another run"
+    ]
+
+
+def _extents(records: Iterable[Mapping[str, Any]]) -> list[tuple[int, ...]]:
+    return [tuple(record[name] for name in ("start", "stop", "owned_start", "owned_stop")) for record in records]
 
 
 class _Reader:

@@ -13,14 +13,13 @@ from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
-from apts_mpi.network.segments import Forward, SegmentedNetwork
+from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import lower_precision
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.state.tensors import (
     load_network,

@@ -149,7 +149,8 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
         problem.network, problem.loss, comm=world, options=options.solver_options(), sample=problem.train[0]
     )
     outputs = functools.partial(_staged_outputs, solver)
-    return Method(solver, outputs, part=solver.holding.replica.rank, places="\n".join(solver.holding.processes))
+    held = solver.holding
+    return Method(solver, outputs, held.replica.rank, "\n".join(held.processes), held.notes)
 
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
@@ -71,14 +70,6 @@ def place(options: TrainingOptions) -> Path:
 def has_checkpoint(directory: Path) -> bool:
     """Whether there is a file that looks like one."""
     return any(directory.glob("step-*.h5"))
-
-
-def same_subdomains(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
-    """As many subdomains as before, however many ranks there are now: the run stays the same."""
-    solver = checkpoint.metadata.get("solver", {})
-    if options.subdomains is not None or "subdomains" not in solver:
-        return options
-    return replace(options, subdomains=len(solver["subdomains"]))
 
 
 def run_directory(options: TrainingOptions, problem: str, checkpoint: Checkpoint | None) -> Path:

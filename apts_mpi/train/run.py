@@ -34,8 +34,8 @@ from apts_mpi.train.resume import (
     open_earlier,
     replaces,
     run_directory,
-    same_subdomains,
 )
+from apts_mpi.train.same_run import Asked, same_run
 from apts_mpi.train.saved_history import history_of
 from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
 from apts_mpi.train.trace import Trace
@@ -106,8 +106,12 @@ def run(
         if checkpoint is not None:
             stack.enter_context(checkpoint)
             with comm.shared_errors():
-                options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
-                options = same_subdomains(options, checkpoint)
+                given, saved = options, checkpoint.metadata.get("configuration", "")
+                options, config = parse(arguments, saved)
+                asked = Asked(given, parse([], saved)[0], options)
+                options, notes = same_run(asked, checkpoint, comm.size)
+            for note in notes:
+                tell(f"note: {note}")
         with comm.shared_errors():
             if options.tensorboard and comm.rank == 0:
                 check_tensorboard()
@@ -153,9 +157,9 @@ def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: T
     """Go on where the checkpoint left the run, and say what is to be said at its beginning. Collective."""
     if training.places:
         tell(training.places)
+    for notice in training.notes if checkpoint is None else training.load(checkpoint):
+        tell(f"note: {notice}")
     if checkpoint is not None:
-        for notice in training.load(checkpoint):
-            tell(f"note: {notice}")
         tell(f"resumed after iteration {training.progress.iteration} from {checkpoint.path}")
     if view:
         tell(training.solver.describe())

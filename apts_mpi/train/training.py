@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,12 +45,15 @@ class Method:
         Ranks with the same one share the tensors of their part of the network.
     places : str
         Where the parts are, for those who watch; empty where all ranks hold all.
+    notes : sequence of str
+        What of a new run is other than asked for, one sentence each; a resumed one has them from `Training.load`.
     """
 
     solver: APTS | DataParallel
     outputs: Outputs
     part: int = 0
     places: str = ""
+    notes: Sequence[str] = ()
 
 
 class Training:
@@ -71,7 +74,7 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
-    places : str
+    places, notes
         See `Method`.
     """
 
@@ -90,6 +93,7 @@ class Training:
         self._metrics = Metrics(problem, self.comm, method.outputs)
         self._part = method.part
         self.places = method.places
+        self.notes = method.notes
         self._resumed = False
         self._is_out_of_time = False
         self._last: StepResult | BaselineResult | None = None

@@ -37,11 +37,14 @@ def read(monkeypatch):
     ids=["kfac", "adam", "tr", "data", "first-order global step"],
 )
 def test_an_iteration_reads_one_record_and_the_coarse_model(world, read, options, judged):
-    """A record a judged step; of the coarse level its matrices in one, and on rank 0 the length of its step."""
+    """A record a judged step; of the coarse level its matrices in one, and on rank 0 the length of its step.
+
+    And before the local solves, whose state lasts, whether the gradient is finite.
+    """
     solver = APTS(classifier(), cross_entropy, comm=world, options=options)
     solver.step(classified())
     read.clear()
     solver.step(classified(seed=3))
-    assert read.count("tolist") == judged
+    assert read.count("tolist") == judged + 1
     coarse = ["cpu", "__float__"] if world.rank == 0 else ["cpu"]
     assert sorted(name for name in read if name != "tolist") == sorted(coarse)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,11 @@ OPTIONS = {
 def test_it_is_saved_again_as_it_was(layout):
     """Taken over and saved without an iteration in between, every array has the same bits; either layout's file is."""
     (path,) = (FILES / layout).glob("*.h5")
-    solver = make_solver(MPI.COMM_SELF, OPTIONS[layout])
     with Checkpoint(path) as before:
+        # Stages were cut elsewhere than the subdomains of a whole network are.
+        cuts = tuple(record["owned_start"] for record in before.metadata["solver"]["subdomains"])
+        chosen = OPTIONS[layout]
+        solver = make_solver(MPI.COMM_SELF, replace(chosen, schwarz=replace(chosen.schwarz, cuts=cuts)))
         assert solver.load(before, before.metadata["solver"]) == []
         arrays, metadata = solver.save()
         # A correction waits for its batch; the history is the run's.
@@ -61,9 +65,7 @@ def test_it_is_saved_again_as_it_was(layout):
         for array in arrays:
             (slab,) = array.slabs
             assert np.array_equal(slab.values, before.read(array.name)), array.name
-        # Stages are cut elsewhere than the subdomains of a whole network.
-        same = ["subdomains"] if layout == "replicated" else []
-        for name in ("coarse", "global_step", "local_solver", *same):
+        for name in ("coarse", "global_step", "local_solver", "subdomains"):
             assert json.loads(json.dumps(metadata[name])) == before.metadata["solver"][name]
         # That version counted no skipped batches.
         assert metadata["state"] == before.metadata["solver"]["state"] | {"skipped": 0}

@@ -29,30 +29,20 @@ def line():
     return nn.Linear(3, 1), nn.functional.mse_loss, (inputs, inputs @ torch.tensor([[1.0], [2.0], [3.0]]))
 
 
-def far(outputs, targets):
-    """Zero, with a zero gradient, for what is beyond its margin: as triplet and hinge losses."""
-    return (1.0 - outputs[:, 0] * targets).clamp(min=0.0).mean()
+class Cube(nn.Module):
+    """Infinite for large inputs."""
+
+    def forward(self, inputs):
+        return inputs**3
 
 
-def partly_solved():
-    """Every third batch, of those in their order, has its samples far on their side."""
-    torch.manual_seed(1)
-    network = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(240, 3, generator=generator)
-    return network, far, (inputs, torch.where(inputs.prod(dim=1) > 0.0, 1.0, -1.0))
-
-
-def bad_now_and_then():
-    """The loss of every fourth call with gradients is no number."""
-    calls = []
-
-    def loss(outputs, targets):
-        calls.append(torch.is_grad_enabled())
-        value = cross_entropy(outputs, targets)
-        return value * float("nan") if sum(calls) % 4 == 3 and len(calls) > 6 and torch.is_grad_enabled() else value
-
-    return classifier(), loss, classified()
+def one_sample_too_large():
+    """The loss of each batch with one sample is no number; it comes last in the first epoch."""
+    torch.manual_seed(0)
+    inputs, targets = classified(120)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    inputs[order[-1], 0] = 1e200
+    return nn.Sequential(Cube(), *classifier()), cross_entropy, (inputs, targets)
 
 
 def summary(directory):
@@ -88,24 +78,16 @@ def test_least_squares_to_the_last_digit(world, directory, trained):
         assert history(directory / "run")[-1]["train_loss"] < 1e-28
 
 
-def test_batches_that_are_solved_do_no_harm(directory, trained):
-    """Radius and damping are those of the other batches: the loss goes down to where most are solved."""
-    trained(
-        *OPTIONS[:-1], "--problem=test_convergence:partly_solved", "--epochs=60", "--batch-size=8", "--subdomains=2"
-    )
-    found = summary(directory)
-    assert found["skipped_steps"] > 50 and found["train_loss"] < 0.15
-
-
 def test_batches_that_are_no_numbers_do_no_harm(directory, trained):
-    trained(*OPTIONS[:-1], "--problem=test_convergence:bad_now_and_then", "--epochs=30", "--batch-size=20",
+    """One of six each epoch."""
+    trained(*OPTIONS[:-1], "--problem=test_convergence:one_sample_too_large", "--epochs=20", "--batch-size=20",
             "--subdomains=3")  # fmt: skip
     found = summary(directory)
-    assert found["skipped_steps"] > 10 and found["accepted_steps"] > 3 * found["skipped_steps"] / 2
+    assert found["skipped_steps"] == 20
     records = [record for record in history(directory / "run") if "rho" in record]
     assert all(record["next_radius"] == record["radius"] for record in records if record["skipped"])
-    assert records[-1]["radius"] > 1e-3
-    assert found["train_loss"] < 0.8
+    losses = [record["loss"] for record in records if not record["skipped"]]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 def test_run_that_converged_is_the_one_that_was_resumed(directory, trained):
