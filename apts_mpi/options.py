@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from apts_mpi.errors import require, require_choice, require_choices, require_name
+from apts_mpi.errors import require, require_choice, require_fields, require_name
 
 LocalData = Literal["auto", "shard", "full"]
 
@@ -55,7 +55,7 @@ class SchwarzOptions:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choices(self, "schwarz.")
+        require_fields(self, "schwarz.")
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
 
@@ -101,7 +101,7 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choices(self, "local.")
+        require_fields(self, "local.")
         require_name("local.solver", self.solver, LOCAL_SOLVERS)
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
         require(
@@ -158,7 +158,7 @@ class TrustRegionOptions:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choices(self, "trust_region.")
+        require_fields(self, "trust_region.")
         name = "trust_region."
         require(
             0.0 < self.min_radius < self.max_radius < math.inf,
@@ -207,7 +207,7 @@ class GlobalStepOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choices(self, "global_step.")
+        require_fields(self, "global_step.")
 
 
 # Targets that are enough for the curvature between a few columns of the coarse level. 0.45 of a batch of 256 were not:
@@ -252,7 +252,7 @@ class CoarseOptions:
     norm: Literal["auto", "2", "scaled"] = "auto"
 
     def __post_init__(self) -> None:
-        require_choices(self, "coarse.")
+        require_fields(self, "coarse.")
         require_name("coarse.space", self.space, (SUBDOMAINS,))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
@@ -295,7 +295,7 @@ class PipelineOptions:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        require_choices(self, "pipeline.")
+        require_fields(self, "pipeline.")
         require(self.micro_batches >= 1, "pipeline.micro_batches", self.micro_batches, "give 1 or more")
 
 
@@ -340,7 +340,7 @@ class APTSOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_fields(self)
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
         require(self.seed >= 0, "seed", self.seed, "give 0 or more")
