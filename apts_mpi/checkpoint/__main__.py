@@ -20,15 +20,17 @@ from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.directory import resolve
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
+from apts_mpi.checkpoint.values import check_finite
 from apts_mpi.checkpoint.writers import write_file
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, shortened
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
 FOUND, ERROR = 1, 2
 
 # What of a checkpoint makes the `state_dict` of a network.
-STATE = ("parameters/", "buffers/")
+PARAMETERS = "parameters/"
+STATE = (PARAMETERS, "buffers/")
 
 # Characters of one metadata value that are shown.
 SHOWN = 60
@@ -67,8 +69,8 @@ def info(console: Console, files: Sequence[Path]) -> int:
             say(console, f"{path}, step {checkpoint.step}")
             console.print(table)
             for key, value in checkpoint.metadata.items():
-                text = json.dumps(value)
-                say(console, f"{key}: {text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}")
+                # As JSON has it, a name shows nothing but its characters.
+                say(console, f"{shortened(json.dumps(key)[1:-1], SHOWN)}: {shortened(json.dumps(value), SHOWN)}")
     return 0
 
 
@@ -79,6 +81,9 @@ def verify(console: Console, files: Sequence[Path]) -> int:
         try:
             with Checkpoint(path) as checkpoint:
                 checkpoint.verify()
+                for name in checkpoint.names:
+                    if name.startswith(PARAMETERS):
+                        check_finite(path, name, checkpoint.read(name))
             say(console, f"{path}: ok")
         except InvalidInput as error:
             say(console, str(error))
@@ -121,7 +126,7 @@ def to_torch(console: Console, files: Sequence[Path]) -> int:
     with Checkpoint(source) as checkpoint:
         checkpoint.verify()
         state = {
-            name.removeprefix(prefix): torch.from_numpy(checkpoint.read(name))
+            name.removeprefix(prefix): as_tensor(checkpoint, name)
             for prefix in STATE
             for name in checkpoint.names
             if name.startswith(prefix)
@@ -132,6 +137,15 @@ def to_torch(console: Console, files: Sequence[Path]) -> int:
         torch.save(state, temporary)
     say(console, f"{target}: {len(state)} tensors")
     return 0
+
+
+def as_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """An array for torch, or `InvalidInput` where that lacks its type."""
+    values = checkpoint.read(name)
+    try:
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise InvalidInput(f"{checkpoint.path}: {name} is {values.dtype}, which torch lacks; leave it out") from error
 
 
 def from_torch(console: Console, files: Sequence[Path]) -> int:

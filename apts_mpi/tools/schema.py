@@ -27,6 +27,11 @@ def allow(condition: bool, place: str, value: object, wanted: str) -> None:
         raise InvalidInput(f"{place.removesuffix(':')}: {shown(value)} is not allowed there; it has to be {wanted}")
 
 
+def anything(value: Any, place: str) -> Any:
+    """Any value: of what is checked elsewhere."""
+    return value
+
+
 def flag(value: Any, place: str) -> bool:
     """True or false."""
     allow(isinstance(value, bool), place, value, "true or false")
@@ -36,6 +41,12 @@ def flag(value: Any, place: str) -> bool:
 def text(value: Any, place: str) -> str:
     """A text."""
     allow(isinstance(value, str), place, value, "a text")
+    return value
+
+
+def line(value: Any, place: str) -> str:
+    """A text that can be shown on a line."""
+    allow(isinstance(value, str) and value.isprintable(), place, value, "a text of one line")
     return value
 
 
