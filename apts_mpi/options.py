@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +10,10 @@ import torch
 from apts_mpi.errors import require, require_choice, require_fields, require_name
 
 LocalData = Literal["auto", "shard", "full"]
+
+
+# Streams of random numbers are numbered from it in 64 bits.
+LARGEST_SEED = 2**40
 
 
 def lower_precision(autocast: str) -> torch.dtype | None:
@@ -104,9 +107,8 @@ class LocalOptions:
         require_fields(self, "local.")
         require_name("local.solver", self.solver, LOCAL_SOLVERS)
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
-        require(
-            self.damping is None or self.damping > 0.0, "local.damping", self.damping, "give a number above 0, or null"
-        )
+        damping = self.damping
+        require(damping is None or damping > 0.0, "local.damping", damping, "give a number above 0, or null")
         require(0.0 <= self.decay < 1.0, "local.decay", self.decay, "give a number in [0, 1)")
         require(self.refresh >= 1, "local.refresh", self.refresh, "give 1 or more")
 
@@ -161,10 +163,10 @@ class TrustRegionOptions:
         require_fields(self, "trust_region.")
         name = "trust_region."
         require(
-            0.0 < self.min_radius < self.max_radius < math.inf,
+            0.0 < self.min_radius < self.max_radius,
             name + "min_radius, max_radius",
             (self.min_radius, self.max_radius),
-            "give 0 < min_radius < max_radius, both finite",
+            "give 0 < min_radius < max_radius",
         )
         require(
             self.initial_radius is None or self.min_radius <= self.initial_radius <= self.max_radius,
@@ -181,9 +183,9 @@ class TrustRegionOptions:
         factor = self.decrease_factor
         require(0.0 < factor < 1.0, name + "decrease_factor", factor, "give a number in (0, 1)")
         factor = self.increase_factor
-        require(1.0 < factor < math.inf, name + "increase_factor", factor, "give a finite number above 1")
+        require(factor > 1.0, name + "increase_factor", factor, "give a number above 1")
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
-        require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
+        require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
 
 
 GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
@@ -343,6 +345,6 @@ class APTSOptions:
         require_fields(self)
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
-        require(self.seed >= 0, "seed", self.seed, "give 0 or more")
+        require(0 <= self.seed < LARGEST_SEED, "seed", self.seed, f"give 0 or more, below {LARGEST_SEED}")
         limit = self.stall_timeout
-        require(limit is None or 0.0 < limit < math.inf, "stall_timeout", limit, "give seconds above 0, or null")
+        require(limit is None or limit > 0.0, "stall_timeout", limit, "give seconds above 0, or null")

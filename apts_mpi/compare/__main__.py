@@ -17,7 +17,7 @@ from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import FILE_WIDTH, INTERRUPTED, USAGE, add_version, say
 from apts_mpi.tools.jobs import check_can_start
-from apts_mpi.train.parser import spell
+from apts_mpi.train.parser import short_message, spell
 
 PROGRAM = "apts_mpi.compare"
 
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     try:
         values = dict(vars(parser.parse_args(spell(arguments))))
     except (argparse.ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{error}; --help lists the options and their values") from error
+        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
     return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
 
 

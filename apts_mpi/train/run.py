@@ -25,6 +25,7 @@ from apts_mpi.train.device import take_device
 from apts_mpi.train.log_view import event_table, print_events
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
+from apts_mpi.train.progress import check_metadata
 from apts_mpi.train.reporter import Reporter
 from apts_mpi.train.resume import (
     CHECKPOINTS,
@@ -33,6 +34,7 @@ from apts_mpi.train.resume import (
     replaces,
     run_directory,
     same_subdomains,
+    saved_arguments,
 )
 from apts_mpi.train.saved_history import history_of
 from apts_mpi.train.signals import StopSignals
@@ -99,7 +101,8 @@ def run(
         if checkpoint is not None:
             stack.enter_context(checkpoint)
             with comm.shared_errors():
-                options, config = parse(arguments, checkpoint.metadata.get("configuration", ""))
+                check_metadata(checkpoint)
+                options, config = parse(arguments, saved_arguments(checkpoint, arguments))
                 options = same_subdomains(options, checkpoint)
         with comm.shared_errors():
             if options.tensorboard and comm.rank == 0:
