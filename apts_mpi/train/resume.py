@@ -128,6 +128,15 @@ def saved_arguments(checkpoint: Checkpoint, arguments: Sequence[str]) -> list[st
     return taken
 
 
+def to_go_on(options: TrainingOptions, path: Path) -> str:
+    """The options with which the run in directory ``path`` goes on: also those that no checkpoint can give."""
+    programs = {"problem": options.problem, "local.solver": options.local.solver, "coarse.space": options.coarse.space}
+    again = {name: value for name, value in programs.items() if ":" in value}
+    if options.data_dir is not None:
+        again["data_dir"] = options.data_dir
+    return " ".join([f"--resume --run-dir {path}", *(f"--{name}={value}" for name, value in again.items())])
+
+
 def same_subdomains(options: TrainingOptions, checkpoint: Checkpoint) -> TrainingOptions:
     """As many subdomains as before, however many ranks there are now: the run stays the same."""
     solver = checkpoint.metadata.get("solver", {})

@@ -35,6 +35,7 @@ from apts_mpi.train.resume import (
     run_directory,
     same_subdomains,
     saved_arguments,
+    to_go_on,
 )
 from apts_mpi.train.saved_history import history_of
 from apts_mpi.train.signals import StopSignals
@@ -124,7 +125,7 @@ def run(
         write_trace(trace, destinations.path / TRACE, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
-        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
+        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with {to_go_on(options, path)}")
         return REQUEUE
     tell(f"records: {destinations.path}")
     return 0
