@@ -28,6 +28,9 @@ DIMENSIONS, LARGEST = 32, 2**62
 # Of lists and objects in each other in a text; what reads them is recursive.
 DEEPEST = 64
 
+# Characters of a name.
+LONGEST_NAME = 2048
+
 NUMBERS_OR_TRUTH_VALUES = "biufc"
 
 
@@ -56,10 +59,10 @@ def check_names(names: Iterable[str]) -> None:
     """Raise `InvalidInput` for names of arrays that cannot be used."""
     counts = Counter(names)
     for name in counts:
-        steps = name.split("/")
+        steps = name[:LONGEST_NAME].split("/")[:DEEPEST]
         groups = {"/".join(steps[:depth]) for depth in range(1, len(steps))}
         within = steps[0] == GROUP or not groups.isdisjoint(counts.keys()) or not {"", ".", ".."}.isdisjoint(steps)
-        if counts[name] > 1 or within or not name.isprintable():
+        if counts[name] > 1 or within or "/".join(steps) != name or not name.isprintable():
             raise InvalidInput(
                 f"checkpoint: array name {shown(name)} cannot be used; names are distinct printable paths such as "
                 f"'parameters/0.weight', none inside another and none below '{GROUP}'"
