@@ -9,8 +9,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-# Characters of a value that a message shows, and those that an option may have: as many as a path.
-SHOWN, LONGEST = 100, 4096
+# Characters of a value that a message shows, and those that an option may have: as many as a path. And the largest
+# whole number, which has 64 bits as those of MPI and torch have.
+SHOWN, LONGEST, LARGEST = 100, 4096, 2**63 - 1
 
 
 class InvalidInput(ValueError):
@@ -89,8 +90,8 @@ def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None
 def require_fields(options: object, prefix: str = "") -> None:
     """Raise `InvalidInput` for what no option may be.
 
-    That is a value which is none of those that the type of its field names, a number that is not finite, and a text
-    that is longer than any path.
+    That is a value which is none of those that the type of its field names, a number that is not finite or too large,
+    and a text that is longer than any path.
     """
     for name, kind in get_type_hints(type(options)).items():
         value = getattr(options, name)
@@ -98,6 +99,8 @@ def require_fields(options: object, prefix: str = "") -> None:
             require_choice(prefix + name, value, get_args(kind))
         if isinstance(value, float):
             require(math.isfinite(value), prefix + name, value, "give a finite number")
+        if isinstance(value, int):
+            require(-LARGEST <= value <= LARGEST, prefix + name, value, "give a number of 64 bits")
         if isinstance(value, str):
             require(len(value) <= LONGEST, prefix + name, value, f"give at most {LONGEST} characters")
 
