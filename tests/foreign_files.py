@@ -80,3 +80,15 @@ def put(tree, place, value):
         del tree[last]
     else:
         tree[last] = value
+
+
+def set_array(path, name, values):
+    """Put other values, of another shape or type too, into the place of an array."""
+    with as_hdf5(path) as file:
+        if name in file:
+            del file[name]
+        file[name] = values
+        index = get_text(file, INDEX)
+        described = {"name": name, "shape": values.shape, "dtype": values.dtype.str}
+        index["arrays"] = [*(array for array in index["arrays"] if array["name"] != name), described]
+        set_text(file, INDEX, index)
