@@ -411,8 +411,11 @@ def test_long_runs_of_equal_steps_are_records(saved):
 # Anything
 
 
-VALUES = (None, True, False, 0, -1, 3, 2**31, 10**40, 0.5, -1e300, float("nan"), float("inf"), "", "x", "a:b", "../x",
-          [], {}, [[]], [None], {"array": "x"}, {"array": "parameters/0.weight"}, "\ud800", "\n", "x" * 3000)  # fmt: skip
+VALUES = (
+    *(None, True, False, 0, -1, 3, 2**31, 10**40, 0.5, -1e300, float("nan"), float("inf")),
+    *("", "x", "a:b", "../x", "\ud800", "\n", "x" * 3000),
+    *([], {}, [[]], [None], {"array": "x"}, {"array": "parameters/0.weight"}),
+)
 
 
 def places(tree, prefix=()):
