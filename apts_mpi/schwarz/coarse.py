@@ -93,7 +93,8 @@ class CoarseLevel:
         self._options = options
         assert options.norm != "auto"  # composed
         self._norm: Literal["2", "scaled"] = options.norm
-        self._space = make_coarse_space(options)
+        with comm.shared_errors():  # a class of the user's may not be there
+            self._space = make_coarse_space(options)
         self._parts = parts
         self._comm = comm
         self.curvature = curvature

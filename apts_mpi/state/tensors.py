@@ -148,7 +148,8 @@ def array(source: Source, *shapes: tuple[int, ...], dtype: np.dtype | None = Non
         name = record({"array": text})(value, place)["array"]
         allow(name in source.names, place, name, "the name of an array in the file")
         found = (source.shape(name), source.dtype(name))
-        fits = (not shapes or found[0] in shapes) and dtype in (None, found[1])
+        # Not `in`: numpy takes None for float64 where types are compared.
+        fits = (not shapes or found[0] in shapes) and (dtype is None or dtype == found[1])
         allow(fits, f"{place} {name}", found, wanted + ("" if dtype is None else f" and type {dtype}"))
         return value
 

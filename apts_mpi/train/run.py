@@ -164,6 +164,9 @@ def open_destinations(
     stack
         Takes the directory of checkpoints, to close it.
     """
+    with comm.shared_errors():
+        # Before anything is made: a checkpoint may hold no records.
+        history = history_of(checkpoint) if comm.rank == 0 else b""
     path = Path(comm.agree_on_text(str(run_directory(options, training.problem.name, checkpoint))))
     with comm.shared_errors():
         if comm.rank == 0:
@@ -176,7 +179,7 @@ def open_destinations(
     with comm.shared_errors():
         if comm.rank == 0:
             in_place = goes_on_in(path, checkpoint)
-            records = RunDirectory(path, replaces(options, path, checkpoint), history_of(checkpoint), in_place)
+            records = RunDirectory(path, replaces(options, path, checkpoint), history, in_place)
             records.write_config(config)
             if options.tensorboard:
                 scalars = ScalarWriter(path / TENSORBOARD, training.progress.iteration)
