@@ -11,7 +11,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedState, Split
 from apts_mpi.options import APTSOptions, LocalOptions
-from apts_mpi.tools.schema import any_number, whole
+from apts_mpi.tools.schema import number, whole
 from apts_mpi.trust_region.acceptance import judge
 from apts_mpi.trust_region.models import LSR1, PAIRS, Model, ProductModel
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, euclidean_radius, norm
@@ -59,7 +59,7 @@ class LSR1TrustRegion(LocalSolver):
         """See `apts_mpi.local.LocalSolver`."""
         self.check_numbers_and_vectors(
             saved,
-            {"pairs": whole(0, PAIRS), "gamma": any_number},
+            {"pairs": whole(0, PAIRS), "gamma": number()},
             lambda numbers: [f"{name}_{index}" for index in range(numbers["pairs"]) for name in PAIR],
         )
 

@@ -13,7 +13,7 @@ from apts_mpi.objective.passes import Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.tools.schema import Check, allow, any_number, record, sequence, whole
+from apts_mpi.tools.schema import Check, allow, number, record, sequence, whole
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.models import LSR1, PAIRS, ProductModel
 
@@ -114,7 +114,7 @@ class GlobalStep:
                 "function": whole(),
                 **dict.fromkeys(("values", "gradient"), vector),
                 **dict.fromkeys(("steps", "changes"), pairs),
-                "gamma": any_number,
+                "gamma": number(),
             }
         )
 

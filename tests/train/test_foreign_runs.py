@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_files import as_hdf5, change_metadata, change_text, put, set_array
+from mpi4py import MPI
 from processes import PROBLEM, SMALL
 
 from apts_mpi.checkpoint import Checkpoint, __main__, resolve
@@ -45,7 +46,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A function of the name of a run that gives its checkpoint, which is not to be changed."""
-    directory, made = tmp_path_factory.mktemp("saved"), {}
+    directory, made = MPI.COMM_WORLD.bcast(tmp_path_factory.mktemp("saved")), {}
 
     def save(name):
         if name not in made:
@@ -57,11 +58,21 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def foreign(saved, directory):
+def foreign(world, saved, directory):
     """A function of the name of a run that gives a copy of its checkpoint, in the current directory."""
-    return lambda name="full": (
-        shutil.copy(saved(name), directory / "step-00000003.h5") and directory / "step-00000003.h5"
-    )
+
+    def copied(name="full"):
+        path, original = directory / "step-00000003.h5", saved(name)
+        if world.rank == 0:
+            # On several ranks it may have parts.
+            parts = original.with_suffix(".parts")
+            if parts.exists():
+                shutil.copytree(parts, path.with_suffix(".parts"), dirs_exist_ok=True)
+            shutil.copy(original, path)
+        world.Barrier()
+        return path
+
+    return copied
 
 
 @pytest.fixture
