@@ -151,6 +151,14 @@ def check_local_solvers(local: LocalSolvers, source: Source, metadata: Mapping[s
     _check_arrays(source, records, place)
     if metadata["local_solver"] != local.name or not _can_be_given(local, records):
         return
+    for solver in list(local.solvers.values())[:1]:
+        # What other ranks are to take over, too, so that none goes on where another cannot; layers are theirs to check.
+        for found in records:
+            vectors = {
+                name: SavedTensor((found["stop"] - found["start"],), found["vectors"][name])
+                for name in found["vectors"]
+            }
+            solver.check_saved(SavedState(f"{place}[{found['index']}]", found["numbers"], vectors, []))
     for index, solver in local.solvers.items():
         reader = _Reader(source, records, local.device, index if _are_same(local, records) else None)
         solver.check_saved(reader.describe(local.subdomains[index], local.layers, place))
