@@ -16,7 +16,7 @@ from apts_mpi.objective.batch import Batch, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.replicated import Replicated
-from apts_mpi.result import Saved, State, StepResult
+from apts_mpi.result import Known, Saved, State, StepResult
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import seconds
 from apts_mpi.trial import Trials
@@ -233,10 +233,10 @@ class APTS:
         """
         with self.comm.shared_errors():
             self.holding.objective.vector.check_alias()
+            known = Known.of(metadata, checkpoint.path)
             correction, notices = self.holding.load(checkpoint, metadata)
-            self.state = State(**metadata["state"])
         self._forget()
-        self._saved = Saved(metadata["evaluated"], metadata["differentiated"], correction)
+        self.state, self._saved = known.state, Saved(known.evaluated, known.differentiated, correction)
         return notices
 
     def repeat(self, batch: Samples, rows: torch.Tensor | None = None) -> None:

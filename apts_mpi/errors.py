@@ -1,11 +1,17 @@
 """The error that a user can mend: it names the option, the bad value and the remedy."""
 
+import math
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
+
+# Characters of a value that a message shows, and those that an option may have: as many as a path. And the largest
+# whole number, which has 64 bits as those of MPI and torch have.
+SHOWN, LONGEST, LARGEST = 100, 4096, 2**63 - 1
 
 # Seconds that a rank waits for others, unless the user says otherwise: longer than a checkpoint takes.
 WAIT_LIMIT = 600.0
@@ -54,10 +60,29 @@ def named_failures(words: str, remedy: str) -> Iterator[None]:
         raise InvalidInput(f"{words}, which failed ({reason}); {remedy}") from error
 
 
+def shown(value: object) -> str:
+    """A value as messages show it: on one line, and of a long one the beginning."""
+    try:
+        text = _SHORTENED.repr(value)
+    except ValueError:  # Python writes no numbers of thousands of digits
+        text = f"a number of {value.bit_length() if isinstance(value, int) else 'many'} bits"
+    return shortened(text)
+
+
+def shortened(text: str, most: int = SHOWN) -> str:
+    """The text, of a long one the beginning and dots."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxlevel = 2
+_SHORTENED.maxstring = _SHORTENED.maxother = _SHORTENED.maxlong = SHOWN
+
+
 def require(condition: bool, option: str, value: object, remedy: str) -> None:
     """Raise `InvalidInput` naming ``option``, its bad ``value`` and the ``remedy`` unless ``condition`` holds."""
     if not condition:
-        raise InvalidInput(f"{option}: {value!r} is not allowed; {remedy}")
+        raise InvalidInput(f"{option}: {shown(value)} is not allowed; {remedy}")
 
 
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -65,11 +90,22 @@ def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None
     require(value in choices, option, value, "choose one of " + ", ".join(choices))
 
 
-def require_choices(options: object, prefix: str = "") -> None:
-    """Raise `InvalidInput` for a value that is none of those which the type of its field names."""
+def require_fields(options: object, prefix: str = "") -> None:
+    """Raise `InvalidInput` for what no option may be.
+
+    That is a value which is none of those that the type of its field names, a number that is not finite or too large,
+    and a text that is longer than any path.
+    """
     for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
         if get_origin(kind) is Literal:
-            require_choice(prefix + name, getattr(options, name), get_args(kind))
+            require_choice(prefix + name, value, get_args(kind))
+        if isinstance(value, float):
+            require(math.isfinite(value), prefix + name, value, "give a finite number")
+        if isinstance(value, int):
+            require(-LARGEST <= value <= LARGEST, prefix + name, value, "give a number of 64 bits")
+        if isinstance(value, str):
+            require(len(value) <= LONGEST, prefix + name, value, f"give at most {LONGEST} characters")
 
 
 def require_name(option: str, value: str, names: tuple[str, ...]) -> None:

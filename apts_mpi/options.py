@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from apts_mpi.errors import require, require_choice, require_choices, require_name
+from apts_mpi.errors import require, require_choice, require_fields, require_name
 
 LocalData = Literal["auto", "shard", "full"]
 
@@ -52,7 +51,7 @@ class SchwarzOptions:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choices(self, "schwarz.")
+        require_fields(self, "schwarz.")
         cuts = self.cuts
         rising = cuts is None or (cuts[:1] == (0,) and sorted({*cuts}) == list(cuts))
         require(rising, "schwarz.cuts", cuts, "give rising numbers from 0 on, such as [0,120,260], or null")
@@ -101,12 +100,11 @@ class LocalOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choices(self, "local.")
+        require_fields(self, "local.")
         require_name("local.solver", self.solver, LOCAL_SOLVERS)
         require(self.iterations >= 1, "local.iterations", self.iterations, "give 1 or more")
-        require(
-            self.damping is None or self.damping > 0.0, "local.damping", self.damping, "give a number above 0, or null"
-        )
+        damping = self.damping
+        require(damping is None or damping > 0.0, "local.damping", damping, "give a number above 0, or null")
         require(0.0 <= self.decay < 1.0, "local.decay", self.decay, "give a number in [0, 1)")
         require(self.refresh >= 1, "local.refresh", self.refresh, "give 1 or more")
 
@@ -158,13 +156,13 @@ class TrustRegionOptions:
     noise: float = 1.0
 
     def __post_init__(self) -> None:
-        require_choices(self, "trust_region.")
+        require_fields(self, "trust_region.")
         name = "trust_region."
         require(
-            0.0 < self.min_radius < self.max_radius < math.inf,
+            0.0 < self.min_radius < self.max_radius,
             name + "min_radius, max_radius",
             (self.min_radius, self.max_radius),
-            "give 0 < min_radius < max_radius, both finite",
+            "give 0 < min_radius < max_radius",
         )
         require(
             self.initial_radius is None or self.min_radius <= self.initial_radius <= self.max_radius,
@@ -180,9 +178,9 @@ class TrustRegionOptions:
         )
         small, large = self.decrease_factor, self.increase_factor
         require(0.0 < small < 1.0, name + "decrease_factor", small, "give a number in (0, 1)")
-        require(1.0 < large < math.inf, name + "increase_factor", large, "give a finite number above 1")
+        require(large > 1.0, name + "increase_factor", large, "give a number above 1")
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
-        require(0.0 <= self.noise < math.inf, name + "noise", self.noise, "give a finite number, 0 or more")
+        require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
 
 
 GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
@@ -206,7 +204,7 @@ class GlobalStepOptions:
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
 
     def __post_init__(self) -> None:
-        require_choices(self, "global_step.")
+        require_fields(self, "global_step.")
 
 
 # Targets that are enough for the curvature between a few columns of the coarse level. 0.45 of a batch of 256 were not:
@@ -251,7 +249,7 @@ class CoarseOptions:
     norm: Literal["auto", "2", "scaled"] = "auto"
 
     def __post_init__(self) -> None:
-        require_choices(self, "coarse.")
+        require_fields(self, "coarse.")
         require_name("coarse.space", self.space, (SUBDOMAINS,))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))
@@ -294,7 +292,7 @@ class PipelineOptions:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        require_choices(self, "pipeline.")
+        require_fields(self, "pipeline.")
         require(self.micro_batches >= 1, "pipeline.micro_batches", self.micro_batches, "give 1 or more")
 
 
@@ -339,12 +337,13 @@ class APTSOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        require_fields(self)
         require(self.subdomains is None or self.subdomains >= 1, "subdomains", self.subdomains, "give 1 or more")
         cuts = self.schwarz.cuts
         alike = self.subdomains is None or cuts is None or self.subdomains == len(cuts)
         require(alike, "subdomains", self.subdomains, f"schwarz.cuts {cuts} has another number; give one of the two")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
-        require(self.seed >= 0, "seed", self.seed, "give 0 or more")
+        # Streams of random numbers are numbered from it in 64 bits.
+        require(0 <= self.seed < 2**40, "seed", self.seed, "give 0 or more, below 2**40")
         limit = self.stall_timeout
-        require(limit is None or 0.0 < limit < math.inf, "stall_timeout", limit, "give seconds above 0, or null")
+        require(limit is None or limit > 0.0, "stall_timeout", limit, "give seconds above 0, or null")

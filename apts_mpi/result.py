@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from apts_mpi.options import TrustRegionOptions
+from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
+
+# Least number above 0.
+SMALLEST = 5e-324
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,35 @@ class State:
         self.skipped += result.skipped
         self.rejected += not (result.accepted or result.skipped)
         self.gradient_evaluations += result.gradient_evaluations
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the metadata of a checkpoint say of the point where it was made: the state, and what was known there."""
+
+    state: State
+    evaluated: bool
+    differentiated: bool
+
+    @staticmethod
+    def of(metadata: Any, path: object) -> Known:
+        """Of a solver's metadata in the file ``path``, or `InvalidInput` if they are not those of a solver."""
+        place = f"{path}: solver"
+        found = mapping()(metadata, place)
+        return Known(
+            _STATE(found.get("state"), f"{place}.state"),
+            flag(found.get("evaluated"), f"{place}.evaluated"),
+            flag(found.get("differentiated"), f"{place}.differentiated"),
+        )
+
+
+_STATE = instance(
+    State,
+    later=("skipped",),
+    radius=nothing_or(number(SMALLEST)),
+    losses=sequence(number()),
+    gradient_evaluations=number(0.0),
+)
 
 
 @dataclass(frozen=True)

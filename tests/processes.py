@@ -14,8 +14,11 @@ from apts_mpi.tools.environment import outside_job
 TESTS = Path(__file__).parent
 LIMIT = 100  # seconds; a run takes a few, most of them to import torch
 
+# A program of the tests, which a run that goes on has to name again.
+PROBLEM = "--problem=networks:problem"
+
 SMALL = (
-    "--problem=networks:problem --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --subdomains=3 "
+    f"{PROBLEM} --dtype=float64 --device=cpu --epochs=1 --batch-size=30 --subdomains=3 "
     "--local.solver=sgd --schwarz.variant=exact --schwarz.local_data=shard --coarse=none "
     "--trust-region.initial_radius=0.2"
 ).split()

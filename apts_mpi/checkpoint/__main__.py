@@ -20,8 +20,9 @@ from apts_mpi.checkpoint.arrays import Array, Slab
 from apts_mpi.checkpoint.directory import resolve
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.saving import explained
+from apts_mpi.checkpoint.values import check_finite
 from apts_mpi.checkpoint.writers import write_file
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, shortened
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.streams import end_with_reader
 
@@ -29,7 +30,8 @@ from apts_mpi.tools.streams import end_with_reader
 FOUND, ERROR = 1, 2
 
 # What of a checkpoint makes the `state_dict` of a network.
-STATE = ("parameters/", "buffers/")
+PARAMETERS = "parameters/"
+STATE = (PARAMETERS, "buffers/")
 
 # Characters of one metadata value that are shown.
 SHOWN = 60
@@ -68,8 +70,8 @@ def info(console: Console, files: Sequence[Path]) -> int:
             say(console, f"{path}, step {checkpoint.step}")
             console.print(table)
             for key, value in checkpoint.metadata.items():
-                text = json.dumps(value)
-                say(console, f"{key}: {text if len(text) <= SHOWN else text[: SHOWN - 1] + '…'}")
+                # As JSON has it, a name shows nothing but its characters.
+                say(console, f"{shortened(json.dumps(key)[1:-1], SHOWN)}: {shortened(json.dumps(value), SHOWN)}")
     return 0
 
 
@@ -80,6 +82,9 @@ def verify(console: Console, files: Sequence[Path]) -> int:
         try:
             with Checkpoint(path) as checkpoint:
                 checkpoint.verify()
+                for name in checkpoint.names:
+                    if name.startswith(PARAMETERS):
+                        check_finite(path, name, checkpoint.read(name))
             say(console, f"{path}: ok")
         except InvalidInput as error:
             say(console, str(error))
@@ -122,7 +127,7 @@ def to_torch(console: Console, files: Sequence[Path]) -> int:
     with Checkpoint(source) as checkpoint:
         checkpoint.verify()
         state = {
-            name.removeprefix(prefix): torch.from_numpy(checkpoint.read(name))
+            name.removeprefix(prefix): as_tensor(checkpoint, name)
             for prefix in STATE
             for name in checkpoint.names
             if name.startswith(prefix)
@@ -133,6 +138,15 @@ def to_torch(console: Console, files: Sequence[Path]) -> int:
         torch.save(state, temporary)
     say(console, f"{target}: {len(state)} tensors")
     return 0
+
+
+def as_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """An array for torch, or `InvalidInput` where that lacks its type."""
+    values = checkpoint.read(name)
+    try:
+        return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise InvalidInput(f"{checkpoint.path}: {name} is {values.dtype}, which torch lacks; leave it out") from error
 
 
 def from_torch(console: Console, files: Sequence[Path]) -> int:

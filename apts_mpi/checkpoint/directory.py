@@ -296,7 +296,7 @@ def is_used(parts: Path, file: Path) -> bool:
     """Whether a directory of parts belongs to a checkpoint, or to one too damaged to tell."""
     try:
         _, index, _ = read_texts(file)
-        return index["parts"] == parts.name
+        return index.parts == parts.name
     except InvalidInput:
         return file.exists()
 

@@ -4,38 +4,28 @@ Every array is a dataset under its own name, whole, whichever ranks wrote it. Be
 bytes of a JSON text: ``checkpoint/metadata`` and ``checkpoint/index`` (step, arrays and parts). The *parts* are further
 files, in a directory beside this one, with the slabs of each rank, which virtual datasets show as whole arrays.
 Checksums are behind the end of the HDF5 file, see `apts_mpi.checkpoint.seals`.
+
+A file may come from anywhere. Nothing of it is used before it is known to be what a checkpoint is: the seal, the index
+(`apts_mpi.checkpoint.index`) and what HDF5 makes of the file (`apts_mpi.checkpoint.structure`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
-from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.index import INDEX, METADATA, Index, Shaped, part_name, read_index, read_metadata
 from apts_mpi.checkpoint.seals import SealedFile, damaged
+from apts_mpi.checkpoint.structure import Part, check_structure, read_text
+from apts_mpi.errors import InvalidInput, shown
 
 if TYPE_CHECKING:
     from apts_mpi.parallel.communicator import Communicator
-
-GROUP = "checkpoint"
-INDEX, METADATA = f"{GROUP}/index", f"{GROUP}/metadata"
-
-
-def describe(arrays: Sequence[Array], step: int, parts: str, checksums: Sequence[int]) -> str:
-    """The text of the index. ``checksums`` are those that `seal` returned for the files in directory ``parts``."""
-    listed = [{"name": array.name, "shape": array.shape, "dtype": array.dtype.str} for array in arrays]
-    return json.dumps({"step": step, "arrays": listed, "parts": parts, "checksums": checksums})
-
-
-def part_name(rank: int) -> str:
-    """Name of a rank's file in the directory of parts."""
-    return f"{rank:04d}.h5"
 
 
 def open_file(path: Path) -> h5py.File:
@@ -43,17 +33,29 @@ def open_file(path: Path) -> h5py.File:
     return h5py.File(path, "r", locking=False)
 
 
-def read_texts(path: Path) -> tuple[SealedFile, dict[str, Any], dict[str, Any]]:
+@contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
+    """Open for the block, in which whatever is wrong with the file is an error that says so."""
+    try:
+        with open_file(path) as file:
+            yield file
+    except InvalidInput:
+        raise
+    except Exception as error:
+        # HDF5 and h5py meet what they cannot read with errors of many kinds.
+        raise damaged(path, shown(str(error))) from error
+
+
+def read_texts(path: Path) -> tuple[SealedFile, Index, dict[str, Any]]:
     """Checksums, index and metadata of a main file, without a look at its parts; raises as `Checkpoint` does."""
     main = SealedFile(path)
     main.verify(region for region in main.regions if not region.is_slab)
-    try:
-        with open_file(path) as file:
-            index, metadata = (json.loads(file[name][()].tobytes()) for name in (INDEX, METADATA))
-    except Exception as error:
-        # HDF5 and h5py meet what they cannot read with errors of many kinds.
-        raise damaged(path, error) from error
-    return main, index, metadata
+    with opened(path) as file:
+        try:
+            index = read_index(read_text(file, INDEX), "index:")
+            return main, index, read_metadata(read_text(file, METADATA), "metadata:")
+        except InvalidInput as error:
+            raise damaged(path, error) from error
 
 
 class Checkpoint:
@@ -87,30 +89,50 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # A link may lie elsewhere than the parts, which are sought beside the file.
-        place = path.resolve()
+        try:
+            # A link may lie elsewhere than the parts, which are sought beside the file.
+            place = path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise InvalidInput(f"{path} cannot be read ({error}); give a checkpoint file") from error
         main, index, self.metadata = read_texts(place)
-        self.step: int = index["step"]
-        self.parts: str = index["parts"]
-        self._shapes = {array["name"]: tuple(array["shape"]) for array in index["arrays"]}
-        self._dtypes = {array["name"]: np.dtype(array["dtype"]) for array in index["arrays"]}
-        self.names = tuple(self._shapes)
-        self._files = [main]
-        for rank, expected in enumerate(index["checksums"]):
-            part = SealedFile(place.parent / self.parts / part_name(rank))
-            if part.checksum != expected:
-                raise damaged(part.path, f"it does not belong to {path}")
-            part.verify(region for region in part.regions if not region.is_slab)
-            self._files.append(part)
+        self.step = index.step
+        self.parts = index.parts
+        self._arrays = index.arrays
+        self.names = tuple(index.arrays)
+        self._files = [main, *(self._open_part(place, index, rank) for rank in range(len(index.checksums)))]
+        with opened(place) as file, ExitStack() as stack:
+            parts = [
+                Part(f"{index.parts}/{part.path.name}", stack.enter_context(opened(part.path)), part.end)
+                for part in self._files[1:]
+            ]
+            try:
+                check_structure(Part("", file, main.end), index, parts)
+            except InvalidInput as error:
+                raise damaged(place, error) from error
         self._file = open_file(place)
+
+    def _open_part(self, place: Path, index: Index, rank: int) -> SealedFile:
+        """The checksums of a rank's file, which lies in the directory of parts itself."""
+        part = SealedFile(place.parent / index.parts / part_name(rank))
+        if part.path.is_symlink() or part.path.parent.is_symlink():
+            raise damaged(part.path, "it is a link, or its directory is, which may lead anywhere")
+        if part.checksum != index.checksums[rank]:
+            raise damaged(part.path, f"it does not belong to {self.path}")
+        part.verify(region for region in part.regions if not region.is_slab)
+        return part
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Global shape of an array."""
-        return self._shapes[name]
+        return self._described(name).shape
 
     def dtype(self, name: str) -> np.dtype:
         """Type of an array."""
-        return self._dtypes[name]
+        return self._described(name).dtype
+
+    def _described(self, name: str) -> Shaped:
+        if name not in self._arrays:
+            raise damaged(self.path, f"it has no array {shown(name)}")
+        return self._arrays[name]
 
     def read(self, name: str, first_row: int = 0, rows: int | None = None) -> np.ndarray:
         """Rows of an array, all from ``first_row`` on if ``rows`` is None; an array of shape () is read whole.
@@ -124,7 +146,7 @@ class Checkpoint:
         try:
             return np.asarray(self._file[name][part])
         except Exception as error:
-            raise damaged(self.path, error) from error
+            raise damaged(self.path, shown(str(error))) from error
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Check the values, or one of ``shares`` parts of them of about as many bytes.

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apts_mpi.checkpoint.arrays import Array
-from apts_mpi.checkpoint.format import Checkpoint, describe, part_name
+from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.checkpoint.index import describe, part_name
 from apts_mpi.checkpoint.seals import Region, Written, read_back
 from apts_mpi.checkpoint.writers import (
     Flush,

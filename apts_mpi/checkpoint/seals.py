@@ -7,6 +7,7 @@ memory, and of the bytes between them. HDF5 sees a file only after those were ch
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -134,7 +135,9 @@ class SealedFile:
     Attributes
     ----------
     regions : list of Region
-        They cover the file up to the seal.
+        They cover each byte of the file up to the seal once, in order.
+    end : int
+        Where the seal begins.
     checksum : int
         What `seal` has returned.
 
@@ -166,11 +169,25 @@ class SealedFile:
                     f"{VERSION}; update apts_mpi"
                 )
             length = number * len(Region._fields) * 8
-            file.seek(max(size - FIELDS.size - CHECKSUM.size - length, 0))
+            self.end = size - FIELDS.size - CHECKSUM.size - length
+            if self.end < 0:
+                raise damaged(path, "its table of checksums is longer than the file")
+            file.seek(self.end)
             table = file.read(length)
         if zlib.crc32(table) != expected:
             raise damaged(path, "its table of checksums has another checksum")
-        self.regions = [Region(*row) for row in np.frombuffer(table, "<i8").reshape(number, -1).tolist()]
+        self.regions = [Region(*row) for row in np.frombuffer(table, "<i8").reshape(-1, len(Region._fields)).tolist()]
+        self._check_cover()
+
+    def _check_cover(self) -> None:
+        """See that the regions are those of a file: each begins where the one before ends, up to the seal."""
+        covered = 0
+        for region in self.regions:
+            if region.start != covered or region.length <= 0 or region.is_slab not in (0, 1):
+                raise damaged(self.path, f"its table of checksums has a wrong line for byte {covered} and after")
+            covered += region.length
+        if covered != self.end:
+            raise damaged(self.path, f"its table of checksums ends at byte {covered}, and the file at {self.end}")
 
     def verify(self, regions: Iterable[Region]) -> None:
         """Raise `DamagedCheckpoint` if the bytes of a region are others than when they were sealed."""
@@ -182,7 +199,12 @@ class SealedFile:
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         try:
-            with self.path.open("rb", buffering=0) as file:
+            # Not waiting for who writes into a pipe.
+            with open(
+                self.path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)
+            ) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise InvalidInput(f"{self.path} cannot be read (it is no file); give a checkpoint file")
                 yield file
         except OSError as error:
             raise InvalidInput(f"{self.path} cannot be read ({error.strerror}); give a checkpoint file") from error

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,16 @@ import h5py
 import numpy as np
 
 from apts_mpi.checkpoint.arrays import Array, Slab
-from apts_mpi.checkpoint.format import GROUP, INDEX, METADATA, Checkpoint, describe, part_name
+from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.checkpoint.index import (
+    INDEX,
+    METADATA,
+    NUMBERS_OR_TRUTH_VALUES,
+    check_names,
+    dataset_in_part,
+    describe,
+    part_name,
+)
 from apts_mpi.checkpoint.seals import Region, Written, read_back, seal
 from apts_mpi.errors import InvalidInput
 
@@ -76,15 +84,7 @@ def prepare(arrays: Sequence[Array], copy: bool) -> list[Array]:
     InvalidInput
         If a name cannot be used or a slab does not fit its array.
     """
-    names = Counter(array.name for array in arrays)
-    for name in names:
-        steps = name.split("/")
-        groups = {"/".join(steps[:depth]) for depth in range(1, len(steps))}
-        if names[name] > 1 or steps[0] == GROUP or groups & names.keys() or not {"", ".", ".."}.isdisjoint(steps):
-            raise InvalidInput(
-                f"checkpoint: array name {name!r} cannot be used; names are distinct paths such as "
-                f"'parameters/0.weight', none inside another and none below '{GROUP}'"
-            )
+    check_names([array.name for array in arrays])
     return [Array(array.name, tuple(array.shape), np.dtype(array.dtype), list(pieces(array, copy))) for array in arrays]
 
 
@@ -93,7 +93,7 @@ def pieces(array: Array, copy: bool) -> Iterator[Slab]:
     for slab in array.slabs:
         values = np.array(slab.values, order="C", copy=True if copy else None)
         fits = values.shape[1:] == tuple(array.shape[1:]) and values.ndim == len(array.shape)
-        if values.dtype != array.dtype or not fits or values.dtype.kind not in "biufc":
+        if values.dtype != array.dtype or not fits or values.dtype.kind not in NUMBERS_OR_TRUTH_VALUES:
             raise InvalidInput(
                 f"checkpoint: {array.name} of shape {array.shape} and dtype {array.dtype} was given a slab of shape "
                 f"{values.shape} and dtype {values.dtype}; give rows of the array, of numbers or truth values"
@@ -163,18 +163,13 @@ def shared(arrays: Sequence[Array], comm: Communicator) -> list[int]:
     return [number for number, array in enumerate(arrays) if array.shape and 0 not in array.shape and comm.size > 1]
 
 
-def dataset_in_part(array: Array, first_row: int) -> str:
-    """Name of a slab in the file of its rank."""
-    return f"{array.name}/{first_row}"
-
-
 def write_part(path: Path, arrays: Sequence[Array], numbers: Sequence[int]) -> tuple[int, Flush]:
     """Write this rank's slabs of the arrays ``numbers`` into a file of its own; returns what `seal` does, too."""
     written = []
     with h5py.File(path, "w", libver=HDF5_VERSION, locking=False) as file:
         for number in numbers:
             for slab in arrays[number].slabs:
-                name = dataset_in_part(arrays[number], slab.first_row)
+                name = dataset_in_part(arrays[number].name, slab.first_row)
                 file[name] = slab.values
                 start = file[name].id.get_offset()
                 written.append(Written(start, slab.values))
@@ -282,7 +277,7 @@ def show_parts(
             for place in (place for place in places if place.array == number):
                 layout[place.first_row : place.first_row + place.rows] = h5py.VirtualSource(
                     f"{parts}/{part_name(place.rank)}",  # relative to the main file
-                    dataset_in_part(array, place.first_row),
+                    dataset_in_part(array.name, place.first_row),
                     (place.rows, *array.shape[1:]),
                     array.dtype,
                 )

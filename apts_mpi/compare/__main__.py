@@ -19,7 +19,7 @@ from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.tools.streams import end_with_reader
-from apts_mpi.train.parser import spell
+from apts_mpi.train.parser import short_message, spell
 
 PROGRAM = "apts_mpi.compare"
 
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     try:
         values = dict(vars(parser.parse_args(spell(arguments))))
     except (argparse.ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{error}; --help lists the options and their values") from error
+        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
     return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
 
 

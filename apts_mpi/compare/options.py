@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from apts_mpi.errors import require
+from apts_mpi.errors import require, require_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class ComparisonOptions:
     robustness: bool = False
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in ("seeds", "baseline_epochs_factor", "ranks", "jobs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for name in ("epochs", "subdomains"):

@@ -52,6 +52,12 @@ class KroneckerFactors:
     def _weight(self) -> torch.Tensor:
         return getattr(self._module, self.names[0])
 
+    @property
+    def statistics(self) -> list[tuple[int, ...]]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        columns = self._weight[0].numel() + self._has_bias
+        return [(columns, columns), (self._rows, self._rows)]
+
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         records = batch.reached
@@ -120,6 +126,12 @@ class EmbeddingFactors:
     def __init__(self, module: nn.Embedding) -> None:
         self._module = module
 
+    @property
+    def statistics(self) -> list[tuple[int, ...]]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        tokens, features = self._module.weight.shape
+        return [(tokens,), (features, features)]
+
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         weights, records = self._module.weight.detach(), batch.reached
@@ -160,6 +172,11 @@ class NormalisationDiagonal:
         self._module = module
         self._has_bias = getattr(module, "bias", None) is not None
         self._dimensions = _dimensions(module)
+
+    @property
+    def statistics(self) -> list[tuple[int, ...]]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        return [(sum(value.numel() for value in self._module.parameters()),)]
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""

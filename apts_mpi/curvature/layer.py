@@ -55,6 +55,10 @@ class Curvature(Protocol):
     kind: str
     signed: bool
 
+    @property
+    def statistics(self) -> list[tuple[int, ...]]:
+        """Shapes of what `measure` returns."""
+
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """Statistics of one batch."""
 

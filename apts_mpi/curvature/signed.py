@@ -44,6 +44,17 @@ class SignedFactors:
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         self.shapes = [(shape[0], shape[1:].numel()) if len(shape) > 1 else tuple(shape) for shape in shapes]
 
+    @property
+    def statistics(self) -> list[tuple[int, ...]]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        found: list[tuple[int, ...]] = []
+        for shape in self.shapes:
+            if len(shape) == 2:
+                found += [(side,) if _is_long(side, other) else (side, side) for side, other in (shape, shape[::-1])]
+            else:
+                found.append(shape)
+        return found
+
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         draws = torch.stack(list(batch.signed))
@@ -97,9 +108,14 @@ def signed_factors(module: nn.Module, size: int) -> SignedFactors:
 def _second_moment(matrices: torch.Tensor) -> torch.Tensor:
     """Sum of ``M^T M`` over matrices, shape (draws, rows, columns); its diagonal where no more can be known."""
     _, rows, columns = matrices.shape
-    if columns > min(LARGEST_FACTOR, LONGEST_SIDE * rows):
+    if _is_long(columns, rows):
         return matrices.square().sum(dim=(0, 1))
     return gram(matrices.reshape(-1, columns))
+
+
+def _is_long(side: int, other: int) -> bool:
+    """Whether a side of a matrix is too long for a full factor."""
+    return side > min(LARGEST_FACTOR, LONGEST_SIDE * other)
 
 
 def _trace(factor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ from apts_mpi.curvature.dense import LARGEST_DENSE, gram, of_rows, uses_rows
 from apts_mpi.curvature.layer import TINY
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.objective import LocalObjective
-from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, Split
+from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedState, Split
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.tools.schema import any_number
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, euclidean_radius
 from apts_mpi.trust_region.subproblem import newton_in_ball
 
@@ -101,6 +102,10 @@ class GaussNewton(LocalSolver):
     def state(self) -> LocalState:
         """See `apts_mpi.local.LocalSolver`."""
         return LocalState(numbers={"shift": self.shift})
+
+    def check_saved(self, saved: SavedState) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        self.check_numbers_and_vectors(saved, {"shift": any_number}, lambda numbers: ())
 
     def restore(self, state: LocalState) -> None:
         """See `apts_mpi.local.LocalSolver`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from apts_mpi.local.objective import LocalObjective
-from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState
+from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedState
+from apts_mpi.tools.schema import whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, norm, steepest_descent
 
 
@@ -58,6 +59,10 @@ class Adam(LocalSolver):
         """See `apts_mpi.local.LocalSolver`."""
         moments = {"first_moment": self.first_moment, "second_moment": self.second_moment}
         return LocalState(numbers={"count": self.count}, vectors=moments)
+
+    def check_saved(self, saved: SavedState) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        self.check_numbers_and_vectors(saved, {"count": whole()}, lambda numbers: ("first_moment", "second_moment"))
 
     def restore(self, state: LocalState) -> None:
         """See `apts_mpi.local.LocalSolver`."""

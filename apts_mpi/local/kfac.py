@@ -9,9 +9,10 @@ import torch
 from apts_mpi.curvature.layer import LayerBatch
 from apts_mpi.curvature.signed import DRAWS, SignedFactors, signed_factors
 from apts_mpi.local.objective import LocalObjective
-from apts_mpi.local.solver import LayerState, LocalSetting, LocalSolver, LocalState, WholeLayer
+from apts_mpi.local.solver import LayerState, LocalSetting, LocalSolver, LocalState, SavedState, WholeLayer
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.tools.schema import allow, whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball
 
 
@@ -74,6 +75,21 @@ class KFAC(LocalSolver):
             for (curvature, _, _), means in zip(self.layers, self.statistics, strict=False)
         ]
         return LocalState(numbers={"count": self.count, "updates": self.updates}, layers=layers)
+
+    def check_saved(self, saved: SavedState) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        self.check_numbers_and_vectors(saved, {"count": whole(), "updates": whole()}, lambda numbers: ())
+        if not saved.layers:
+            return
+        place = f"{saved.place}.layers"
+        allow(len(saved.layers) == len(self.layers), place, len(saved.layers), f"as many as here, {len(self.layers)}")
+        for (kind, tensors), layer in zip(saved.layers, self.layers, strict=True):
+            allow(kind in (layer.curvature.kind, SignedFactors.kind), place, kind, layer.curvature.kind)
+            curvature = layer.curvature if kind == layer.curvature.kind else _signed(layer).curvature
+            shapes = [tensor.shape for tensor in tensors]
+            allow(shapes == curvature.statistics, place, shapes, f"of shapes {curvature.statistics}")
+            for tensor in tensors:
+                self.check_tensor(tensor, place)
 
     def restore(self, state: LocalState) -> None:
         """See `apts_mpi.local.LocalSolver`."""

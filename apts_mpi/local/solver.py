@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from apts_mpi.curvature.layer import Curvature
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.tools.schema import Check, allow, record
 from apts_mpi.trust_region.norms import NormKind, steepest_descent
 
 
@@ -41,6 +42,35 @@ class LocalState:
     numbers: dict[str, Any] = field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: list[LayerState] = field(default_factory=list)
+
+
+class SavedTensor(NamedTuple):
+    """Shape and type, as numpy writes it, of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a file says of the `LocalState` of a subdomain, before its arrays are read.
+
+    Attributes
+    ----------
+    place : str
+        Where it stands, for messages.
+    numbers : dict
+        Numbers by name, which may be anything.
+    vectors : dict of str to SavedTensor
+        By name.
+    layers : list of (str, list of SavedTensor)
+        The kind and the tensors of each layer.
+    """
+
+    place: str
+    numbers: Mapping[str, Any]
+    vectors: Mapping[str, SavedTensor]
+    layers: Sequence[tuple[str, Sequence[SavedTensor]]]
 
 
 class WholeLayer(NamedTuple):
@@ -159,8 +189,34 @@ class LocalSolver(ABC):
         """What it keeps from one iteration to the next."""
         return LocalState()
 
+    def check_saved(self, saved: SavedState) -> None:
+        """Raise `apts_mpi.InvalidInput` for what `restore` could not take over. A file may hold anything."""
+
     def restore(self, state: LocalState) -> None:
         """Take over the state of a solver of the same kind."""
+
+    def check_numbers_and_vectors(
+        self, saved: SavedState, numbers: Mapping[str, Check], vectors: Callable[[Mapping[str, Any]], Collection[str]]
+    ) -> None:
+        """What `check_saved` of most solvers consists of.
+
+        Parameters
+        ----------
+        saved
+            What the file says.
+        numbers
+            Checks of the numbers, by name.
+        vectors
+            Gives the names of the vectors for these numbers.
+        """
+        found = record(numbers)(saved.numbers, f"{saved.place}.numbers")
+        record(dict.fromkeys(vectors(found), self.check_tensor))(saved.vectors, f"{saved.place}.vectors")
+
+    def check_tensor(self, tensor: SavedTensor, place: str) -> SavedTensor:
+        """Raise `apts_mpi.InvalidInput` unless it has the type of the parameters."""
+        own = self.setting.block[:0].cpu().numpy().dtype.str
+        allow(tensor.dtype == own, place, tensor.dtype, f"{own!r}, as the parameters are")
+        return tensor
 
 
 def ensure_descent(gradient: torch.Tensor, displacement: torch.Tensor, radius: float, kind: NormKind) -> torch.Tensor:

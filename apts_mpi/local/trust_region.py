@@ -9,10 +9,11 @@ import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.objective import LocalObjective
-from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, Split
+from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedState, Split
 from apts_mpi.options import APTSOptions, LocalOptions
+from apts_mpi.tools.schema import number, whole
 from apts_mpi.trust_region.acceptance import judge
-from apts_mpi.trust_region.models import LSR1, Model, ProductModel
+from apts_mpi.trust_region.models import LSR1, PAIRS, Model, ProductModel
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, euclidean_radius, norm
 
 # Names of the two vectors of a pair in the state.
@@ -53,6 +54,14 @@ class LSR1TrustRegion(LocalSolver):
         pairs = enumerate(zip(memory.steps, memory.changes, strict=True))
         vectors = {f"{name}_{index}": vector for index, pair in pairs for name, vector in zip(PAIR, pair, strict=True)}
         return LocalState(numbers={"pairs": len(memory.steps), "gamma": memory.gamma}, vectors=vectors)
+
+    def check_saved(self, saved: SavedState) -> None:
+        """See `apts_mpi.local.LocalSolver`."""
+        self.check_numbers_and_vectors(
+            saved,
+            {"pairs": whole(0, PAIRS), "gamma": number()},
+            lambda numbers: [f"{name}_{index}" for index in range(numbers["pairs"]) for name in PAIR],
+        )
 
     def restore(self, state: LocalState) -> None:
         """See `apts_mpi.local.LocalSolver`."""

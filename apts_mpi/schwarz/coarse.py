@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from apts_mpi.curvature.linearisation import Column
+from apts_mpi.errors import shortened
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
 from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
@@ -17,6 +18,7 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.coarse_space import CoarseState, check_columns, make_coarse_space
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature
 from apts_mpi.schwarz.reduced_model import ReducedModel
+from apts_mpi.tools.schema import Check, line, mapping, number, record
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import euclidean_radius
 
@@ -94,7 +96,8 @@ class CoarseLevel:
         self._options = options
         assert options.norm != "auto"  # composed
         self._norm: Literal["2", "scaled"] = options.norm
-        self._space = make_coarse_space(options)
+        with comm.shared_errors():  # a class of the user's may not be there
+            self._space = make_coarse_space(options)
         self._parts = parts
         self._comm = comm
         self.curvature = curvature
@@ -210,6 +213,11 @@ class CoarseLevel:
         own = self._space.state()
         return kept | ({"space": {"name": self._options.space, "state": own}} if own else {})
 
+    def saved(self, vector: Check, vector_or_empty: Check) -> Check:
+        """See `apts_mpi.state.solver.Part`."""
+        kept = {"last_step": vector, "last_correction": vector_or_empty, "raised": number(1.0, math.inf)}
+        return record(kept, {"space": record({"name": line, "state": mapping()})})
+
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Take over what `state` has returned; return what is of no use here, one sentence each."""
         self.last_step.copy_(state["last_step"])
@@ -221,7 +229,7 @@ class CoarseLevel:
         if space is None:
             return []
         if space["name"] != self._options.space:
-            return [f"the state of coarse space {space['name']} is of no use to another"]
+            return [f"the state of coarse space {shortened(space['name'])} is of no use to another"]
         self._space.restore(space["state"])
         return []
 

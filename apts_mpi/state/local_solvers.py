@@ -8,7 +8,7 @@ that were saved take what they need from the saved owners.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint.arrays import Array, Slab
-from apts_mpi.local.solver import LayerState, LocalSolver, LocalState
+from apts_mpi.errors import InvalidInput
+from apts_mpi.local.solver import LayerState, LocalSolver, LocalState, SavedState, SavedTensor
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.state.tensors import Source, to_numpy
+from apts_mpi.state.tensors import Source, array, to_numpy
+from apts_mpi.tools import schema
+from apts_mpi.tools.schema import Check, allow, mapping, sequence, text, whole
 
 VECTORS, LAYERS = "solver/local/vectors/", "solver/local/layers/"
 
@@ -54,6 +57,11 @@ class LocalSolvers:
     comm: Communicator
     leads: bool
     device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Parameters of the whole network."""
+        return max(part.stop for part in self.subdomains)
 
 
 def save_local_solvers(local: LocalSolvers) -> tuple[list[Array], list[dict[str, Any]]]:
@@ -120,13 +128,98 @@ def _place(layer: str, number: int) -> str:
     return f"{LAYERS}{layer or '(network)'}/{number}"
 
 
+def check_local_solvers(local: LocalSolvers, source: Source, metadata: Mapping[str, Any], place: str) -> None:
+    """See that metadata and arrays are what `save_local_solvers` makes for such a network.
+
+    Parameters
+    ----------
+    local
+        Those that are to take it over.
+    source
+        Where the arrays are.
+    metadata
+        With ``subdomains``, the records, and ``local_solver``.
+    place
+        Of the records, for messages.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the first difference.
+    """
+    records = [_record(local.size)(record, f"{place}[{index}]") for index, record in enumerate(metadata["subdomains"])]
+    _check_cover(records, local.size, place)
+    _check_arrays(source, records, place)
+    if metadata["local_solver"] != local.name or not _can_be_given(local, records):
+        return
+    for solver in list(local.solvers.values())[:1]:
+        # What other ranks are to take over, too, so that none goes on where another cannot; layers are theirs to check.
+        for found in records:
+            vectors = {
+                name: SavedTensor((found["stop"] - found["start"],), found["vectors"][name])
+                for name in found["vectors"]
+            }
+            solver.check_saved(SavedState(f"{place}[{found['index']}]", found["numbers"], vectors, []))
+    for index, solver in local.solvers.items():
+        reader = _Reader(source, records, local.device, index if _are_same(local, records) else None)
+        solver.check_saved(reader.describe(local.subdomains[index], local.layers, place))
+
+
+def _record(size: int) -> Check:
+    """A check of the record of a subdomain of a network with ``size`` parameters."""
+    tensors = sequence(_shape_and_dtype)
+    places = dict.fromkeys(("start", "stop", "owned_start", "owned_stop"), whole(0, size))
+    others = dict.fromkeys(("index", "first_segment", "last_segment"), whole())
+    layers = sequence(schema.record({"name": text, "kind": text, "tensors": tensors}))
+    return schema.record(places | others | {"numbers": mapping(), "vectors": mapping(text), "layers": layers})
+
+
+def _shape_and_dtype(value: Any, place: str) -> SavedTensor:
+    allow(isinstance(value, list) and len(value) == 2, place, value, "a shape and a type")
+    return SavedTensor(tuple(sequence(whole())(value[0], place)), text(value[1], place))
+
+
+def _check_cover(records: Sequence[dict[str, Any]], size: int, place: str) -> None:
+    """See that each parameter has an owner, and that each subdomain has what it owns."""
+    covered = 0
+    for number, found in enumerate(records):
+        allow(found["index"] == number, f"{place}[{number}].index", found["index"], f"{number}")
+        inside = found["start"] <= found["owned_start"] < found["owned_stop"] <= found["stop"]
+        allow(inside, f"{place}[{number}]", _extent(found), "start, owned start, owned stop and stop in this order")
+        if found["owned_start"] <= covered:
+            covered = max(covered, found["owned_stop"])
+    allow(covered == size, place, covered, f"subdomains of all {size} parameters, in their order")
+
+
+def _check_arrays(source: Source, records: Sequence[dict[str, Any]], place: str) -> None:
+    """See that the arrays are there of which the records speak."""
+    total = _first_rows(records)[-1]
+    for found in records:
+        for name, dtype in found["vectors"].items():
+            _check_array(source, VECTORS + name, SavedTensor((total,), dtype), place)
+    carriers: dict[str, list[Sequence[SavedTensor]]] = {}
+    for found in records:
+        for layer in found["layers"]:
+            carriers.setdefault(layer["name"], []).append(layer["tensors"])
+    for name, tensors in carriers.items():
+        alike = all(others == tensors[0] for others in tensors)
+        allow(alike, f"{place}: layers", name, "a layer with the same tensors in all subdomains")
+        for number, tensor in enumerate(tensors[0]):
+            expected = SavedTensor((len(tensors), *tensor.shape), tensor.dtype)
+            _check_array(source, _place(name, number), expected, place)
+
+
+def _check_array(source: Source, name: str, expected: SavedTensor, place: str) -> None:
+    array(source, expected.shape)({"array": name}, f"{place}: arrays")
+    allow(source.dtype(name).str == expected.dtype, f"{place}: {name}", source.dtype(name).str, expected.dtype)
+
+
 def load_local_solvers(local: LocalSolvers, source: Source, records: Sequence[dict[str, Any]]) -> list[str]:
     """Give the local solvers of this rank what `save_local_solvers` has saved; return what could not be given."""
-    same = _extents(records) == _extents(map(asdict, local.subdomains))
-    if not same and not all(solver.divisible for solver in local.solvers.values()):
+    if not _can_be_given(local, records):
         return [f"the state of local solver {local.name} is dropped: it belongs to the saved subdomains, others now"]
     for index, solver in local.solvers.items():
-        reader = _Reader(source, records, local.device, index if same else None)
+        reader = _Reader(source, records, local.device, index if _are_same(local, records) else None)
         solver.restore(reader.read(local.subdomains[index], local.layers))
     return []
 
@@ -136,18 +229,30 @@ def other_subdomains(
 ) -> list[str]:
     """Say, in a list, that subdomains are others than the saved ones; where another number was asked for, nothing."""
     asked = options.subdomains is not None or options.schwarz.cuts is not None
-    pairs = itertools.zip_longest(_extents(map(asdict, subdomains)), _extents(records))
-    other = next((index for index, (now, saved) in enumerate(pairs) if now != saved), None)
-    if other is None or (asked and len(subdomains) != len(records)):
+    pairs = itertools.zip_longest(
+        [_extent(asdict(part)) for part in subdomains], [_extent(record) for record in records]
+    )
+    first = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    if first is None or (asked and len(subdomains) != len(records)):
         return []
     return [
-        f"the subdomains are others than the saved ones, {len(subdomains)} for {len(records)}, from number {other} on: "
+        f"the subdomains are others than the saved ones, {len(subdomains)} for {len(records)}, from number {first} on: "
         "what follows is another run"
     ]
 
 
-def _extents(records: Iterable[Mapping[str, Any]]) -> list[tuple[int, ...]]:
-    return [tuple(record[name] for name in ("start", "stop", "owned_start", "owned_stop")) for record in records]
+def _are_same(local: LocalSolvers, records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the saved subdomains are those that there are now."""
+    return [_extent(record) for record in records] == [_extent(asdict(part)) for part in local.subdomains]
+
+
+def _can_be_given(local: LocalSolvers, records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the subdomains that there are now can have the state of the saved ones."""
+    return _are_same(local, records) or all(solver.divisible for solver in local.solvers.values())
+
+
+def _extent(record: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(record[name] for name in ("start", "stop", "owned_start", "owned_stop"))
 
 
 class _Reader:
@@ -171,6 +276,17 @@ class _Reader:
             layers=[state for layer in own_layers for state in self._layer(layer)],
         )
 
+    def describe(self, subdomain: Subdomain, layers: Sequence[Layer], place: str) -> SavedState:
+        """What `read` would read, unread."""
+        own = self._owner(subdomain.owned_start) if self._index is None else self._records[self._index]
+        kept = [self._kept(layer) for layer in layers_between(layers, subdomain.start, subdomain.stop)]
+        return SavedState(
+            f"{place}[{own['index']}]",
+            own["numbers"],
+            {name: SavedTensor((subdomain.stop - subdomain.start,), dtype) for name, dtype in own["vectors"].items()},
+            [(found[1]["kind"], found[1]["tensors"]) for found in kept if found is not None],
+        )
+
     def _owner(self, parameter: int) -> dict[str, Any]:
         return next(r for r in self._records if r["owned_start"] <= parameter < r["owned_stop"])
 
@@ -189,15 +305,25 @@ class _Reader:
 
     def _layer(self, layer: Layer) -> list[LayerState]:
         """The layer's state, in a list that is empty if nothing was saved."""
-        carriers = [record for record in self._records if _kept(record, layer.name)]
-        if not carriers:
+        found = self._kept(layer)
+        if found is None:
             return []
-        wanted = self._owner(layer.start)["index"] if self._index is None else self._index
-        row = [record["index"] for record in carriers].index(wanted)
-        kept = _kept(carriers[row], layer.name)
-        assert kept is not None
+        row, kept = found
         tensors = [self._tensor(_place(layer.name, number), row, 1)[0] for number in range(len(kept["tensors"]))]
         return [LayerState(kept["kind"], tensors)]
+
+    def _kept(self, layer: Layer) -> tuple[int, dict[str, Any]] | None:
+        """The row of the layer's state among those that carry it, and what is said of it; None if nothing was saved."""
+        carriers = [record for record in self._records if _kept(record, layer.name)]
+        if not carriers:
+            return None
+        wanted = self._owner(layer.start)["index"] if self._index is None else self._index
+        rows = [record["index"] for record in carriers]
+        if wanted not in rows:
+            raise InvalidInput(f"{self._source.path}: solver.subdomains[{wanted}].layers lacks layer {layer.name!r}")
+        kept = _kept(carriers[rows.index(wanted)], layer.name)
+        assert kept is not None
+        return rows.index(wanted), kept
 
     def _tensor(self, name: str, first_row: int, rows: int) -> torch.Tensor:
         return torch.from_numpy(self._source.read(name, first_row, rows)).to(self._device)

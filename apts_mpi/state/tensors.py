@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint.arrays import Array, split_evenly
+from apts_mpi.checkpoint.values import check_finite
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.tools.schema import Check, allow, record, text
 
 PARAMETERS, BUFFERS = "parameters/", "buffers/"
 
@@ -64,14 +66,13 @@ def named_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()
-def load_network(network: torch.nn.Module, source: Source) -> None:
-    """Put the parameters and buffers of a checkpoint into a network.
+def check_network(network: torch.nn.Module, source: Source) -> None:
+    """See that the parameters and buffers of a checkpoint are those of a network, before anything of it changes.
 
     Raises
     ------
     InvalidInput
-        If they are not those of the network, naming the first difference; the network is then as before.
+        If they are not, naming the first difference; or for parameters with nan or inf, naming the first place.
     """
     own = named_tensors(network)
     saved = [name for name in source.names if name.startswith((PARAMETERS, BUFFERS))]
@@ -88,7 +89,15 @@ def load_network(network: torch.nn.Module, source: Source) -> None:
         ):
             if there != here:
                 raise InvalidInput(f"{place} has {what} {there}, in the network it has {here}{remedy}")
-    for name, tensor in own.items():
+    for name in own:
+        if name.startswith(PARAMETERS):
+            check_finite(source.path, name, source.read(name))
+
+
+@torch.no_grad()
+def load_network(network: torch.nn.Module, source: Source) -> None:
+    """Put the parameters and buffers of a checkpoint into a network; see `check_network`."""
+    for name, tensor in named_tensors(network).items():
         # Not in place through the tensor itself: a solver takes that for a change by the user.
         tensor.data.copy_(torch.from_numpy(source.read(name)))
 
@@ -118,4 +127,30 @@ def put_tensors(tree: Any, read: Callable[[str], torch.Tensor]) -> Any:
 
 def reader(source: Source, device: torch.device) -> Callable[[str], torch.Tensor]:
     """Function that reads a whole array as a tensor on ``device``."""
-    return lambda name: torch.from_numpy(source.read(name)).to(device)
+    return lambda name: torch.from_numpy(source.read(text(name, f"{source.path}: array"))).to(device)
+
+
+def array(source: Source, *shapes: tuple[int, ...], dtype: np.dtype | None = None) -> Check:
+    """A check of what `take_tensors` leaves in the place of a tensor: an array of one of these shapes, of a type.
+
+    Parameters
+    ----------
+    source
+        Where the array is to be.
+    shapes
+        Those that it may have; any, if there is none.
+    dtype
+        None is any.
+    """
+    wanted = f"of shape {' or '.join(map(str, shapes))}" if shapes else "an array"
+
+    def check(value: Any, place: str) -> Any:
+        name = record({"array": text})(value, place)["array"]
+        allow(name in source.names, place, name, "the name of an array in the file")
+        found = (source.shape(name), source.dtype(name))
+        # Not `in`: numpy takes None for float64 where types are compared.
+        fits = (not shapes or found[0] in shapes) and (dtype is None or dtype == found[1])
+        allow(fits, f"{place} {name}", found, wanted + ("" if dtype is None else f" and type {dtype}"))
+        return value
+
+    return check

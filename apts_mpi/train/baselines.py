@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +23,19 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.state.tensors import (
+    array,
+    check_network,
     load_network,
     named_tensors,
     put_tensors,
     reader,
     replicated_arrays,
     take_tensors,
+    to_numpy,
 )
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
+from apts_mpi.tools.schema import Check, allow, any_number, nothing_or, record, sequence, whole
 from apts_mpi.train.options import BaselineOptions
 
 OPTIMIZERS = {
@@ -39,6 +44,44 @@ OPTIMIZERS = {
     "lbfgs": lambda parameters, rate: torch.optim.LBFGS(
         parameters, lr=rate, max_iter=10, line_search_fn="strong_wolfe"
     ),
+}
+
+
+# Vectors that L-BFGS keeps of its past, as torch has it.
+PAST = 100
+
+
+def _lbfgs_state(vector: Check, scalar: Check) -> Check:
+    """What L-BFGS keeps: numbers may be tensors or none."""
+
+    def tensor_or_number(value: Any, place: str) -> Any:
+        return scalar(value, place) if isinstance(value, dict) else any_number(value, place)
+
+    known = record(
+        {
+            **dict.fromkeys(("func_evals", "n_iter"), whole()),
+            **dict.fromkeys(("d", "prev_flat_grad"), vector),
+            **dict.fromkeys(("t", "H_diag", "prev_loss"), tensor_or_number),
+            **dict.fromkeys(("old_dirs", "old_stps"), sequence(vector, PAST)),
+            "ro": sequence(scalar, PAST),
+        },
+        {"al": sequence(nothing_or(scalar), PAST)},
+    )
+
+    def check(value: Any, place: str) -> dict[str, Any]:
+        found: dict[str, Any] = known(value, place)
+        counts = [len(found[name]) for name in ("old_dirs", "old_stps", "ro")]
+        allow(len(set(counts)) == 1, f"{place}: numbers of old_dirs, old_stps and ro", counts, "one number")
+        return found
+
+    return check
+
+
+# What each optimizer keeps, by the checks of a vector of the parameters and of a tensor of shape ().
+STATES: dict[str, Callable[[Check, Check], Check]] = {
+    "adam": lambda vector, scalar: record({"step": scalar, "exp_avg": vector, "exp_avg_sq": vector}),
+    "sgd": lambda vector, scalar: record({"momentum_buffer": nothing_or(vector)}),
+    "lbfgs": _lbfgs_state,
 }
 
 
@@ -100,7 +143,7 @@ class DataParallel:
         self._flat = torch.nn.Parameter(self.vector.values)
         self._flat.grad = self.objective.reduction.total
         self.optimizer = OPTIMIZERS[options.optimizer]([self._flat], options.learning_rate)
-        self._seed = options.seed
+        self._name, self._seed = options.optimizer, options.seed
         self._loss_is_checked = False
         self.iteration = 0
 
@@ -166,12 +209,23 @@ class DataParallel:
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
         """Take over what `save` has saved, on any number of ranks. Collective. See `apts_mpi.APTS.load`."""
         with self.comm.shared_errors():
+            check_network(self.network, checkpoint)
+            metadata = self._check(checkpoint, metadata)
             load_network(self.network, checkpoint)
             self.iteration = metadata["iteration"]
             kept = put_tensors(metadata["optimizer"], reader(checkpoint, self._flat.device))
             if kept is not None:
                 self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": {0: kept}})
         return []
+
+    def _check(self, checkpoint: Checkpoint, metadata: Any) -> dict[str, Any]:
+        """The metadata, once they are known to be what `save` makes."""
+        vector = array(checkpoint, (self.vector.values.numel(),), dtype=to_numpy(self.vector.values[:0]).dtype)
+        state = nothing_or(STATES[self._name](vector, array(checkpoint, ())))
+        checked: dict[str, Any] = record({"iteration": whole(), "optimizer": state})(
+            metadata, f"{checkpoint.path}: solver"
+        )
+        return checked
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors and numbers that have the same bits on all ranks."""

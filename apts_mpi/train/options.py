@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from apts_mpi.errors import require, require_choice
+from apts_mpi.errors import require, require_fields
 from apts_mpi.options import (
     APTSOptions,
     CoarseOptions,
@@ -167,18 +167,14 @@ class TrainingOptions:
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in ("train_samples", "epochs", "max_iterations", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         limit = self.max_seconds
         require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
-        require_choice("dtype", self.dtype, ("float32", "float64"))
-        require_choice("autocast", self.autocast, ("none", "bfloat16"))
         both = self.autocast == "none" or self.dtype == "float32"
         require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
-        require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("transport", self.transport, ("auto", "staged", "direct"))
-        require_choice("optimizer", self.optimizer, ("apts", "adam", "sgd", "lbfgs"))
         self._check_survival()
         remedy = "it is for optimizer apts; choose that, or --layout replicated"
         require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
@@ -211,9 +207,9 @@ class TrainingOptions:
 
 def as_seconds(text: str) -> float | None:
     """Seconds of a time such as 90s, 10min, 1.5h, 01:30:00 or 2-00:00:00 (days first); None for another text."""
-    if match := re.fullmatch(r"(\d+(?:\.\d*)?) *(s|min|h)", text):
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{0,9})?) *(s|min|h)", text):
         return float(match[1]) * {"s": 1.0, "min": 60.0, "h": 3600.0}[match[2]]
-    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", text):
+    if match := re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9}):([0-5]\d):([0-5]\d)", text):
         days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
     return None

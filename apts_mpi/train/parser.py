@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
-from apts_mpi.errors import InvalidInput, require, require_choice
+from apts_mpi.errors import InvalidInput, require, require_choice, shortened, shown
 from apts_mpi.tools.command import add_version
+from apts_mpi.train.configuration import expand
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 
 # Groups of which the first option is named by the group's own name: --global-step first-order.
@@ -27,12 +28,18 @@ SWITCHES = (
 )
 
 
+# Characters of what the parser says.
+LONGEST_MESSAGE = 600
+
+
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser: one option a field of `TrainingOptions`, nested groups with dots, ``--config FILE.yaml``."""
     parser = jsonargparse.ArgumentParser(
         prog="apts_mpi.train",
         description="Train a network over MPI ranks. Hyphens in names of options may be written for underscores.",
         exit_on_error=False,
+        # A beginning of a name would pass by what `spell` and `expand` do.
+        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument("--config", action="config", help="Read options from a YAML file.")
@@ -55,7 +62,7 @@ def spell(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
-def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions, str]:
+def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[TrainingOptions, str]:
     """The options, and the configuration as YAML that makes the same run again in a new directory.
 
     Parameters
@@ -63,7 +70,7 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     arguments
         Of the command line.
     earlier
-        Configuration of a run that is resumed, which the arguments change.
+        Arguments of a run that is resumed, as `apts_mpi.train.resume.saved_arguments` gives them, which these change.
 
     Raises
     ------
@@ -72,14 +79,20 @@ def parse(arguments: Sequence[str], earlier: str = "") -> tuple[TrainingOptions,
     """
     parser = make_parser()
     try:
-        parsed = parser.parse_args([*([f"--config={earlier}"] if earlier else []), *spell(arguments)])
+        parsed = parser.parse_args([*earlier, *expand(spell(arguments))])
     except (argparse.ArgumentError, TypeError) as error:
         _refuse_value(str(error))
-        raise InvalidInput(f"{' '.join(str(error).split())}; --help lists the options and their values") from error
+        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
     parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False
     return TrainingOptions(**values), parser.dump(parsed)
+
+
+def short_message(error: Exception) -> str:
+    """What the parser says on one line, with the beginnings of long values."""
+    words = (shortened(word) if word.isprintable() else shown(word) for word in str(error).split())
+    return shortened(" ".join(words), LONGEST_MESSAGE)
 
 
 def _refuse_value(message: str) -> None:

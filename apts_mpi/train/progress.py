@@ -1,8 +1,13 @@
-"""How far a run has come."""
+"""How far a run has come, and what else its checkpoints say of it beside the solver."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from apts_mpi.checkpoint import Checkpoint
+from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.schema import allow, anything, instance, mapping, number, record, sequence, text, whole
 
 
 @dataclass
@@ -40,3 +45,56 @@ class Progress:
     def within_epoch(self) -> bool:
         """Whether the present epoch has begun."""
         return self.batch > 0 or self.tries > 0
+
+
+# What a run has to share with one that it goes on with.
+_IDENTITY = record(
+    {
+        **dict.fromkeys(("problem", "optimizer", "dtype"), text),
+        **dict.fromkeys(("seed", "train_samples", "batch_size"), whole()),
+    }
+)
+
+
+def _solver(value: Any, place: str) -> dict[str, Any]:
+    """Of any solver, which knows the rest; how many subdomains there are is asked before there is one."""
+    solver: dict[str, Any] = mapping()(value, place)
+    sequence(anything)(solver.get("subdomains", []), f"{place}.subdomains")
+    return solver
+
+
+_METADATA = record(
+    {
+        "solver": _solver,
+        "progress": instance(
+            Progress,
+            later=("skipped", "at_rest"),
+            epoch=whole(1),
+            gradient_evaluations=number(0.0),
+            seconds=number(0.0),
+        ),
+        "run": _IDENTITY,
+    },
+    {"configuration": text, "versions": mapping()},
+)
+
+
+def check_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The metadata of a run's checkpoint, with a `Progress`; all is known to be what a run saves but the solver's own.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the first difference.
+    """
+    if "run" not in checkpoint.metadata:
+        raise InvalidInput(f"resume: {checkpoint.path} was not saved by a training run; give one that was")
+    checked: dict[str, Any] = _METADATA(checkpoint.metadata, f"{checkpoint.path}:")
+    return checked
+
+
+def check_progress(progress: Progress, batches: int, retries: int, checkpoint: Checkpoint) -> None:
+    """Raise `InvalidInput` for a place that is none in a run with so many batches an epoch and tries on each."""
+    place = f"{checkpoint.path}: progress"
+    allow(progress.batch < batches, f"{place}.batch", progress.batch, f"below {batches}, the batches of an epoch")
+    allow(progress.tries <= retries, f"{place}.tries", progress.tries, f"at most {retries}")

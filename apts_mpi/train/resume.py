@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, shown
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.records.directory import make_directory, make_new_directory
 from apts_mpi.tools import environment
+from apts_mpi.train.configuration import NULL, expand, given_options, read_text
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
+from apts_mpi.train.parser import parse, spell
 
 # Folder of the checkpoints in a run directory.
 CHECKPOINTS = "checkpoints"
+
+# Characters of a name that a message repeats.
+LONGEST_NAME = 100
+
+# Options that a resumed run does not have from its checkpoint, which describes the run and may be somebody's: where it
+# writes and what may be replaced there, of which the call alone decides; what the machine has; and what the call is
+# to show, how long it may last and how patient it is.
+OF_THE_CALL = (
+    *("run_dir", "overwrite", "resume"),
+    *("device", "transport"),
+    *("view", "monitor", "log_view", "trace", "tensorboard", "walltime", "stall_timeout"),
+)
+
+# Options that may name a program of the user's, MODULE:NAME, which a checkpoint cannot start.
+PROGRAMS = ("problem", "local.solver", "coarse.space")
 
 
 def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -70,6 +87,54 @@ def place(options: TrainingOptions) -> Path:
 def has_checkpoint(directory: Path) -> bool:
     """Whether there is a file that looks like one."""
     return any(directory.glob("step-*.h5"))
+
+
+def saved_arguments(checkpoint: Checkpoint, arguments: Sequence[str]) -> list[str]:
+    """What a checkpoint says of its run, as arguments before those of the command line.
+
+    Parameters
+    ----------
+    checkpoint
+        That of the run, validated by `apts_mpi.train.progress.check_metadata`.
+    arguments
+        Of the command line.
+
+    Raises
+    ------
+    InvalidInput
+        For a configuration that cannot be used, or that names programs or files which the command line does not.
+    """
+    text = checkpoint.metadata.get("configuration", "")
+    place = f"{checkpoint.path}: configuration"
+    saved = read_text(text, place) if text else []
+    values = dict(argument[2:].split("=", 1) for argument in saved)
+    given = given_options(expand(spell(arguments)))
+    for name in PROGRAMS:
+        if name not in given and ":" in (value := values.get(name, "")):
+            raise InvalidInput(
+                f"{name}: the checkpoint names {shown(value)}, which is a program of yours; give --{name} "
+                f"{value if len(value) <= LONGEST_NAME and value.isprintable() else 'MODULE:NAME'} to run it"
+            )
+    if "data_dir" not in given and (value := values.get("data_dir", NULL)) != NULL:
+        raise InvalidInput(
+            f"data_dir: the checkpoint names {shown(value)}, which is not read because a file says so; give "
+            "--data-dir with the place of the data"
+        )
+    taken = [f"--{name}={value}" for name, value in values.items() if name not in OF_THE_CALL]
+    try:
+        parse(taken)
+    except InvalidInput as error:
+        raise InvalidInput(f"{place}: {error}") from error
+    return taken
+
+
+def to_go_on(options: TrainingOptions, path: Path) -> str:
+    """The options with which the run in directory ``path`` goes on: also those that no checkpoint can give."""
+    programs = {"problem": options.problem, "local.solver": options.local.solver, "coarse.space": options.coarse.space}
+    again = {name: value for name, value in programs.items() if ":" in value}
+    if options.data_dir is not None:
+        again["data_dir"] = options.data_dir
+    return " ".join([f"--resume --run-dir {path}", *(f"--{name}={value}" for name, value in again.items())])
 
 
 def run_directory(options: TrainingOptions, problem: str, checkpoint: Checkpoint | None) -> Path:

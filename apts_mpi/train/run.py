@@ -27,6 +27,7 @@ from apts_mpi.train.device import take_device
 from apts_mpi.train.log_view import event_table, print_events
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
+from apts_mpi.train.progress import check_metadata
 from apts_mpi.train.reporter import Reporter
 from apts_mpi.train.resume import (
     CHECKPOINTS,
@@ -34,6 +35,8 @@ from apts_mpi.train.resume import (
     open_earlier,
     replaces,
     run_directory,
+    saved_arguments,
+    to_go_on,
 )
 from apts_mpi.train.same_run import Asked, same_run
 from apts_mpi.train.saved_history import history_of
@@ -106,10 +109,10 @@ def run(
         if checkpoint is not None:
             stack.enter_context(checkpoint)
             with comm.shared_errors():
-                given, saved = options, checkpoint.metadata.get("configuration", "")
+                check_metadata(checkpoint)
+                given, saved = options, saved_arguments(checkpoint, arguments)
                 options, config = parse(arguments, saved)
-                asked = Asked(given, parse([], saved)[0], options)
-                options, notes = same_run(asked, checkpoint, comm.size)
+                options, notes = same_run(Asked(given, parse(saved)[0], options), checkpoint, comm.size)
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
@@ -135,7 +138,7 @@ def run(
         write_trace(trace, destinations, training.comm, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
-        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with --resume --run-dir {path}")
+        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with {to_go_on(options, path)}")
         return REQUEUE
     if failure:
         raise SharedFailure(
@@ -190,6 +193,9 @@ def open_destinations(
         Shows a message.
     """
     with comm.shared_errors():
+        # Before anything is made: a checkpoint may hold no records.
+        history = history_of(checkpoint) if comm.rank == 0 else b""
+    with comm.shared_errors():
         path = run_directory(options, training.problem.name, checkpoint) if comm.rank == 0 else Path()
     path = Path(comm.agree_on_text(str(path)))
     # Rank 0's place, wherever the other ranks were started.
@@ -201,7 +207,7 @@ def open_destinations(
         if comm.rank == 0:
             in_place = goes_on_in(path, checkpoint)
             overwrite = replaces(options, path, checkpoint)
-            records = RunDirectory(path, config, tell, overwrite, history_of(checkpoint), in_place)
+            records = RunDirectory(path, config, tell, overwrite, history, in_place)
             stack.enter_context(records)
             if options.tensorboard:
                 scalars = ScalarWriter(path / TENSORBOARD, tell, training.progress.iteration)

@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 from apts_mpi.checkpoint import Checkpoint
 from apts_mpi.options import PipelineOptions, SchwarzOptions
+from apts_mpi.tools.schema import among, nothing_or, sequence, text, whole
 from apts_mpi.train.options import TrainingOptions
 
 # What layout staged always has.
 STAGED = {"variant": "inexact", "local_data": "full"}
+
+# What is needed of the saved subdomains and options; the solver sees to the rest.
+_SUBDOMAINS = sequence(
+    among(dict.fromkeys(("start", "stop", "owned_start", "owned_stop"), whole())),
+    least=1,
+)
+_COMPOSED = among({"schwarz": among({"variant": text, "local_data": text})})
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,15 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     ranks
         Number of ranks.
     """
-    options, solver = asked.options, checkpoint.metadata.get("solver", {})
-    records = solver.get("subdomains")
-    if records is None:
+    options, solver = asked.options, checkpoint.metadata["solver"]
+    if "subdomains" not in solver:
         return options, []
+    records = _SUBDOMAINS(solver["subdomains"], f"{checkpoint.path}: solver.subdomains")
+    composed = nothing_or(_COMPOSED)(solver.get("composed"), f"{checkpoint.path}: solver.composed")
     stages = max(ranks // options.replicas, 1) if options.layout == "staged" else 1
     pipeline, of_cuts = _pipeline(asked, stages)
     number, schwarz, of_number = _subdomains(asked, records, stages)
-    schwarz, of_objective = _local_objective(asked, schwarz, solver.get("composed"), len(records))
+    schwarz, of_objective = _local_objective(asked, schwarz, composed, len(records))
     changed = replace(options, subdomains=number, schwarz=schwarz, pipeline=pipeline)
     return changed, of_cuts + of_number + of_objective
 

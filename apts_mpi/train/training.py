@@ -11,7 +11,7 @@ import torch
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.errors import InvalidInput, SharedInvalidInput, shown
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
@@ -20,7 +20,7 @@ from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress
+from apts_mpi.train.progress import Progress, check_metadata, check_progress
 from apts_mpi.train.rejection import Rejections
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
@@ -257,10 +257,12 @@ class Training:
             If the checkpoint is not one of such a run, naming the first difference.
         """
         with self.comm.shared_errors():
-            self._check_identity(checkpoint)
-            self.progress = Progress(**checkpoint.metadata["progress"])
-        self._resumed = True
-        return self.solver.load(checkpoint, checkpoint.metadata["solver"])
+            saved = check_metadata(checkpoint)
+            self._check_identity(saved["run"], checkpoint)
+            check_progress(saved["progress"], self.batches, RETRIES, checkpoint)
+        notices = self.solver.load(checkpoint, checkpoint.metadata["solver"])
+        self.progress, self._resumed = saved["progress"], True
+        return notices
 
     def _identity(self) -> dict[str, Any]:
         """What a run has to share with one that it goes on with: the order of the batches depends on it."""
@@ -274,14 +276,11 @@ class Training:
             "batch_size": self.batch_size,
         }
 
-    def _check_identity(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.metadata.get("run")
-        if saved is None:
-            raise InvalidInput(f"resume: {checkpoint.path} was not saved by a training run; give one that was")
+    def _check_identity(self, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
         for name, value in self._identity().items():
             if saved[name] != value:
                 raise InvalidInput(
-                    f"{name}: {value!r} differs from the {saved[name]!r} with which {checkpoint.path} was made; "
+                    f"{name}: {value!r} differs from the {shown(saved[name])} with which {checkpoint.path} was made; "
                     "resume with the same, or start a new run"
                 )
 

@@ -13,8 +13,9 @@ from apts_mpi.objective.passes import Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.tools.schema import Check, allow, number, record, sequence, whole
 from apts_mpi.trust_region.inner_products import InnerProducts
-from apts_mpi.trust_region.models import LSR1, ProductModel
+from apts_mpi.trust_region.models import LSR1, PAIRS, ProductModel
 
 
 class Preconditioner(Protocol):
@@ -104,6 +105,28 @@ class GlobalStep:
             "changes": memory.changes,
             "gamma": memory.gamma,
         }
+
+    def saved(self, vector: Check, vector_or_empty: Check) -> Check:
+        """See `apts_mpi.state.solver.Part`."""
+        pairs = sequence(vector, PAIRS)
+        known = record(
+            {
+                "function": whole(),
+                **dict.fromkeys(("values", "gradient"), vector),
+                **dict.fromkeys(("steps", "changes"), pairs),
+                "gamma": number(),
+            }
+        )
+
+        def check(value: Any, place: str) -> dict[str, Any]:
+            if value == {}:
+                return {}
+            found: dict[str, Any] = known(value, place)
+            steps, changes = len(found["steps"]), len(found["changes"])
+            allow(steps == changes, f"{place}.changes", changes, f"as many as steps, {steps}")
+            return found
+
+        return check
 
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Take over what `state` has returned, all of it."""

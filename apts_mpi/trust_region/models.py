@@ -102,14 +102,18 @@ class LSR1:
         return square / along if along > 0.0 else square**0.5 / self._inner.euclidean_norms(step)[0]
 
     def _form(self) -> tuple[torch.Tensor, np.ndarray]:
-        """Psi and the inverse of M."""
+        """Psi and the inverse of M; pairs that no update has admitted, as a file may hold them, are dropped."""
         if self._formed is None:
             steps, changes = torch.stack(self.steps, dim=1), torch.stack(self.changes, dim=1)
             own = torch.stack([steps.T @ changes, steps.T @ steps]).double().cpu().numpy()
             products, squares = self._inner.sum(own)
-            lower = np.tril(products, -1)
-            middle = np.diag(np.diag(products)) + lower + lower.T - self.gamma * squares
-            self._formed = changes - self.gamma * steps, np.linalg.inv(middle)
+            with np.errstate(all="ignore"):
+                lower = np.tril(products, -1)
+                inverse = _inverse(np.diag(np.diag(products)) + lower + lower.T - self.gamma * squares)
+            if inverse is None:
+                self.restore([], [], self.gamma)
+                return changes[:, :0], np.zeros((0, 0))
+            self._formed = changes - self.gamma * steps, inverse
         return self._formed
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
@@ -143,9 +147,9 @@ class LSR1:
 
     def _eigenbasis(self, like: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
         """Orthonormal eigenvectors of B that span Psi, shape (n, k), and their eigenvalues."""
+        psi, inverse = self._form() if self.steps else (like.new_zeros(len(like), 0), np.zeros((0, 0)))
         if not self.steps:
-            return like.new_zeros(len(like), 0), np.zeros(0)
-        psi, inverse = self._form()
+            return psi, np.zeros(0)
         orthonormal, root = self._inner.orthonormalise(psi)
         values, vectors = np.linalg.eigh(root @ inverse @ root.T)
         return orthonormal @ torch.from_numpy(vectors).to(like), values + self.gamma
@@ -191,6 +195,17 @@ class ProductModel:
 def _predict(gradient: torch.Tensor, step: torch.Tensor, curved: torch.Tensor, dots: Dots) -> float:
     slope, curvature = dots((gradient, step), (step, curved))
     return -(slope + 0.5 * curvature)
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray | None:
+    """The inverse; None if there is none, or it is not finite."""
+    if not np.isfinite(matrix).all():
+        return None
+    try:
+        inverse = np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return inverse if np.isfinite(inverse).all() else None
 
 
 def _finite(*vectors: torch.Tensor) -> bool:

@@ -57,7 +57,7 @@ BAD_VALUES = [
         {"min_radius": 2.0, "max_radius": 1.0},
         r"max_radius: \(2.0, 1.0\) .* min_radius < max_radius",
     ),
-    (TrustRegionOptions, {"max_radius": math.inf}, "both finite"),
+    (TrustRegionOptions, {"max_radius": math.inf}, "trust_region.max_radius: inf .* give a finite number"),
     (TrustRegionOptions, {"initial_radius": 2e4}, "initial_radius: 20000.0 .* to max_radius 10000.0, or null"),
     (TrustRegionOptions, {"initial_radius": 1e-9}, "initial_radius: 1e-09"),
     (TrustRegionOptions, {"initial_radius": math.nan}, "initial_radius: nan"),

@@ -7,7 +7,7 @@ import hosts
 import pytest
 import torch
 from networks import problem
-from processes import SMALL, start
+from processes import PROBLEM, SMALL, start
 from run_files import arrays, history
 
 pytestmark = pytest.mark.processes
@@ -47,7 +47,7 @@ def test_training_and_checkpoints_over_two_hosts(tmp_path, two_hosts):
     before = two_hosts.sent()
     first = two_hosts.start(1, [*arguments, "--run-dir=run", f"--max-iterations={ITERATIONS // 2}"])
     assert first.wait(hosts.LIMIT) == 0, two_hosts.output()
-    resumed = two_hosts.start(1, ["--resume", "--run-dir=run", f"--max-iterations={ITERATIONS}"])
+    resumed = two_hosts.start(1, [PROBLEM, "--resume", "--run-dir=run", f"--max-iterations={ITERATIONS}"])
     assert resumed.wait(hosts.LIMIT) == 0, two_hosts.output()
     assert f"resumed after iteration {ITERATIONS // 2} " in two_hosts.output()
     network, *_ = problem()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from networks import make_solver
-from processes import needs_mpirun, start
+from processes import PROBLEM, needs_mpirun, start
 
 from apts_mpi import APTSOptions, CoarseOptions, GlobalStepOptions, SchwarzOptions
 from apts_mpi.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def test_a_run_goes_on(layout, tmp_path):
     (saved,) = (tmp_path / "saved").glob("*.h5")
     expected = json.loads((FILES / f"{layout}.json").read_text())
     arguments = [f"--resume={saved}", f"--max-iterations={len(expected)}", "--run-dir=run", "--checkpoint-every=1"]
-    done = start(tmp_path, RANKS[layout], arguments)
+    done = start(tmp_path, RANKS[layout], [PROBLEM, *arguments])
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

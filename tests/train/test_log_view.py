@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from networks import classifier
-from processes import SMALL, Job, needs_mpirun
+from processes import PROBLEM, SMALL, Job, needs_mpirun
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import RunDirectory
@@ -128,7 +128,10 @@ def test_event_files_and_resumed_runs(world, directory, trained):
     if world.rank == 0:
         assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
         assert calls(trace_of(run)[0], "judge") == 3
-    trained("--resume=run/checkpoints/step-00000002.h5", "--run-dir=run", "--max-iterations=6")
+    trained(
+        PROBLEM, "--resume=run/checkpoints/step-00000002.h5", "--run-dir=run", "--max-iterations=6", "--tensorboard",
+        "--trace",
+    )  # fmt: skip
     if world.rank > 0:
         return
     # The events are those since the run was resumed.

@@ -14,7 +14,7 @@ import networks
 import pytest
 import torch
 from mpi4py import MPI
-from processes import SMALL, Job, needs_mpirun, start
+from processes import PROBLEM, SMALL, Job, needs_mpirun, start
 from run_files import arrays, history
 
 from apts_mpi.checkpoint import Checkpoint, resolve
@@ -33,7 +33,7 @@ def assert_goes_on(directory, ranks):
     with Checkpoint(resolve(directory / "run" / "checkpoints")) as checkpoint:
         assert 0 < checkpoint.step <= iterations - 5
     # The options are those of the checkpoint, but for the ones that are given.
-    done = start(directory, ranks, ["--resume", "--run-dir=run", f"--max-iterations={iterations}"])
+    done = start(directory, ranks, [PROBLEM, "--resume", "--run-dir=run", f"--max-iterations={iterations}"])
     assert done.returncode == 0 and "resumed after iteration" in done.stdout, done.stdout + done.stderr
     endless = [option for option in ENDLESS if not option.startswith("--run-dir")]
     assert start(directory, ranks, [*endless, "--run-dir=whole", f"--max-iterations={iterations}"]).returncode == 0
@@ -45,7 +45,7 @@ def assert_goes_on(directory, ranks):
 def test_resumed_in_the_middle_of_an_epoch(world, directory, trained):
     """The batches are 2 an epoch; the configuration comes from the checkpoint."""
     trained(*SMALL, "--run-dir=run", "--epochs=4", "--max-iterations=3")
-    trained("--resume", "--run-dir=run", "--max-iterations=7")
+    trained(PROBLEM, "--resume", "--run-dir=run", "--max-iterations=7")
     trained(*SMALL, "--run-dir=whole", "--epochs=4", "--max-iterations=7")
     if world.rank == 0:
         assert history(directory / "run") == history(directory / "whole")
@@ -61,8 +61,8 @@ def test_other_ranks_go_on_with_as_many_subdomains(world, directory, trained_on)
     """Also where their number was left to the number of ranks."""
     alone = [option for option in SMALL if not option.startswith("--subdomains")]
     trained_on(2, *alone, "--run-dir=run", "--epochs=9", "--max-iterations=3", "--checkpoint-every=2")
-    trained_on(1, "--resume=run/checkpoints/step-00000002.h5", "--run-dir=third", "--max-iterations=6")
-    trained_on(3, "--run-dir=run", "--resume", "--max-iterations=6")
+    trained_on(1, PROBLEM, "--resume=run/checkpoints/step-00000002.h5", "--run-dir=third", "--max-iterations=6")
+    trained_on(3, PROBLEM, "--run-dir=run", "--resume", "--max-iterations=6")
     trained_on(2, *alone, "--run-dir=whole", "--epochs=9", "--max-iterations=6")
     if world.rank > 0:
         return
@@ -112,7 +112,7 @@ def assert_stops(job, number):
     job.process.send_signal(number)
     status, output = job.end()
     assert status == REQUEUE, output
-    assert output.count(f"{number.name} was received: go on with --resume --run-dir run") == 1
+    assert output.count(f"{number.name} was received: go on with --resume --run-dir run {PROBLEM}") == 1
     assert not (job.path.parent / "run" / "summary.json").exists()
 
 

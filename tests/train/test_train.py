@@ -498,7 +498,7 @@ def refused(world, capfd, directory, *arguments):
         ("--batch-size 2", "batch_size: 2 is too small for . ranks with 3 subdomains; give at least"),
         ("--batch-size 2 --subdomains 3", "batch_size: 2 is too small"),
         ("--batch-size 5 --problem test_train:normalised", "batch_size: 5 is too small for .*; give at least 6"),
-        ("--config absent.yaml", "File does not exist: .*absent.yaml"),
+        ("--config absent.yaml", "config: 'absent.yaml' cannot be read .No such file or directory.; give a YAML file"),
         ("--data-dir somewhere --problem digits", "--data-dir: 'somewhere' .* digits reads no files"),
         ("--data-dir absent --problem fashion-mnist", "--data-dir absent is not a directory: give one that holds"),
         ("--problem absent:problem", "importing 'absent' failed with ModuleNotFoundError.*give MODULE:FUNCTION"),
@@ -519,7 +519,7 @@ def test_bad_arguments_are_refused(world, capfd, directory, arguments, message):
     [
         ("problem: networks:problem\nno_such_option: 3\n", "'no_such_option' is not accepted"),
         ("schwarz:\n  overlap: many\n", "overlap.*many"),
-        ("epochs: [1\n", "Problems parsing config"),
+        ("epochs: [1\n", "config: 'bad.yaml': it is no YAML"),
     ],
 )
 def test_bad_configuration_file(world, capfd, directory, text, message):

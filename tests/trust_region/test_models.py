@@ -339,3 +339,17 @@ def test_lsr1_finds_the_minimum_of_a_quadratic():
             point, gradient = point + step, gradient + change
         model.update(step, change)
     torch.testing.assert_close(point, target, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e200, float("inf"), float("nan")])
+@pytest.mark.parametrize("first", ["minimise", "update"])
+def test_pairs_that_make_no_model_are_dropped(value, first):
+    """A checkpoint may hold any."""
+    model = LSR1()
+    vector = torch.full((6,), value, dtype=torch.float64)
+    model.restore([vector, vector], [vector, vector], 1.0)
+    gradient = torch.ones(6, dtype=torch.float64)
+    if first == "update":
+        model.update(gradient, 2.0 * gradient)
+    torch.testing.assert_close(model.minimise(gradient, 0.5), -0.5 * gradient / 6**0.5)
+    assert math.isfinite(model.predict(gradient, gradient))
