@@ -50,7 +50,7 @@ def private_of(comm: MPI.Intracomm) -> Private:
     InvalidInput
         For what is no intracommunicator.
     """
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+    if isinstance(comm, MPI.Intercomm) or comm == MPI.COMM_NULL:
         name = "MPI.COMM_NULL" if comm == MPI.COMM_NULL else f"an {type(comm).__name__}"
         raise InvalidInput(f"comm: {name} has no ranks that could work together; give an mpi4py intracommunicator")
     private: Any = comm.Get_attr(_PRIVATE)
