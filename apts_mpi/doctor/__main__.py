@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from apts_mpi.doctor.shared_memory import SHARED_MEMORY, amount, remove, survey
+from apts_mpi.doctor.shared_memory import SHARED_MEMORY, amount, describe_shortage, is_short, remove, survey
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import add_version, said_once
 from apts_mpi.tools.status import FAILED
@@ -60,6 +60,17 @@ def clear(as_json: bool) -> int:
     return FAILED if failures else 0
 
 
+def warn_of_shortage() -> None:
+    """Say on each host that MPI may lack the room to start, before it is tried: it dies without a word."""
+    launched = environment.launcher()
+    if not is_short(launched[0] if launched is not None else 1):
+        return
+    if environment.is_first_on_host():
+        print(f"apts_mpi.doctor: {describe_shortage(survey())}", file=sys.stderr, flush=True)
+    # All processes: when the first of them dies, mpirun drops what it has not read.
+    environment.pause(1.0)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check and report; the process ends with a status that says how it went."""
     end_with_reader()
@@ -68,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(arguments)
     if options.clear_shared_memory:
         sys.exit(clear(options.json))
+    warn_of_shortage()
     # Not above: it needs MPI, which --help and --version do without.
     from apts_mpi.doctor.examination import carry_out
 

@@ -33,6 +33,9 @@ YOUNG = 60.0
 # From which share of the shared memory, or which number, segments are worth a warning.
 NOTABLE_SHARE, MANY = 0.05, 50
 
+# Bytes that a rank may need for MPI to start: libraries take one to four million, and die of a bus error without.
+ROOM_OF_A_RANK = 2**22
+
 REMEDY = "python -m apts_mpi.doctor --clear-shared-memory removes them; on each host that has some"
 
 
@@ -56,6 +59,8 @@ class Survey:
         The segments that no process uses.
     capacity
         Bytes of the shared memory, 0 if it has no limit.
+    room
+        Bytes of it that are free.
     obstacle
         Why nothing can be said; empty if something can.
     """
@@ -63,6 +68,7 @@ class Survey:
     host: str
     unused: tuple[Segment, ...] = ()
     capacity: int = 0
+    room: int = 0
     obstacle: str = ""
 
     @property
@@ -98,7 +104,7 @@ def survey(directory: Path = SHARED_MEMORY, processes: Path = PROCESSES) -> Surv
         unused = _unused(directory, names, processes)
     except OSError as error:
         return Survey(host, obstacle=f"{directory}: {error.strerror}")
-    return Survey(host, tuple(unused), place.f_blocks * place.f_frsize)
+    return Survey(host, tuple(unused), place.f_blocks * place.f_frsize, place.f_bavail * place.f_frsize)
 
 
 def remove(
@@ -142,6 +148,25 @@ def judge_shared_memory(surveys: Sequence[Survey]) -> Finding:
     obstacles = [one.obstacle for one in surveys if one.obstacle]
     found = f"not looked at: {obstacles[0]}" if obstacles else "no segments of jobs that ended"
     return Finding("shared memory", "ok", found, "", values)
+
+
+def is_short(ranks: int, directory: Path = SHARED_MEMORY) -> bool:
+    """Whether there may be no room for a job of so many ranks, were all of them on this host."""
+    try:
+        place = os.statvfs(directory)
+    except OSError:
+        return False
+    return place.f_blocks > 0 and place.f_bavail * place.f_frsize < ranks * ROOM_OF_A_RANK
+
+
+def describe_shortage(found: Survey) -> str:
+    """What to say where there may be no room."""
+    words = (
+        f"{found.host}: {SHARED_MEMORY} has {amount(found.room)} left of {amount(found.capacity)}, with which MPI may "
+    )
+    if not found.unused:
+        return f"{words}not start; see what fills it with ls -lS {SHARED_MEMORY}"
+    return f"{words}not start; segments of jobs that ended: {len(found.unused)}, {amount(found.bytes)}; {REMEDY}"
 
 
 def amount(number: int) -> str:

@@ -17,10 +17,14 @@ from processes import LIMIT, TESTS, descendants, find_mpirun, needs_mpirun, surr
 from apts_mpi.doctor.shared_memory import (
     MANY,
     NOTABLE_SHARE,
+    PROCESSES,
     SHARED_MEMORY,
     YOUNG,
     Segment,
     Survey,
+    _used_files,
+    describe_shortage,
+    is_short,
     judge_shared_memory,
     remove,
     survey,
@@ -135,7 +139,7 @@ def mapped(path, mode):
 @pytest.mark.parametrize("sees", [True, False], ids=["seen", "as from another container"])
 def test_used_segments_are_left_alone(left, tmp_path_factory, use, mode, sees):
     """By what the system tells of processes, and where it does not tell of the one that matters."""
-    processes = Path("/proc")
+    processes = PROCESSES
     if not sees:
         processes = tmp_path_factory.mktemp("proc")
         (processes / "self").mkdir()
@@ -145,6 +149,14 @@ def test_used_segments_are_left_alone(left, tmp_path_factory, use, mode, sees):
         assert names_of(remove(NAMES, left, processes)[0]) == NAMES[1:]
     assert [path.name for path in left.iterdir()] == [NAMES[0]]
     assert names_of(survey(left, processes).unused) == NAMES[:1]
+
+
+@pytest.mark.parametrize("use", [opened, mapped])
+def test_the_system_tells_of_processes(left, use):
+    """By itself, without the lease."""
+    assert _used_files(left, PROCESSES) == set()
+    with use(left / NAMES[0], "r+b"):
+        assert _used_files(left, PROCESSES) == {NAMES[0]}
 
 
 def test_a_directory_by_another_name(left, tmp_path_factory):
@@ -207,6 +219,17 @@ def test_judgement(number, size, capacity, status):
     assert row.found.startswith(f"b: {number} segment") if number else "no segments" in row.found
     assert [(host["host"], host["bytes"]) for host in row.values["hosts"]] == [("a", 0), ("b", number * size)]
     json.dumps(row.values)
+
+
+def test_shortage_in_words():
+    assert "see what fills it" in describe_shortage(Survey("a", (), 10**9, 10**6))
+    words = describe_shortage(Survey("a", (Segment("mpich_shm_1_0", 10**8),), 10**9, 10**6))
+    assert "1.0 MB left of 1.0 GB" in words and "1, 100.0 MB; python -m apts_mpi.doctor --clear-shared-memory" in words
+
+
+def test_where_there_is_room(tmp_path):
+    assert not is_short(1, tmp_path) and not is_short(1, tmp_path / "missing")
+    assert is_short(2**40, tmp_path)
 
 
 def rank_processes(job):
@@ -316,30 +339,39 @@ def say(*arguments, launcher=()):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 def test_commands_where_there_is_no_room(with_own_memory):
     """Killed jobs have filled the memory, so that MPI cannot start; then it can, and a used segment is there still."""
     run = with_own_memory(
-        "8m",
+        "40m",
         COMMANDS
         + f"""
-for number in range(3):
-    make(shm, f"mpich_shm_{{number}}_0")
-    with open(shm / f"mpich_shm_{{number}}_0", "r+b") as file:
-        file.write(bytes((8 * 2**20 - 3 * 2**16) // 3))
-    os.utime(shm / f"mpich_shm_{{number}}_0", (0, 0))
-with mapped(make(shm, "vader_segment.vm.0.1.0"), "r+b"):
+paths = [shm / f"mpich_shm_{{number}}_0" for number in range(3)] + [shm / "vader_segment.vm.0.1.0"]
+def there():
+    return [path.name for path in paths if path.exists()]
+for path in paths[:3]:
+    path.write_bytes(bytes(13 * 2**20))
+    os.utime(path, (0, 0))
+with mapped(make(shm, paths[3].name), "r+b"):
+    (shm / "ballast").write_bytes(bytes(2**20 - {SIZE} - 2**14))
+    for launcher in ((), ({find_mpirun()!r}, "-n", "2")):
+        full = subprocess.run([*launcher, *doctor], capture_output=True, text=True)
+        words = "MPI may not start; segments of jobs that ended: 3, 40.9 MB; python -m apts_mpi.doctor --clear-shared-"
+        print(full.returncode != 0, full.stderr.count(words))
     first = say("--clear-shared-memory", launcher=[{find_mpirun()!r}, "-n", "2"])
-    print(first.returncode, first.stdout.count("removed /dev/shm/mpich_shm_"), os.listdir(shm))
+    print(first.returncode, first.stdout.count("removed /dev/shm/mpich_shm_"), there())
     print(first.stdout.count("3 removed"), first.stdout.count("segments of jobs"))
     rows = {{row["check"]: row for row in json.loads(say("--json").stdout)["checks"]}}
     print(rows["shared memory"]["status"], rows["shared memory"]["values"]["hosts"][0]["unused"])
 second = json.loads(say("--clear-shared-memory", "--json").stdout)
-print(second["removed"], second["failures"], second["obstacle"] == "", os.listdir(shm))
+print(second["removed"], second["failures"], second["obstacle"] == "", there())
 print(say("--clear-shared-memory").stdout.endswith("segments of jobs that ended: 0 removed, 0.0 MB\\n"))
 """,
     )
     assert run.stdout.splitlines() == [
+        "True 1",
+        "True 1",
         "0 3 ['vader_segment.vm.0.1.0']",
         "1 1",
         "ok []",
@@ -349,11 +381,12 @@ print(say("--clear-shared-memory").stdout.endswith("segments of jobs that ended:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @needs_mpirun
 def test_a_killed_job_is_reported(with_own_memory):
     """In the table and as data, once a host, with a warning where it takes a notable part."""
     run = with_own_memory(
-        "32m",
+        "36m",
         COMMANDS
         + f"""
 with sleeping_job(Path()):
