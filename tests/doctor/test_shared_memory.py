@@ -164,6 +164,7 @@ def test_a_directory_by_another_name(left, tmp_path_factory):
     link = tmp_path_factory.mktemp("links") / "shm"
     link.symlink_to(left)
     with mapped(left / NAMES[0], "r+b"):
+        assert _used_files(link, PROCESSES) == {NAMES[0]}
         assert names_of(survey(link).unused) == NAMES[1:]
 
 
@@ -405,6 +406,23 @@ print(all(f"removed /dev/shm/{{name}}, " in cleared.stdout for name in left), os
 """,
     )
     assert run.stdout.splitlines() == ["warn 2 1", "True", "True True", "True []"], run.stderr
+
+
+@pytest.mark.processes
+def test_what_cannot_be_removed_is_told(with_own_memory):
+    run = with_own_memory(
+        "4m",
+        COMMANDS
+        + """
+make(shm, "mpich_shm_1_0")
+subprocess.run(["mount", "-o", "remount,ro", shm], check=True)
+cleared = say("--clear-shared-memory")
+print(cleared.returncode, "cannot remove /dev/shm/mpich_shm_1_0: Read-only file system" in cleared.stdout)
+print(json.loads(say("--clear-shared-memory", "--json").stdout)["failures"], os.listdir(shm))
+""",
+    )
+    failure = "{'mpich_shm_1_0': 'Read-only file system'} ['mpich_shm_1_0']"
+    assert run.stdout.splitlines() == ["1 True", failure], run.stderr
 
 
 @pytest.mark.parametrize(
