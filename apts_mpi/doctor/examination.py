@@ -30,6 +30,7 @@ from apts_mpi.doctor.diagnosis import (
     judge_versions,
     worst,
 )
+from apts_mpi.doctor.shared_memory import judge_shared_memory
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.gpu_direct import try_direct
 from apts_mpi.parallel.launcher import launcher_mismatch, mpi_version
@@ -56,7 +57,8 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Find
         What is wrong with the launcher, empty if nothing.
     """
     library = mpi_version()
-    device = choose_device("auto", comm.local_rank())
+    local_rank = comm.local_rank()
+    device = choose_device("auto", local_rank)
     ranks = probes.gather_facts(comm, device)
     launcher = find_launcher() if comm.rank == 0 else ("", "")
     has_device = any(rank.device_identity for rank in ranks)
@@ -77,6 +79,7 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Find
         *judge_sums(probes.sum_everywhere(comm, device)),
         judge_direct(direct, transport),
         judge_overlap(plain, tested, library, switched_on),
+        judge_shared_memory(probes.survey_hosts(comm, local_rank)),
         judge_storage(str(scratch.parent if not failure else scratch), failure, unseen, stale),
         *([judge_locks(*locks, comm.size)] if locks is not None else []),
         judge_hdf5(hdf5, mpio, checkpoint, comm.size),

@@ -16,6 +16,7 @@ import torch
 
 from apts_mpi.checkpoint import Array, CheckpointDirectory, Slab, open_checkpoint
 from apts_mpi.doctor.diagnosis import RankFacts
+from apts_mpi.doctor.shared_memory import Survey, survey
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import time_in_turn
@@ -113,6 +114,11 @@ def _hidden(communication: float, computation: float, plain: float, tested: floa
     shares = ((communication + computation - both) / shorter for both in (plain, tested))
     first, second = (min(1.0, max(0.0, share)) for share in shares)
     return first, second
+
+
+def survey_hosts(comm: Communicator, local_rank: int) -> list[Survey]:
+    """What the first rank of each host finds in its shared memory."""
+    return [found for found in comm.collect(survey() if local_rank == 0 else None) if found is not None]
 
 
 @contextmanager

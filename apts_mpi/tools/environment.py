@@ -24,6 +24,9 @@ LAUNCHER_VARIABLES = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
 
+# And about its number among those on its host.
+LOCAL_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
 # Beginnings of the variables by which launchers and batch systems tell a process its place in a job.
 JOB_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "HYDI_", "HYDRA_", "MPI_LOCAL", "SLURM_")
 
@@ -82,6 +85,12 @@ def launcher() -> tuple[int, int] | None:
         if os.environ.get(size, "").isdigit() and os.environ.get(rank, "").isdigit():
             return int(os.environ[size]), int(os.environ[rank])
     return None
+
+
+def is_first_on_host() -> bool:
+    """Whether the launcher numbers this process first among those on its host; also without a launcher."""
+    numbers = [os.environ[name] for name in LOCAL_VARIABLES if name in os.environ]
+    return not numbers or numbers[0] == "0"
 
 
 def outside_job() -> dict[str, str]:

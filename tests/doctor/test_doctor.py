@@ -46,6 +46,7 @@ CHECKS = [
     "allreduce float64",
     "Iallreduce on GPUs",
     "overlap",
+    "shared memory",
     "run directory",
     "file locking",
     "h5py",
@@ -68,11 +69,11 @@ def rows_of(run):
 
 
 def check_report(run, ranks):
-    """All is well here, but perhaps for cores and overlap."""
+    """All is well here, but perhaps for cores, overlap and what other jobs left behind."""
     assert run.returncode == 0 and run.stderr == "", run.stderr
     rows = rows_of(run)
     assert list(rows) == CHECKS
-    assert {row["check"] for row in rows.values() if row["status"] != "ok"} <= {"cores", "overlap"}
+    assert {row["check"] for row in rows.values() if row["status"] != "ok"} <= {"cores", "overlap", "shared memory"}
     assert len(rows["cores"]["values"]["cores"]) == json.loads(run.stdout)["ranks"] == ranks
     if not torch.cuda.is_available():
         assert "no GPU" in rows["GPUs"]["found"] and "no GPU" in rows["Iallreduce on GPUs"]["found"]
