@@ -97,6 +97,7 @@ class BaselineResult:
     accepted: bool = True
     skipped: bool = False
     at_rest: bool = False
+    reason: str = ""
 
 
 class DataParallel:
