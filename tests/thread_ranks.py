@@ -15,7 +15,8 @@ class ThreadRank:
         self.rank, self.slots, self.barrier = rank, slots, barrier
 
     def Get_attr(self, key):
-        return SimpleNamespace(comm=self, groups={})
+        departures = SimpleNamespace(departed=lambda: None)
+        return SimpleNamespace(comm=self, groups={}, departures=departures)
 
     def Get_rank(self):
         return self.rank

@@ -134,7 +134,9 @@ def _check_metadata(solver: SolverParts, source: Source, metadata: Any) -> dict[
             "local_solver": line,
             # See `apts_mpi.result.Known`.
             **dict.fromkeys(("state", "evaluated", "differentiated"), anything),
-        }
+        },
+        # What options stood for, which earlier versions did not save: see `apts_mpi.train.same_run`.
+        {"composed": mapping()},
     )
     place = f"{source.path}: solver"
     checked: dict[str, Any] = check(metadata, place)

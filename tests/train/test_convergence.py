@@ -87,7 +87,7 @@ def test_batches_that_are_no_numbers_do_no_harm(directory, trained):
     records = [record for record in history(directory / "run") if "rho" in record]
     assert all(record["next_radius"] == record["radius"] for record in records if record["skipped"])
     losses = [record["loss"] for record in records if not record["skipped"]]
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 def test_run_that_converged_is_the_one_that_was_resumed(directory, trained):
