@@ -14,8 +14,8 @@ from rich.console import Console
 
 from apts_mpi.bench import fault_runs
 from apts_mpi.bench.fault_kinds import ENDED, KINDS, STOPPED, Going, InLoss, Kind, Signal
-from apts_mpi.bench.faults import HUNG, LOST, RIGHT, WRONG, campaign, carry_out, draws
 from apts_mpi.bench.fault_runs import Finished, References
+from apts_mpi.bench.faults import HUNG, LOST, RIGHT, WRONG, campaign, carry_out, draws
 
 
 def first(seed, count=100, ranks=4):
