@@ -286,9 +286,9 @@ def cut(files: list[Path], share: float) -> str:
 
 
 def remove_part(files: list[Path], share: float) -> str:
-    """Or the file, where a checkpoint has no parts."""
+    """Or the file, where a checkpoint has no parts; that one could be missed is not told then."""
     pick(files[1:] or files, share)[0].unlink()
-    return files[0].name
+    return files[0].name if files[1:] else ""
 
 
 def put_garbage(files: list[Path], share: float) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-import apts_mpi
 from apts_mpi.checkpoint import Checkpoint, resolve
 from apts_mpi.checkpoint.directory import saved_steps
 from apts_mpi.records.reading import read_records
@@ -126,7 +125,7 @@ class Job:
         launcher = [str(launcher_in_path()), "-n", str(setting.ranks)] if setting.launched else []
         self.command = [*launcher, sys.executable, "-m", "apts_mpi.train", *arguments]
         outside = environment.outside_job()
-        package = str(Path(apts_mpi.__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         paths = os.pathsep.join([package, str(directory.absolute()), outside.get("PYTHONPATH", "")])
         own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "APTS_MPI_FAULTS": self._mark}
         with self._output.open("w") as output:

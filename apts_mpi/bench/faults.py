@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -242,6 +243,8 @@ def faults(seconds: float, seed: int, ranks: int, directory: Path) -> int:
         If jobs cannot be started from here.
     """
     check_can_start(ranks, "apts_mpi.bench faults")
+    # As Ctrl-C: no job is to outlive the command.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     return campaign(seconds, seed, ranks, directory / f"faults-{seed}", KINDS, console)
 

@@ -95,7 +95,7 @@ def test_job_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(fault_runs, "SETTLED", 0.5)
     standing, output = Standing(), io.StringIO()
     standing.compares, standing.least = False, 2
-    assert campaign(1e-3, 1, 2, tmp_path / "faults", [standing], Console(file=output, width=160)) == 1
+    assert campaign(1.0, 1, 2, tmp_path / "faults", [standing], Console(file=output, width=160)) == 1
     (fault,) = json.loads((tmp_path / "faults" / "faults.json").read_text())["faults"]
     assert fault["verdict"] == HUNG, output.getvalue()
     assert "stands" in (tmp_path / "faults" / "0000" / "fault.txt").read_text()
@@ -108,7 +108,7 @@ def test_job_that_hangs_is_ended(tmp_path, monkeypatch):
 @needs_mpirun
 def test_command(tmp_path):
     """As a user starts it; what is right leaves nothing but the record."""
-    arguments = ["faults", "--seconds=100", "--seed=5", "--ranks=2", f"--directory={tmp_path}"]
+    arguments = ["faults", "--seconds=80", "--seed=5", "--ranks=2", f"--directory={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-m", "apts_mpi.bench", *arguments],
         env=surroundings(tmp_path),
