@@ -274,7 +274,7 @@ def flip_byte(files: list[Path], share: float) -> str:
     contents = bytearray(file.read_bytes())
     contents[int(within * len(contents))] ^= 1 << int(1000 * within) % 8
     file.write_bytes(contents)
-    return files[0].name
+    return files[0].stem
 
 
 def cut(files: list[Path], share: float) -> str:
@@ -282,19 +282,19 @@ def cut(files: list[Path], share: float) -> str:
     file, within = pick(files, share)
     contents = file.read_bytes()
     file.write_bytes(contents[: int(within * len(contents))])
-    return files[0].name
+    return files[0].stem
 
 
 def remove_part(files: list[Path], share: float) -> str:
     """Or the file, where a checkpoint has no parts; that one could be missed is not told then."""
     pick(files[1:] or files, share)[0].unlink()
-    return files[0].name if files[1:] else ""
+    return files[0].stem if files[1:] else ""
 
 
 def put_garbage(files: list[Path], share: float) -> str:
     """A text, or zeros, in its place."""
     files[0].write_bytes(b"no checkpoint\n" * 100 if share < 0.5 else bytes(10000))
-    return files[0].name
+    return files[0].stem
 
 
 class LatestGone(Kind):
