@@ -4,19 +4,25 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+from mpi4py import MPI
+
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.events import Events
 
 
-class ThreadRank:
+class ThreadRank(MPI.Intracomm):
     """What `Communicator` needs of an MPI communicator to exchange small objects."""
+
+    rank = 0
+
+    def __new__(cls, *_):
+        return super().__new__(cls, MPI.COMM_SELF)
 
     def __init__(self, rank, slots, barrier):
         self.rank, self.slots, self.barrier = rank, slots, barrier
 
     def Get_attr(self, key):
-        departures = SimpleNamespace(departed=lambda: None)
-        return SimpleNamespace(comm=self, groups={}, departures=departures)
+        return SimpleNamespace(comm=self, groups={}, departures=SimpleNamespace(departed=lambda: None))
 
     def Get_rank(self):
         return self.rank

@@ -1,18 +1,20 @@
-"""``python -m apts_mpi.bench iteration|checkpoint|memory|pipeline|events``: what a part costs, within one run.
+"""``python -m apts_mpi.bench iteration|checkpoint|memory|pipeline|events|faults``: what a part costs, and stands.
 
 An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes, the timers of the events
-beside the iteration that they time.
+beside the iteration that they time; and a run to which faults are done beside one that was never stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import add_version, said_once
-from apts_mpi.tools.status import FAILED
+from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 
 
@@ -26,7 +28,7 @@ def positive(text: str) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run.")
+    parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run, and faults.")
     add_version(parser)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
@@ -52,6 +54,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_repetitions(pipeline, 10, "timed calls of each kind")
     events = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
     _add_repetitions(events, 100, "timed iterations of each kind")
+    faults = subparsers.add_parser(
+        "faults", help="random faults done to training jobs, which are resumed; starts mpirun"
+    )
+    faults.add_argument("--seconds", type=positive, default=600, help="after which no other one begins (default: 600)")
+    faults.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    faults.add_argument("--ranks", type=positive, default=4, help="at most, of a job (default: 4)")
+    faults.add_argument(
+        "--directory", type=Path, default=Path("runs"), help="for the record, in faults-SEED (default: runs)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -59,10 +70,11 @@ def _add_repetitions(parser: argparse.ArgumentParser, default: int, words: str) 
     parser.add_argument("--repetitions", type=positive, default=default, help=f"{words} (default: {default})")
 
 
-def measurements() -> dict[str, Callable[..., None]]:
-    """By their names on the command line; imported here, as they need MPI."""
+def measurements() -> dict[str, Callable[..., int | None]]:
+    """By their names on the command line; imported here, as they need MPI. They may return an exit status."""
     from apts_mpi.bench.checkpoint import checkpoint
     from apts_mpi.bench.events import events
+    from apts_mpi.bench.faults import faults
     from apts_mpi.bench.iteration import iteration
     from apts_mpi.bench.memory import memory
     from apts_mpi.bench.pipeline import pipeline
@@ -73,6 +85,7 @@ def measurements() -> dict[str, Callable[..., None]]:
         "memory": memory,
         "pipeline": pipeline,
         "events": events,
+        "faults": faults,
     }
 
 
@@ -85,11 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mpi4py import MPI
 
     try:
-        measurements()[options.pop("command")](**options)
+        status = measurements()[options.pop("command")](**options)
+    except InvalidInput as error:
+        print(f"apts_mpi.bench: error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
     except Exception:
         # The other ranks wait for this one.
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(FAILED)
+    else:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

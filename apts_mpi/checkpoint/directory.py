@@ -1,7 +1,7 @@
 """The checkpoints of a run: ``step-00000100.h5``, perhaps with ``step-00000100.parts/``, and the link ``latest``.
 
 A save writes under names that begin with a dot. The new name of the main file makes the checkpoint: before that there
-is none, afterwards it is complete. Whatever else a killed run has left is removed at the next save.
+is none, afterwards it is complete, and the latest. Whatever else a killed run has left is removed at the next save.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.claim import Claim
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
-from apts_mpi.checkpoint.saving import LATEST, Saving, explained, file_name
+from apts_mpi.checkpoint.saving import LATEST, READY, Saving, explained, file_name
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 
@@ -38,9 +38,18 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def latest_step(directory: Path) -> int | None:
-    """Step that the link ``latest`` names; None without one."""
-    match = FILE_NAME.fullmatch(os.path.basename(os.path.realpath(directory / LATEST)))
+    """Step that the link ``latest`` names, or is about to; None without one."""
+    link = READY if is_ready(directory) else LATEST
+    match = FILE_NAME.fullmatch(os.path.basename(os.path.realpath(directory / link)))
     return int(match[1]) if match else None
+
+
+def is_ready(directory: Path) -> bool:
+    """Whether a run was killed after its checkpoint got its name and before ``latest`` named it."""
+    name = os.path.basename(os.path.realpath(directory / READY))
+    made = FILE_NAME.fullmatch(name) is not None and (directory / name).exists()
+    # A file that still has its temporary name is not the one that has this name: that is of an earlier save.
+    return made and not (directory / f".{name}.tmp").exists()
 
 
 def candidates(directory: Path) -> list[int]:
@@ -283,7 +292,9 @@ def as_text(metadata: Mapping[str, Any]) -> str:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporaries, and directories of parts to which no checkpoint belongs."""
+    """Remove temporaries, and directories of parts to which no checkpoint belongs; make a link that lies ready."""
+    if is_ready(directory):
+        os.replace(directory / READY, directory / LATEST)
     for path in directory.glob(TEMPORARY):
         remove(path)
     for path in directory.iterdir():

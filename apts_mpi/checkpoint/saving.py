@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 
+# The link that becomes `LATEST`, ready before the file has its name.
+READY = ".step-latest.tmp"
+
 
 def file_name(step: int) -> str:
     """Name of the main file of a checkpoint."""
@@ -177,11 +180,15 @@ class Saving:
         return name
 
     def commit(self) -> None:
-        """On rank 0: make it a checkpoint, and the latest."""
+        """On rank 0: make it a checkpoint, and the latest.
+
+        The link lies ready before: of a run that is killed between the two names, it tells what is the latest.
+        """
+        link = self._directory / READY
+        link.unlink(missing_ok=True)
+        link.symlink_to(file_name(self.step))
         os.replace(self._temporary, self._directory / file_name(self.step))
         synchronise(self._directory)
-        link = self._directory / ".step-latest.tmp"
-        link.symlink_to(file_name(self.step))
         os.replace(link, self._directory / LATEST)
         synchronise(self._directory)
 

@@ -54,6 +54,21 @@ with CheckpointDirectory(directory, comm, writer=writer) as checkpoints:
     save(checkpoints, 1)
 """
 
+# Ends while the checkpoint of step 2 gets its names: after so many of them.
+KILLED_BETWEEN = f"""{BEGIN}
+with CheckpointDirectory(directory, comm, writer=writer) as checkpoints:
+    save(checkpoints, 1)
+    replace, names = os.replace, []
+    def ended(source, destination):
+        if len(names) == {{names}}:
+            os._exit(9)
+        replace(source, destination)
+        names.append(destination)
+    os.replace = ended
+    save(checkpoints, 2)
+    os._exit(9)
+"""
+
 SAVE_TOO_MUCH = f"""{BEGIN}
 with CheckpointDirectory(directory, comm, writer=writer) as checkpoints:
     save(checkpoints, 1)
@@ -186,6 +201,16 @@ def test_a_rank_is_killed_while_all_save(tmp_path, writer):
             assert job.end()[0] != 0
         steps.append(newest_step(directory))
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(("names", "newest"), [(0, 1), (1, 2), (2, 2)])
+def test_killed_between_the_names_of_a_checkpoint(tmp_path, names, newest):
+    """It is the latest as soon as its file has its name, also for the next run, which saves an earlier step."""
+    assert run(KILLED_BETWEEN.replace("{names}", str(names)), tmp_path, "parts")[0] != 0
+    assert newest_step(tmp_path / "checkpoints") == newest
+    assert run(SAVE_ONCE, tmp_path, "parts")[0] == 0
+    assert newest_step(tmp_path / "checkpoints") == 1
+    assert list((tmp_path / "checkpoints").glob(".step-*")) == []
 
 
 @needs_mpirun

@@ -41,6 +41,7 @@ COMMANDS = {
     "python -m apts_mpi.bench memory": "--width 16",
     "python -m apts_mpi.bench pipeline": "--width 16 --samples 64 --repetitions 1",
     "python -m apts_mpi.bench checkpoint": "--megabytes 1 --repetitions 1",
+    "python -m apts_mpi.bench faults": "--seconds 1 --ranks 2",
     "python -m apts_mpi.checkpoint diff": "|| [ $? -eq 1 ]",  # the status where files differ
     "python -m apts_mpi.checkpoint": "",
     "python -m apts_mpi.doctor": "",
