@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import needs_mpirun, surroundings
+from processes import needs_mpirun, start, surroundings
 from rich.console import Console
 
 from apts_mpi.bench import fault_runs
@@ -136,6 +136,13 @@ def test_command(tmp_path):
     drawn = [(fault.kind, fault.place.rank) for fault in first(5, len(record["faults"]), ranks=2)]
     assert [(fault["kind"], fault["place"]["rank"]) for fault in record["faults"]] == drawn
     assert {path.name for path in (tmp_path / "faults-5").iterdir()} == {"faults.json", "never-stopped"}
+
+
+@pytest.mark.processes
+@needs_mpirun
+def test_command_is_one_process(tmp_path):
+    done = start(tmp_path, 2, ["faults", "--seconds=1"], module="apts_mpi.bench")
+    assert done.returncode == 2 and done.stderr.count("error: apts_mpi.bench faults starts mpirun itself") == 1
 
 
 def finished(losses):
