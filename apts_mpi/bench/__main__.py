@@ -12,9 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.command import add_version, said_once
-from apts_mpi.tools.status import FAILED, USAGE
+from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
 
@@ -99,9 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         status = measurements()[options.pop("command")](**options)
-    except InvalidInput as error:
-        print(f"apts_mpi.bench: error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
     except Exception:
         # The other ranks wait for this one.
         traceback.print_exc()

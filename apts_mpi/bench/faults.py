@@ -21,8 +21,9 @@ from rich.table import Table
 from apts_mpi.bench.fault_kinds import KINDS, Kind, Place
 from apts_mpi.bench.fault_runs import ITERATIONS, PAUSE, Finished, Job, References, Setting, write_problem
 from apts_mpi.checkpoint.directory import saved_steps
+from apts_mpi.errors import InvalidInput
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import FILE_WIDTH, say
+from apts_mpi.tools.command import FILE_WIDTH, said_once, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import FAILED, USAGE
 
@@ -197,7 +198,8 @@ def resume(fault: Fault, kind: Kind, job: Job, whole: Finished | None, commands:
     newest = job.newest()
     steps = saved_steps(job.checkpoints) if newest is not None else []
     going = kind.harm(job.checkpoints, steps, fault.place) if steps else None
-    write_problem(job.directory)
+    # The same text, for whoever looks at it, with no call that it is for.
+    write_problem(job.directory, kind.action or "pass", fault.place.rank)
     options = [*arguments(fault.resumed, fault), f"--max-iterations={ITERATIONS}"]
     with Job(job.directory, "resumed", fault.resumed, options) as resumed:
         status, left = resumed.end(), resumed.left()
@@ -235,14 +237,13 @@ def compare(fault: Fault, job: Job, whole: Finished | None) -> str:
 
 
 def faults(seconds: float, seed: int, ranks: int, directory: Path) -> int:
-    """Do faults for some seconds, print what became of each and a table; return the exit status.
-
-    Raises
-    ------
-    InvalidInput
-        If jobs cannot be started from here.
-    """
-    check_can_start(ranks, "apts_mpi.bench faults")
+    """Do faults for some seconds, print what became of each and a table; return the exit status."""
+    try:
+        check_can_start(ranks, "apts_mpi.bench faults")
+    except InvalidInput as error:
+        with said_once():
+            print(f"apts_mpi.bench: error: {error}", file=sys.stderr)
+        return USAGE
     # As Ctrl-C: no job is to outlive the command.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
