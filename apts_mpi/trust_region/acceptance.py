@@ -60,9 +60,9 @@ class Judged:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the batch has nothing left to gain: a zero gradient, or a best step that changes no parameter."""
-        within = self.next_radius == self.radius
-        return self.gradient_norm == 0.0 or (not self.skipped and self.step_norm == 0.0 and within)
+        """Whether the batch has nothing left to gain: a zero gradient, or no step even in the smallest ball."""
+        no_smaller = self.next_radius == self.radius
+        return self.gradient_norm == 0.0 or (no_smaller and not self.accepted and not self.skipped)
 
     def record(self) -> dict[str, float]:
         """Its numbers by their names; the rank is a part of the reason."""

@@ -169,7 +169,8 @@ def test_not_a_number_on_one_rank_is_a_rejection_on_all(world, spoil, iterations
     if world.rank == world.size - 1:
         loss.spoil = spoil
     judged = solver.step(classified()).schwarz
-    assert not judged.accepted and judged.next_radius == 0.25 * radius
+    # A gradient that is no number is of the batch, a trial that is none is of the step.
+    assert not judged.accepted and judged.next_radius == (radius if spoil == "gradient" else 0.25 * radius)
     assert_unchanged(network, before)
     for adam in solver.holding.schwarz.solvers.values():
         assert adam.first_moment.isfinite().all() and adam.second_moment.isfinite().all()
