@@ -14,7 +14,7 @@ COMMON = (
 PIPELINE = ["--layout=staged", "--micro-batches=2", "--stall-timeout=60"]
 STAGED = [*COMMON, *PIPELINE]
 REPLICATED = [*COMMON, "--schwarz.variant=inexact", "--schwarz.local_data=full"]
-RESUMED = ["--resume=begun", "--run-dir=resumed", "--max-iterations=6"]
+RESUMED = [COMMON[0], "--resume=begun", "--run-dir=resumed", "--max-iterations=6"]
 
 
 def steps(path):
@@ -39,7 +39,9 @@ def goes_on(world, directory, trained_on):
     def call(first, then, arguments, *more):
         trained_on(first, *arguments, "--run-dir=whole", "--max-iterations=6")
         trained_on(first, *arguments, "--run-dir=begun", "--max-iterations=3")
-        output = trained_on(then, *RESUMED, *more)
+        # A program of the user's has to be named again.
+        problem = [argument for argument in arguments if argument.startswith("--problem=")][-1]
+        output = trained_on(then, *RESUMED, problem, *more)
         if world.rank > 0:
             return output
         assert "resumed after iteration 3" in output
@@ -114,9 +116,9 @@ def test_a_chain_of_layouts(world, directory, trained_on):
     line = [*STAGED, "--local.solver=kfac"]
     trained_on(3, *line, "--run-dir=run", "--max-iterations=2")
     outputs = [
-        trained_on(2, "--resume=run", "--max-iterations=3", "--layout=replicated", "--run-dir=run"),
-        trained_on(1, "--resume=run", "--max-iterations=4", "--run-dir=run"),
-        trained_on(2, "--resume=run", "--max-iterations=6", "--run-dir=run", *PIPELINE),
+        trained_on(2, COMMON[0], "--resume=run", "--max-iterations=3", "--layout=replicated", "--run-dir=run"),
+        trained_on(1, COMMON[0], "--resume=run", "--max-iterations=4", "--run-dir=run"),
+        trained_on(2, COMMON[0], "--resume=run", "--max-iterations=6", "--run-dir=run", *PIPELINE),
     ]
     trained_on(3, *line, "--run-dir=whole", "--max-iterations=6")
     if world.rank == 0:
@@ -155,8 +157,8 @@ def test_more_stages_than_subdomains(world, directory, trained_on):
     """One becomes two, which is said; the run goes on as what it is then, on any number of ranks."""
     trained_on(2, *STAGED, "--run-dir=begun", "--max-iterations=3")
     output = trained_on(3, *RESUMED)
-    trained_on(3, "--resume=resumed", "--run-dir=whole", "--max-iterations=9")
-    again = trained_on(2, "--resume=resumed", "--run-dir=again", "--max-iterations=9")
+    trained_on(3, COMMON[0], "--resume=resumed", "--run-dir=whole", "--max-iterations=9")
+    again = trained_on(2, COMMON[0], "--resume=resumed", "--run-dir=again", "--max-iterations=9")
     if world.rank > 0:
         return
     begins = "stage 2 (modules 4.1.0 to 5) begins within subdomain 1"
