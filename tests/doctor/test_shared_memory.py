@@ -276,9 +276,9 @@ def kill_whole(job):
 
 
 def has_memory(number):
-    """Whether a process is there and no zombie."""
+    """Whether a process is there and no zombie, which has closed all its files."""
     try:
-        return Path(f"/proc/{number}/maps").read_text() != ""
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
 
