@@ -77,6 +77,7 @@ class Staged:
         sample: torch.Tensor | None,
     ) -> None:
         self.network = network
+        asked_for = options
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
@@ -106,7 +107,8 @@ class Staged:
                 subdomains=subdomains,
             )
         part = "network" if is_whole else f"network of stage {own}"
-        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, options, self.comm)
+        # What is left open may be another thing for each stage.
+        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, asked_for, self.comm)
         names = self._limit_patience()
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
