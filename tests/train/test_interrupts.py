@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from processes import SMALL, Job, needs_mpirun, start
+from processes import PROBLEM, SMALL, Job, needs_mpirun, start
 
 FAILED, REQUEUE, INTERRUPTED = 1, 75, 130
 
@@ -57,8 +57,8 @@ def test_stops_and_goes_on_without_mpirun(tmp_path, number):
     assert status == REQUEUE, output
     assert output.count(f"{number.name} was received: go on with --resume --run-dir run") == 1
     assert "Traceback" not in output and "KeyboardInterrupt" not in output
-    done = start(tmp_path, None, ["--resume", "--run-dir=run", "--max-iterations=3"])
-    assert done.returncode == 0 and "resumed after iteration" in done.stdout
+    done = start(tmp_path, None, [PROBLEM, "--resume", "--run-dir=run", "--max-iterations=3"])
+    assert done.returncode == 0 and "resumed after iteration" in done.stdout, done.stderr
 
 
 @needs_mpirun
