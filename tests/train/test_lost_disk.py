@@ -7,7 +7,7 @@ import signal
 import zlib
 
 import pytest
-from processes import SMALL, Job, needs_mpirun, start
+from processes import PROBLEM, SMALL, Job, needs_mpirun, start
 from run_files import history
 
 from apts_mpi.checkpoint import Checkpoint, resolve
@@ -131,7 +131,7 @@ def test_directory_that_is_gone_is_made_again(tmp_path, how):
     output = stopped(job, REQUEUE)
     assert output.count("was gone or replaced") >= 4
     assert_whole(run)
-    done = start(tmp_path, 2, ["--resume", "--run-dir=run", "--max-seconds=0.01"])
+    done = start(tmp_path, 2, [PROBLEM, "--resume", "--run-dir=run", "--max-seconds=0.01"])
     assert done.returncode == 0 and (run / "summary.json").exists(), done.stdout + done.stderr
 
 
@@ -227,7 +227,7 @@ def test_summary_that_cannot_be_written_is_a_failure(tmp_path):
     assert_whole(tmp_path / "run")
     assert (tmp_path / "run" / "trace.json").exists()
     (tmp_path / "run" / "summary.json").rmdir()
-    assert start(tmp_path, None, ["--resume", "--run-dir=run"]).returncode == 0
+    assert start(tmp_path, None, [PROBLEM, "--resume", "--run-dir=run"]).returncode == 0
     assert (tmp_path / "run" / "summary.json").exists()
 
 
