@@ -84,7 +84,7 @@ class Communicator:
         return Pending(self.events, self._starts, self.patience, self._private.departures.departed)
 
     def watch_departures(self) -> None:
-        """End waits for ranks whose programs have come to their ends; see `Departures`. Called on all ranks."""
+        """End waits for ranks whose programs have come to their ends; see ``Departures``. Called on all ranks."""
         self._private.departures.watch()
 
     def limit_patience(self, timeout: float, places: Sequence[str]) -> None:

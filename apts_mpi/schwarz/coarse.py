@@ -214,7 +214,7 @@ class CoarseLevel:
         return kept | ({"space": {"name": self._options.space, "state": own}} if own else {})
 
     def saved(self, vector: Check, vector_or_empty: Check) -> Check:
-        """See `apts_mpi.state.solver.Part`."""
+        """See ``apts_mpi.state.solver.Part``."""
         kept = {"last_step": vector, "last_correction": vector_or_empty, "raised": number(1.0, math.inf)}
         return record(kept, {"space": record({"name": line, "state": mapping()})})
 

@@ -107,7 +107,7 @@ class GlobalStep:
         }
 
     def saved(self, vector: Check, vector_or_empty: Check) -> Check:
-        """See `apts_mpi.state.solver.Part`."""
+        """See ``apts_mpi.state.solver.Part``."""
         pairs = sequence(vector, PAIRS)
         known = record(
             {
