@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from processes import find_mpirun, needs_mpirun, start
+from processes import needs_mpirun, start
 
 pytestmark = [pytest.mark.processes, needs_mpirun]
 
@@ -187,4 +187,3 @@ def test_under_the_runner_of_mpi4py(tmp_path):
     arguments = [str(tmp_path / "program.py")]
     done = start(tmp_path, 2, arguments, module="mpi4py")
     assert done.returncode != 0 and "ValueError: mine" in done.stderr
-    assert find_mpirun() is not None
