@@ -6,6 +6,7 @@ order in which a save comes to them.
 """
 
 from apts_mpi.checkpoint.arrays import Array, Slab, split_evenly
+from apts_mpi.checkpoint.claim import check_unclaimed
 from apts_mpi.checkpoint.directory import CheckpointDirectory, newest_valid, resolve
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint
 from apts_mpi.checkpoint.seals import DamagedCheckpoint
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointDirectory",
     "DamagedCheckpoint",
+    "check_unclaimed",
     "Slab",
     "hdf5_versions",
     "newest_valid",

@@ -73,6 +73,11 @@ class Claim:
         os.close(self._lock)
 
 
+def check_unclaimed(directory: Path) -> None:
+    """Raise `InvalidInput` if another process has claimed a directory, which may remove what is in it at any moment."""
+    os.close(lock(directory, LOCK_TRIES))
+
+
 def is_same(path: Path, known: os.stat_result) -> bool:
     """Whether a path leads to what is known."""
     try:

@@ -11,6 +11,7 @@ A file may come from anywhere. Nothing of it is used before it is known to be wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from apts_mpi.checkpoint.claim import is_same
 from apts_mpi.checkpoint.index import INDEX, METADATA, Index, Shaped, part_name, read_index, read_metadata
 from apts_mpi.checkpoint.seals import SealedFile, damaged
 from apts_mpi.checkpoint.structure import Part, check_structure, read_text
@@ -110,6 +112,7 @@ class Checkpoint:
             except InvalidInput as error:
                 raise damaged(place, error) from error
         self._file = open_file(place)
+        self._place, self._known = place, os.stat(place)
 
     def _open_part(self, place: Path, index: Index, rank: int) -> SealedFile:
         """The checksums of a rank's file, which lies in the directory of parts itself."""
@@ -140,13 +143,17 @@ class Checkpoint:
         Raises
         ------
         DamagedCheckpoint
-            If HDF5 cannot read them.
+            If HDF5 cannot read them, or the checkpoint was removed meanwhile.
         """
         part = slice(first_row, None if rows is None else first_row + rows) if self.shape(name) else ()
         try:
-            return np.asarray(self._file[name][part])
+            values = np.asarray(self._file[name][part])
         except Exception as error:
             raise damaged(self.path, shown(str(error))) from error
+        # HDF5 shows zeros for parts that are not there, and who removes a checkpoint removes its main file first.
+        if not is_same(self._place, self._known):
+            raise damaged(self.path, "it was removed or replaced while it was read")
+        return values
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Check the values, or one of ``shares`` parts of them of about as many bytes.

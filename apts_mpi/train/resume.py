@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apts_mpi.checkpoint import Checkpoint, newest_valid, open_checkpoint
+from apts_mpi.checkpoint import Checkpoint, check_unclaimed, newest_valid, open_checkpoint
 from apts_mpi.errors import InvalidInput, shown
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.records.directory import make_directory, make_new_directory
@@ -62,6 +62,10 @@ def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[s
     if kind == "" and options.resume == LATEST_OF_RUN:
         tell(f"{path} has no checkpoint yet: a new run begins")
         return None
+    if options.resume == LATEST_OF_RUN:
+        with comm.shared_errors():
+            if comm.rank == 0:
+                check_unclaimed(path)
     checkpoint, messages = newest_valid(path, comm)
     for message in messages:
         tell(f"warning: {message}")

@@ -611,6 +611,21 @@ def test_main_file_without_its_parts(tmp_path):
         Checkpoint(path)
 
 
+def test_checkpoint_that_is_removed_while_it_is_read(tmp_path):
+    """By another run that keeps the newest ones; HDF5 shows zeros for parts that are not there."""
+
+    def overtaken(comm):
+        path = save(tmp_path, comm, step=1, writer="parts")
+        with Checkpoint(path) as checkpoint:
+            save(tmp_path, comm, step=2, keep_last=1, writer="parts")
+            assert not path.exists()
+            for name in checkpoint.names:
+                with pytest.raises(DamagedCheckpoint, match="removed or replaced while it was read"):
+                    checkpoint.read(name)
+
+    on_ranks(2, overtaken)
+
+
 @pytest.mark.parametrize("kind", ["HDF5", "text", "nothing"])
 def test_foreign_file(tmp_path, kind):
     path = tmp_path / "foreign.h5"

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import sys
+import time
 
 import pytest
 from networks import classifier
@@ -128,6 +129,7 @@ def test_event_files_and_resumed_runs(world, directory, trained):
     if world.rank == 0:
         assert [step for step, _ in scalars_of(run / "tensorboard")["iteration/loss"]] == [1, 2, 3]
         assert calls(trace_of(run)[0], "judge") == 3
+    time.sleep(1.0)  # event files are read in the order of their names, which begin with the second
     trained(
         PROBLEM, "--resume=run/checkpoints/step-00000002.h5", "--run-dir=run", "--max-iterations=6", "--tensorboard",
         "--trace",
