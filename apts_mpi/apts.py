@@ -21,6 +21,7 @@ from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import seconds
 from apts_mpi.trial import Trials
 from apts_mpi.trust_region.acceptance import Judged
+from apts_mpi.trust_region.next_batch import share_of_radius
 
 
 class APTS:
@@ -80,13 +81,15 @@ class APTS:
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
-        self._trials = Trials(holding.objective, holding.inner, self.comm, self.options)
+        self._trials = Trials(holding.objective, holding.inner, self.comm, self.options, holding.last_step)
         self._versions = holding.objective.vector.versions()
         self._loss_is_checked = False
         self._saved = Saved()
         self._forget()
 
-    def step(self, batch: Samples | None = None, rows: torch.Tensor | None = None) -> StepResult:
+    def step(
+        self, batch: Samples | None = None, rows: torch.Tensor | None = None, done: float | None = None
+    ) -> StepResult:
         """Do one iteration: evaluate, solve locally, assemble, judge. Collective.
 
         Parameters
@@ -96,6 +99,8 @@ class APTS:
             own shard (``options.batch``). None: that of the step before, of which nothing known is computed again.
         rows : Tensor of int, optional
             The samples of ``batch`` that count, in this order, the same on every rank: a rank copies its own part only.
+        done
+            Share of the run that is behind, from 0 to 1, for options that ask for its end (``noise batches``).
 
         Raises
         ------
@@ -105,6 +110,7 @@ class APTS:
         started, again = seconds(), batch is None
         with self._trials.iteration(self._forget):
             self._take(batch, rows)
+            self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
             run = self._evaluate()
             schwarz = self._judge(run, *self._correct(run), keep_graph=again)
             self._follow(schwarz)
@@ -160,8 +166,7 @@ class APTS:
         if coarse is not None:
             return coarse.step, coarse.recombine(self.state.present_radius)
         with self.events.timed("assembly"):
-            self.holding.inner.clip(schwarz.correction, self.state.present_radius)
-        return schwarz.correction, None
+            return self._trials.fit(schwarz.correction, self.state.present_radius), None
 
     def _prepare_coarse(self) -> None:
         if self.holding.coarse is not None:

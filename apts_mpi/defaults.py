@@ -24,11 +24,16 @@ from apts_mpi.network.partition import (
 )
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions
+from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
 USUAL_DENSE_BLOCK = 640
+
+# What kfac and the trust region have on noisy batches, and the interval of kfac's updates elsewhere: see
+# docs/results.md.
+NOISY_DAMPING, NOISY_REFRESH, NOISY_MOMENTUM, NOISY_PULL = 1.0, 20, 0.9, 0.2
+USUAL_REFRESH = 5
 
 # Networks beyond this many parameters are not cut into usual dense blocks: the rows of 2,000 samples take 256 MB.
 LARGEST_DENSE_NETWORK = 32768
@@ -67,11 +72,14 @@ def compose(
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
         name = "gauss-newton" if dense else "kfac" if split.whole and not called else "adam"
     solver = solver_class(name)
-    schwarz = _compose_schwarz(options, solver, split)
-    options = replace(options, schwarz=schwarz, local=_compose_local(options.local, name, solver, loss))
+    noisy = options.noise == "batches"
+    schwarz = _compose_schwarz(options, name, solver, split)
+    options = replace(options, schwarz=schwarz, local=_compose_local(options.local, name, solver, loss, noisy))
     _check_whole_layers(name, solver, split)
+    _check_noise(options)
     solver.check(options, split)
-    return replace(options, coarse=_compose_coarse(options.coarse, solver))
+    trust_region = _compose_trust_region(options.trust_region, noisy)
+    return replace(options, trust_region=trust_region, coarse=_compose_coarse(options.coarse, solver, noisy))
 
 
 def _split(network: torch.nn.Module, called: bool, layers: Sequence[Layer], subdomains: Sequence[Subdomain]) -> Split:
@@ -85,7 +93,7 @@ def _split(network: torch.nn.Module, called: bool, layers: Sequence[Layer], subd
     )
 
 
-def _compose_schwarz(options: APTSOptions, solver: type[LocalSolver], split: Split) -> SchwarzOptions:
+def _compose_schwarz(options: APTSOptions, name: str, solver: type[LocalSolver], split: Split) -> SchwarzOptions:
     schwarz = options.schwarz
     variant, local_data, partition = schwarz.variant, schwarz.local_data, schwarz.partition
     data = schwarz.decomposition == "data"
@@ -98,8 +106,14 @@ def _compose_schwarz(options: APTSOptions, solver: type[LocalSolver], split: Spl
             "schwarz.variant: 'inexact' needs layers whose outputs alone lead to the loss, but this network is called "
             "by a function of its own; choose exact"
         )
+    evaluates = solver.evaluates or options.local.iterations > 1
     if local_data == "auto":
-        local_data = "shard" if data else solver.local_data
+        local_data = "shard" if data or (evaluates and solver.local_data == "shared") else solver.local_data
+    if local_data == "shared" and evaluates:
+        raise InvalidInput(
+            f"schwarz.local_data: 'shared' is for solvers that do not evaluate the local objective, and {name!r} with "
+            f"local.iterations {options.local.iterations} does; choose shard or full"
+        )
     if partition == "auto":
         partition = "layer" if split.whole else "index"
     return replace(schwarz, variant=variant, local_data=local_data, partition=partition)
@@ -112,9 +126,10 @@ def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
             "schwarz.variant: 'inexact' leaves out the layers behind a subdomain, and with schwarz.decomposition data "
             "there are none; choose exact"
         )
-    if schwarz.local_data == "full":
+    if schwarz.local_data in ("full", "shared"):
         raise InvalidInput(
-            "schwarz.local_data: 'full' would make all subdomains of schwarz.decomposition data the same; choose shard"
+            f"schwarz.local_data: {schwarz.local_data!r} would make all subdomains of schwarz.decomposition data the "
+            "same; choose shard"
         )
     if schwarz.overlap:
         raise InvalidInput(
@@ -127,18 +142,42 @@ def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
         )
 
 
-def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], loss: Loss) -> LocalOptions:
+def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], loss: Loss, noisy: bool) -> LocalOptions:
     damping = local.damping
+    if damping is None and noisy:
+        damping = NOISY_DAMPING
     if damping is None:
         quadratic = solver.quadratic_damping is not None and is_quadratic(loss)
         damping = solver.quadratic_damping if quadratic else solver.damping
-    return replace(local, solver=name, damping=damping)
+    refresh = local.refresh or (NOISY_REFRESH if noisy else USUAL_REFRESH)
+    momentum = (NOISY_MOMENTUM if noisy else 0.0) if local.momentum is None else local.momentum
+    return replace(local, solver=name, damping=damping, refresh=refresh, momentum=momentum)
 
 
-def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver]) -> CoarseOptions:
+def _check_noise(options: APTSOptions) -> None:
+    """Refuse local solvers whose directions know no length."""
+    name, data = options.local.solver, options.schwarz.decomposition == "data"
+    if options.noise == "batches" and (name != "kfac" or options.local.iterations > 1 or data):
+        raise InvalidInput(
+            f"noise: 'batches' needs local.solver kfac with one local iteration on subdomains of parameters, not "
+            f"{name!r} with {options.local.iterations} on {options.schwarz.decomposition}; choose none"
+        )
+
+
+def _compose_trust_region(trust_region: TrustRegionOptions, noisy: bool) -> TrustRegionOptions:
+    rule, pull = trust_region.rule, trust_region.pull
+    if rule == "auto":
+        rule = "next-batch" if noisy else "ratio"
+    if pull is None:
+        pull = NOISY_PULL if noisy else 0.0
+    return replace(trust_region, rule=rule, pull=pull)
+
+
+def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver], noisy: bool) -> CoarseOptions:
+    model = ("none" if noisy else "gauss-newton") if coarse.model == "auto" else coarse.model
     norm = solver.coarse_norm if coarse.norm == "auto" else coarse.norm
     samples = solver.coarse_samples if coarse.samples is None else coarse.samples
-    return replace(coarse, norm=norm, samples=samples)
+    return replace(coarse, model=model, norm=norm, samples=samples)
 
 
 def _check_whole_layers(name: str, solver: type[LocalSolver], split: Split) -> None:

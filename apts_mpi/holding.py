@@ -17,6 +17,7 @@ from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import CoarseLevel
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.next_batch import LastStep
 
 
 class Holding(Protocol):
@@ -34,7 +35,7 @@ class Holding(Protocol):
         Inner products of vectors of all parameters, and the norm of the ball.
     decomposition
         The subdomains of the parameters held here.
-    schwarz, coarse, global_step
+    schwarz, coarse, global_step, last_step
         The parts; None for one that is switched off.
     """
 
@@ -46,6 +47,7 @@ class Holding(Protocol):
     schwarz: AdditiveSchwarz
     coarse: CoarseLevel | None
     global_step: GlobalStep | None
+    last_step: LastStep | None
 
     @property
     def objective(self) -> Objective:

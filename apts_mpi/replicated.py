@@ -32,6 +32,7 @@ from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.next_batch import LastStep
 
 
 class Replicated:
@@ -71,7 +72,8 @@ class Replicated:
         team = self.comm.group(teams.team_of(self.comm.rank))
         self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
         whole_layers = solver_class(options.local.solver).whole_layers
-        recorded = self.decomposition.modules_carried(network) if whole_layers else ()
+        shared = options.schwarz.local_data == "shared"
+        recorded = self.decomposition.modules_of(network, shared) if whole_layers else ()
         self.objective = Objective(
             segmented=segmented,
             vector=vector,
@@ -86,6 +88,7 @@ class Replicated:
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
+        self.last_step = LastStep(vector.values) if options.trust_region.rule == "next-batch" else None
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
         self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
 
@@ -143,7 +146,7 @@ class Replicated:
         schwarz, own = self.schwarz, self.decomposition
         solvers, device = schwarz.solvers, schwarz.correction.device
         local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step}
+        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
+from apts_mpi.trust_region.next_batch import following
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -63,7 +64,25 @@ class StepResult:
 
 @dataclass
 class State:
-    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state."""
+    """What an iteration leaves to the next besides parameters, buffers and the local solvers' state.
+
+    Attributes
+    ----------
+    iteration, accepted, rejected, skipped
+        Steps so far.
+    functions
+        Batches so far.
+    radius
+        Of the ball, before its share; None before the first gradient.
+    losses
+        Of the window.
+    gradient_evaluations
+        So far.
+    slope
+        Of the last accepted step's own batch along it, where the next batch judges the radius.
+    share
+        Of the radius that the present step has, see `apts_mpi.trust_region.next_batch`.
+    """
 
     iteration: int = 0
     functions: int = 0
@@ -73,16 +92,30 @@ class State:
     accepted: int = 0
     rejected: int = 0
     skipped: int = 0
+    slope: float = 0.0
+    share: float = 1.0
 
     @property
     def present_radius(self) -> float:
         """Of the ball, which the first gradient gives at the latest."""
         assert self.radius is not None
-        return self.radius
+        return self.radius * self.share
+
+    def following(self, after: float, options: TrustRegionOptions) -> float:
+        """The radius after an accepted step as the next batch has it, whose slope along the step before is ``after``.
+
+        It stays while it goes down by the clock, which would look like steps that are too short.
+        """
+        radius = self.present_radius
+        if self.share == 1.0:
+            radius = following(radius, self.slope, after)
+        return min(max(radius, options.min_radius), options.max_radius)
 
     def move(self, judged: Judged, options: TrustRegionOptions) -> None:
         """Take over the next radius, and the loss of an accepted step into the window of the last ones."""
-        self.radius = judged.next_radius
+        self.radius = judged.next_radius / self.share
+        # Of a first-order prediction; a batch judges the step before its own once.
+        self.slope = -judged.predicted_reduction if judged.accepted else 0.0
         if judged.skipped and self.accepted == self.rejected == 0:
             # Such a batch has not told how long a step may be.
             self.radius = options.initial_radius
@@ -120,7 +153,9 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped",),
+    later=("skipped", "slope", "share"),
+    slope=number(),
+    share=number(0.0, 1.0),
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),
     gradient_evaluations=number(0.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.next_batch import BEGIN, LastStep
 
 
 class Trials:
@@ -36,6 +37,8 @@ class Trials:
         All ranks.
     options
         Of the whole solver.
+    last_step
+        The last accepted step, where the next batch judges the radius.
 
     Attributes
     ----------
@@ -43,11 +46,19 @@ class Trials:
         Of the present iteration as of the last trial, on the rank with most, see ``apts_mpi.tools.events.Events.work``.
     """
 
-    def __init__(self, objective: Objective, inner: InnerProducts, comm: Communicator, options: APTSOptions) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        inner: InnerProducts,
+        comm: Communicator,
+        options: APTSOptions,
+        last_step: LastStep | None = None,
+    ) -> None:
         self._objective = objective
         self._inner = inner
         self._comm = comm
         self._options = options.trust_region
+        self._last_step = last_step
         self._values = objective.vector.values
         # The last point that was judged.
         self._before = self._values.clone()
@@ -59,7 +70,8 @@ class Trials:
     def first_radius(self, batch: Batch) -> float:
         """The length of the Cauchy step, where the gradient is known. Collective."""
         with self._comm.events.timed("global evaluation"):
-            return cauchy_length(
+            begin = 1.0 if self._last_step is None else BEGIN
+            return begin * cauchy_length(
                 self._objective,
                 batch.passes,
                 self._inner,
@@ -68,6 +80,18 @@ class Trials:
                 epsilon=self._epsilon,
                 scratch=self._before,
             )
+
+    def fit(self, correction: torch.Tensor, radius: float) -> torch.Tensor:
+        """The step of a correction: with the pull towards the origin, and cut to the ball, in place. Collective."""
+        self._inner.clip(correction, radius)
+        pull = self._options.pull
+        if not pull:
+            return correction
+        length, size = self._inner.euclidean_norms(correction, self._values)
+        # Not in place: a correction that is tried again in a smaller ball is pulled anew.
+        step = torch.add(correction, self._values, alpha=-pull * length / (size or 1.0))
+        self._inner.clip(step, radius)
+        return step
 
     def judge(
         self,
@@ -107,7 +131,7 @@ class Trials:
 
             def decide(table: np.ndarray) -> Sequence[float]:
                 judged = judge_table(
-                    table[:, 1:],
+                    table[:, 1:7],
                     options=self._options,
                     inner=self._inner,
                     radius=state.present_radius,
@@ -115,16 +139,24 @@ class Trials:
                     earlier_losses=state.losses,
                     rounding=rounding,
                 )
+                if judged.accepted and self._last_step is not None:
+                    after = self._inner.sum_of_table(table[:, 7])
+                    judged = replace(judged, next_radius=state.following(after, self._options))
                 return [*astuple(judged), table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.
-            products = self._inner.own(self._objective.reduction.total, step)
+            gradient = self._objective.reduction.total
+            products = self._inner.own(gradient, step)
+            if self._last_step is not None:
+                products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
             *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
             judged = judged_of(record)
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))
+                if self._last_step is not None:
+                    self._last_step.vector.copy_(step)
             else:
                 self._values.copy_(self._before)
             state.move(judged, self._options)

@@ -13,6 +13,8 @@ from apts_mpi.trust_region.norms import NormKind, clip_to_ball, norm, steepest_d
 class SteepestDescent(LocalSolver):
     """Steps of length radius / iterations down the gradient."""
 
+    local_data = "shared"
+
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""
         iterations = self.setting.options.iterations
@@ -30,6 +32,8 @@ class Adam(LocalSolver):
     count : int
         Updates of the moments.
     """
+
+    local_data = "shared"
 
     BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 

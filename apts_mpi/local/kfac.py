@@ -29,11 +29,14 @@ class KFAC(LocalSolver):
         The subdomain's.
     statistics : list of list of Tensor
         Running means of each layer.
+    momentum : Tensor, shape (stop - start,)
+        Running mean of the gradients; empty without momentum.
     count, updates : int
         Iterations, and those whose statistics were taken in.
     """
 
     whole_layers = True
+    local_data = "shared"
     preconditions = True
     damping = 0.3
     # The curvature of such a loss does not change along a step: on three problems, noisy data among them, squared
@@ -49,20 +52,39 @@ class KFAC(LocalSolver):
         self.layers = list(setting.layers)
         self._team = setting.team
         self.statistics: list[list[torch.Tensor]] = []
+        self.momentum = torch.zeros_like(setting.block[: len(setting.block) if self._options.momentum else 0])
         self.count = self.updates = 0
+        self._is_measured = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the statistics of this iteration are wanted."""
+        refresh = self._options.refresh
+        assert refresh is not None  # composed
+        # At first the running means move fast, and every iteration counts.
+        return self.count < refresh or self.count % refresh == 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""
-        # At first the running means move fast, and every iteration counts.
-        if self.count < self._options.refresh or self.count % self._options.refresh == 0:
-            self._update(local)
+        if self.is_due and not self._is_measured:
+            self.take_in(self.measure(local, self.updates))
+        self._is_measured = False
         self.count += 1
         start = local.block.clone()
         for gradient in local.gradients(self._options.iterations):
-            local.block += self.direction(gradient)
+            local.block += self.direction(self._averaged(gradient))
             displacement = local.block - start
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
+
+    def _averaged(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The running mean of the gradients up to this one, without the zeros from which it starts."""
+        share = self._options.momentum
+        if not share:
+            return gradient
+        # A gradient that is not finite leads to a rejected step; it must not stay in the mean.
+        self.momentum.lerp_(gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), 1.0 - share)
+        return self.momentum / (1.0 - share**self.count)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.local.LocalSolver`."""
@@ -74,11 +96,14 @@ class KFAC(LocalSolver):
             LayerState(curvature.kind, means)
             for (curvature, _, _), means in zip(self.layers, self.statistics, strict=False)
         ]
-        return LocalState(numbers={"count": self.count, "updates": self.updates}, layers=layers)
+        vectors = {"momentum": self.momentum} if len(self.momentum) else {}
+        return LocalState(numbers={"count": self.count, "updates": self.updates}, vectors=vectors, layers=layers)
 
     def check_saved(self, saved: SavedState) -> None:
         """See `apts_mpi.local.LocalSolver`."""
-        self.check_numbers_and_vectors(saved, {"count": whole(), "updates": whole()}, lambda numbers: ())
+        # A run may go on with momentum, or without.
+        vectors = ("momentum",) if "momentum" in saved.vectors else ()
+        self.check_numbers_and_vectors(saved, {"count": whole(), "updates": whole()}, lambda numbers: vectors)
         if not saved.layers:
             return
         place = f"{saved.place}.layers"
@@ -94,6 +119,8 @@ class KFAC(LocalSolver):
     def restore(self, state: LocalState) -> None:
         """See `apts_mpi.local.LocalSolver`."""
         self.count, self.updates = state.numbers["count"], state.numbers["updates"]
+        if len(self.momentum) and "momentum" in state.vectors:
+            self.momentum.copy_(state.vectors["momentum"])
         self.statistics = [layer.tensors for layer in state.layers]
         if state.layers:
             saved = [layer.kind == SignedFactors.kind for layer in state.layers]
@@ -103,11 +130,18 @@ class KFAC(LocalSolver):
         for means, (curvature, _, _) in zip(self.statistics, self.layers, strict=False):
             curvature.refresh(means, self._damping)
 
-    def _update(self, local: LocalObjective) -> None:
-        """Take in the statistics of this batch, and factorise."""
-        if not self.statistics:
-            self._replace_unseen(local.records)
-        signed = self._signed_gradients(local)
+    def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
+        """Statistics of each layer on the samples of all who measure together. Collective over them.
+
+        Parameters
+        ----------
+        local
+            The subdomain's objective on the samples of this rank.
+        key
+            What random signs are drawn with.
+        """
+        self._replace_unseen(local.records)
+        signed = local.signed_gradients(DRAWS, key) if any(layer.curvature.signed for layer in self.layers) else []
         fresh = [
             [
                 # What is not finite leads to a rejected step; it must not stay in the running means.
@@ -124,6 +158,11 @@ class KFAC(LocalSolver):
             for curvature, module, part in self.layers
         ]
         self._sum_over_team(fresh)
+        return fresh
+
+    def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
+        """Move the running means by what `measure` returned, and factorise."""
+        self._is_measured = True
         self.updates += 1
         keep = min(1.0 - 1.0 / self.updates, self._options.decay)
         if not self.statistics:
@@ -133,24 +172,23 @@ class KFAC(LocalSolver):
                 mean.lerp_(statistic, 1.0 - keep)
             curvature.refresh(means, self._damping)
 
-    def _signed_gradients(self, local: LocalObjective) -> list[torch.Tensor]:
-        """What layers of unknown kind are measured by; empty without such. Collective over the team."""
-        if not any(layer.curvature.signed for layer in self.layers):
-            return []
-        return local.signed_gradients(DRAWS, key=self.updates)
-
     def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
         """A layer whose weights are used without calling it has nothing to measure but its gradients.
 
-        Collective over the team, of which one rank's samples may not reach what those of another do.
+        Collective over the team: one rank's samples may not reach what those of another do, and what a rank has
+        running means of stays as it is, also for ranks that have none.
         """
         called = {id(record.module) for record in records if record.gradient is not None}
-        seen = [[id(module) in called for _, module, _ in self.layers]]
+        known = [layer.curvature.kind == SignedFactors.kind for layer in self.layers] if self.statistics else None
+        seen = [(known, [id(layer.module) in called for layer in self.layers])]
         if self._team.size > 1:
             seen = self._team.collect(seen[0])
+        signed = next((kinds for kinds, _ in seen if kinds is not None), None)
+        if signed is None:
+            signed = [not any(reached) for reached in zip(*(reached for _, reached in seen), strict=True)]
         self.layers = [
-            layer if any(reached) else _signed(layer)
-            for reached, layer in zip(zip(*seen, strict=True), self.layers, strict=True)
+            _signed(layer) if unseen and layer.curvature.kind != SignedFactors.kind else layer
+            for unseen, layer in zip(signed, self.layers, strict=True)
         ]
 
     def _sum_over_team(self, fresh: list[list[torch.Tensor]]) -> None:

@@ -150,6 +150,8 @@ class LocalSolver(ABC):
     damping, quadratic_damping : float or None
         What ``local.damping`` is unless the user says otherwise, and what it is for a loss that is quadratic in the
         outputs; None: the same.
+    updates : int
+        How often it has taken in statistics.
     local_data, coarse_norm, coarse_samples
         What ``schwarz.local_data auto``, ``coarse.norm auto`` and ``coarse.samples null`` stand for with it.
     """
@@ -161,9 +163,10 @@ class LocalSolver(ABC):
     preconditions: ClassVar[bool] = False
     damping: ClassVar[float | None] = None
     quadratic_damping: ClassVar[float | None] = None
-    local_data: ClassVar[Literal["shard", "full"]] = "shard"
+    local_data: ClassVar[Literal["shared", "shard", "full"]] = "shard"
     coarse_norm: ClassVar[Literal["2", "scaled"]] = "2"
     coarse_samples: ClassVar[float | None] = None
+    updates = 0
 
     @classmethod
     def needs_exact(cls, options: LocalOptions) -> bool:
@@ -180,6 +183,18 @@ class LocalSolver(ABC):
     @abstractmethod
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """Move ``local.block`` from R_d theta_k by at most ``radius``. Collective over the team where it evaluates."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it wants statistics in this iteration, the same for all subdomains; for whole layers alone."""
+        return False
+
+    def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
+        """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
+        return []
+
+    def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
+        """Take in what `measure` returned."""
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """Minus an approximate inverse curvature times a gradient, both of shape (stop - start,)."""

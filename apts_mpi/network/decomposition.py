@@ -56,7 +56,8 @@ class Decomposition:
         """The layers that have parameters in a subdomain."""
         return layers_between(self.layers, subdomain.start, subdomain.stop)
 
-    def modules_carried(self, network: torch.nn.Module) -> list[torch.nn.Module]:
-        """The modules of the layers of the subdomains that this rank carries."""
-        names = {layer.name: None for part in self.carried for layer in self.layers_of(part)}
+    def modules_of(self, network: torch.nn.Module, everywhere: bool = False) -> list[torch.nn.Module]:
+        """The modules of the layers of the subdomains that this rank carries, or of all."""
+        parts = self.subdomains if everywhere else self.carried
+        names = {layer.name: None for part in parts for layer in self.layers_of(part)}
         return [network.get_submodule(layer.name) for layer in self.layers if layer.name in names]

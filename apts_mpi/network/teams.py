@@ -53,9 +53,12 @@ class Teams:
     def shards(self, rank: int, batch_size: int, local_data: LocalData) -> list[tuple[int, int]]:
         """Samples that a rank evaluates, as ranges of the batch: one for each pass through the network.
 
-        With ``shard`` a team has one pass for the shard of each of its subdomains, with ``full`` every team has the
-        whole batch in one pass. The ranks of a team split each pass evenly.
+        With ``shared`` every rank has an even share of the batch in one pass. With ``shard`` a team has one pass for
+        the shard of each of its subdomains, with ``full`` every team has the whole batch in one pass; the ranks of a
+        team split each pass evenly.
         """
+        if local_data == "shared":
+            return [split(batch_size, self.ranks, rank)]
         members = self.ranks_of(self.team_of(rank))
         member = rank - members.start
         if local_data == "full":
@@ -70,5 +73,7 @@ class Teams:
 
     def smallest_batch(self, local_data: LocalData) -> int:
         """Samples that a batch needs so that no rank has an empty pass."""
+        if local_data == "shared":
+            return self.ranks
         members = -(-self.ranks // self.count)
         return members if local_data == "full" else members * self.subdomains

@@ -35,7 +35,8 @@ class Batch:
     size : int
         Number of samples, of all ranks together.
     shares : list of float
-        This rank's share of its team's samples in each pass.
+        This rank's share in each pass of the samples of all who measure together: of its team's, or (local_data shared)
+        of all ranks'.
     """
 
     samples: Samples
@@ -156,9 +157,10 @@ def cut_batch(
     InvalidInput
         On every rank, if inputs and targets differ in samples on one, or if a pass would have too few.
     """
-    teams, comm = decomposition.teams, decomposition.comm
-    full, carried = local_data == "full", decomposition.carried
-    groups = [carried] if full else [(subdomain,) for subdomain in carried]
+    teams, comm, team = decomposition.teams, decomposition.comm, decomposition.team
+    full, shared, carried = local_data == "full", local_data == "shared", decomposition.carried
+    whole_passes = {"full": [carried], "shared": [tuple(decomposition.subdomains)]}
+    groups = whole_passes.get(local_data) or [(subdomain,) for subdomain in carried]
     with comm.shared_errors():
         inputs, targets = samples
         if inputs is None or targets is None:
@@ -178,20 +180,21 @@ def cut_batch(
     total = count * copies if whole else comm.total(own)
     pieces = []
     for (start, stop), group in zip(ranges, groups, strict=True):
-        first, last = (0, count) if full else split(count, teams.subdomains, group[0].index)
+        first, last = (0, count) if full or shared else split(count, teams.subdomains, group[0].index)
         pieces.append(
             Piece(
                 start,
                 stop,
                 weight=(stop - start) / total,
-                stream=(*stream, 0 if full else group[0].index, decomposition.team.rank),
+                stream=(*stream, *((0, comm.rank) if shared else (0 if full else group[0].index, team.rank))),
                 subdomains=group,
                 position=start - first if whole else 0,
                 shard_size=last - first if whole else stop - start,
             )
         )
     passes = [piece.of(Selection(inputs, rows), Selection(targets, rows)) for piece in pieces]
-    return Batch(samples, rows, passes, total // copies, team_shares(passes, decomposition.team))
+    shares = [part.weight for part in passes] if shared else team_shares(passes, team)
+    return Batch(samples, rows, passes, total // copies, shares)
 
 
 def _check_size(count: int, least: int, passes: int, whole: bool, teams: Teams) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -82,7 +83,12 @@ class AdditiveSchwarz:
         # A mean of steps within a ball lies in it.
         self._count = 1 if data else decomposition.count
         self._values = objective.vector.values
-        self.solvers = {part.index: self._make_solver(options, part) for part in decomposition.carried}
+        self._is_noisy = options.noise == "batches"
+        # Where statistics are shared every rank measures for all subdomains, and solves for its own.
+        self._shared = schwarz.local_data == "shared" and self._kind.whole_layers
+        measured = decomposition.subdomains if self._shared else decomposition.carried
+        self._measuring = {part.index: self._make_solver(options, part) for part in measured}
+        self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
         self._make_rows = make_rows
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
@@ -102,7 +108,8 @@ class AdditiveSchwarz:
     def _make_solver(self, options: APTSOptions, subdomain: Subdomain) -> LocalSolver:
         block = self._values[subdomain.start : subdomain.stop]
         layers = self._whole_layers(subdomain) if self._kind.whole_layers else []
-        return self._kind(LocalSetting(options.local, options.trust_region, block, layers, self._team))
+        team = self._comm if self._shared else self._team
+        return self._kind(LocalSetting(options.local, options.trust_region, block, layers, team))
 
     def _whole_layers(self, subdomain: Subdomain) -> list[WholeLayer]:
         """The layers of a subdomain with their curvature and their range within its block."""
@@ -140,7 +147,8 @@ class AdditiveSchwarz:
         SharedInvalidInput
             On every rank, for what a local solver cannot do.
         """
-        local_radius = subdomain_radius(radius, self._count, self._norm)
+        # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
+        local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
         self._mirror.tensor.zero_()
         self.open_rows(caches)
         useful = self._is_of_use(gradient)
@@ -150,17 +158,36 @@ class AdditiveSchwarz:
             self._largest_batch = max(batch.size, self._largest_batch)
         with self._events.timed("local solves"), nullcontext() if tried else self._comm.shared_refusals():
             for weight, of_pass, rows in zip(batch.shares, caches, self.rows, strict=True):
+                if useful and self._is_measuring:
+                    self._measure(of_pass, weight, gradient)
                 for cache in of_pass if useful else ():
-                    self._solve(cache, rows, weight, gradient, local_radius)
+                    if cache.subdomain.index in self.solvers:
+                        self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
+
+    @property
+    def _is_measuring(self) -> bool:
+        """Whether all ranks measure together in this iteration."""
+        return self._shared and next(iter(self.solvers.values())).is_due
+
+    def _measure(self, caches: Sequence[Cache], weight: float, gradient: torch.Tensor) -> None:
+        """Measure the layers of all subdomains on this rank's samples, and sum over the ranks. Collective."""
+        key = next(iter(self.solvers.values())).updates
+        for cache in caches:
+            part = cache.subdomain
+            local = LocalObjective(self._objective, cache, gradient[part.start : part.stop], self._comm, weight)
+            fresh = self._measuring[part.index].measure(local, key)
+            if part.index in self.solvers:
+                self.solvers[part.index].take_in(fresh)
 
     def _is_of_use(self, gradient: torch.Tensor) -> bool:
         """Whether the batch can teach the local solvers anything, whose state lasts. Collective."""
         useful = self._inner.is_direction(gradient)
-        if self._team.size > 1 and not self._inner.spread:
-            # A team solves together.
-            useful = bool(self._team.decide(lambda: [useful])[0])
+        # A team solves together, and all measure together.
+        together = self._comm if self._is_measuring else self._team
+        if together.size > 1 and not self._inner.spread:
+            useful = bool(together.decide(lambda: [useful])[0])
         return useful
 
     def open_rows(self, caches: Sequence[Sequence[Cache]]) -> None:
@@ -182,7 +209,10 @@ class AdditiveSchwarz:
         self.solvers[subdomain.index].solve(local, radius, self._norm)
         displacement = local.block - start
         local.block.copy_(start)
-        if self._stack is not None:
+        if self._is_noisy:
+            owned = slice(subdomain.owned_start, subdomain.owned_stop)
+            self.correction[owned] = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
+        elif self._stack is not None:
             size = len(displacement)
             descent = ensure_descent(local.gradient, displacement, radius, self._norm)
             self._stack[subdomain.index * size : (subdomain.index + 1) * size] = descent

@@ -43,6 +43,7 @@ from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.next_batch import LastStep
 
 # Seconds; longer than a pass through any one module, between which a stage gives signs.
 SIGN_TIMEOUT = 10.0
@@ -118,7 +119,7 @@ class Staged:
             subdomains, layers, Teams(team.size, len(subdomains), team.size), team, team, len(cuts)
         )
         whole_layers = solver_class(options.local.solver).whole_layers
-        recorded = self.decomposition.modules_carried(network) if whole_layers else ()
+        recorded = self.decomposition.modules_of(network) if whole_layers else ()
         self.objective = StagedObjective(
             segmented=segmented,
             vector=vector,
@@ -134,6 +135,7 @@ class Staged:
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
+        self.last_step = LastStep(vector.values) if options.trust_region.rule == "next-batch" else None
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
         self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
         self._least = max(self.replica.collect(samples_of_pass(network)))
@@ -217,7 +219,7 @@ class Staged:
         solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
         name, device = schwarz.local_solver, schwarz.correction.device
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step}
+        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

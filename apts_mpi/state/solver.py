@@ -28,6 +28,9 @@ from apts_mpi.tools.schema import Check, anything, line, mapping, nothing_or, re
 # Where vectors of all parameters are.
 SOLVER = "solver"
 
+# Parts that earlier versions did not have.
+LATER = ("last_step",)
+
 # Makes arrays of named tensors of the network, and of vectors of the parameters, of which ranks may hold parts.
 MakeArrays = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], list[Array]]
 
@@ -105,7 +108,7 @@ def load_solver(solver: SolverParts, source: Source, metadata: dict[str, Any]) -
     saved = put_tensors(saved, reader(source, solver.assembled.device))
     notices = []
     for name, part in solver.parts.items():
-        if part is not None and saved[name] is not None:
+        if part is not None and saved.get(name) is not None:
             with taken_over(source, name):
                 notices += part.restore(saved[name])
     correction = saved["correction"]
@@ -128,7 +131,7 @@ def _check_metadata(solver: SolverParts, source: Source, metadata: Any) -> dict[
     }
     check = record(
         {
-            **{name: nothing_or(check) for name, check in parts.items()},
+            **{name: nothing_or(check) for name, check in parts.items() if name not in LATER},
             "correction": nothing_or(array(source, dtype=dtype)),
             "subdomains": sequence(mapping()),
             "local_solver": line,
@@ -136,7 +139,7 @@ def _check_metadata(solver: SolverParts, source: Source, metadata: Any) -> dict[
             **dict.fromkeys(("state", "evaluated", "differentiated"), anything),
         },
         # What options stood for, which earlier versions did not save: see `apts_mpi.train.same_run`.
-        {"composed": mapping()},
+        {"composed": mapping(), **{name: nothing_or(parts[name]) for name in LATER}},
     )
     place = f"{source.path}: solver"
     checked: dict[str, Any] = check(metadata, place)

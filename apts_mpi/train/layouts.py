@@ -27,6 +27,7 @@ from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
+from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
 from apts_mpi.train.training import Method, Training
@@ -64,6 +65,7 @@ def make_training(options: TrainingOptions, device: torch.device, comm: Communic
 def train_problem(problem: Problem, options: TrainingOptions, device: torch.device, world: MPI.Intracomm) -> Training:
     """The run that the options describe, on a problem that is there. Collective."""
     problem.network.to(device)
+    options = with_noise(options, problem)
     make_method = staged_method if options.layout == "staged" else replicated_method
     return Training(problem, options, device, make_method(problem, options, world))
 

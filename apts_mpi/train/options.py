@@ -87,6 +87,10 @@ class TrainingOptions:
         Gauss-Newton the least multiple of it with at most 640 parameters a subdomain.
     replicas
         Ranks that share the work of one subdomain rank over its samples.
+    noise
+        ``batches``: for many steps on small batches, each judged by the next one, with a radius that goes to zero at
+        the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 150 steps
+        or more on parts of the training samples.
     run_dir
         Directory that keeps the records. null: a new one under ``runs``.
     overwrite
@@ -144,6 +148,7 @@ class TrainingOptions:
     layout: Literal["replicated", "staged"] = "replicated"
     subdomains: int | None = None
     replicas: int = 1
+    noise: Literal["auto", "none", "batches"] = "auto"
     run_dir: str | None = None
     overwrite: bool = False
     resume: str | None = None
@@ -200,9 +205,10 @@ class TrainingOptions:
         )
 
     def solver_options(self) -> APTSOptions:
-        """The part that configures `apts_mpi.APTS`."""
+        """The part that configures `apts_mpi.APTS`; noise is none as long as it is left open."""
         shared = {option.name for option in fields(APTSOptions)} & {option.name for option in fields(self)}
-        return APTSOptions(**{name: getattr(self, name) for name in shared})
+        known = {name: getattr(self, name) for name in shared}
+        return APTSOptions(**known | ({"noise": "none"} if self.noise == "auto" else {}))
 
 
 def as_seconds(text: str) -> float | None:

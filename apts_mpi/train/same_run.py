@@ -68,7 +68,11 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     pipeline, of_cuts = _pipeline(asked, stages)
     number, schwarz, of_number = _subdomains(asked, records, stages)
     schwarz, of_objective = _local_objective(asked, schwarz, composed, len(records))
-    changed = replace(options, subdomains=number, schwarz=schwarz, pipeline=pipeline)
+    noise = options.noise
+    if noise == "auto":
+        # By what it was before: the length of the run, which it depends on, may be another one now.
+        noise = "batches" if composed and composed.get("noise") == "batches" else "none"
+    changed = replace(options, subdomains=number, schwarz=schwarz, pipeline=pipeline, noise=noise)
     return changed, of_cuts + of_number + of_objective
 
 

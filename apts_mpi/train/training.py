@@ -96,6 +96,7 @@ class Training:
         self.notes = method.notes
         self._resumed = False
         self._is_out_of_time = False
+        self._seconds_of_all = 0.0
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
         self._rejections = Rejections()
@@ -169,7 +170,8 @@ class Training:
         """Stop all ranks where rank 0's seconds are over. Collective."""
         limit = self.options.max_seconds
         if limit is not None:
-            self._is_out_of_time = bool(self.comm.decide(lambda: [self.progress.seconds >= limit])[0])
+            (self._seconds_of_all,) = self.comm.decide(lambda: [self.progress.seconds])
+            self._is_out_of_time = self._seconds_of_all >= limit
 
     @property
     def done(self) -> bool:
@@ -177,6 +179,18 @@ class Training:
         progress = self.progress
         last = progress.iteration >= (self.options.max_iterations or math.inf)
         return progress.epoch > self.epochs or last or self._is_out_of_time or self.converged
+
+    @property
+    def share_done(self) -> float:
+        """Share of the run that is behind: of its batches, or of the iterations or seconds that end it earlier."""
+        progress, options = self.progress, self.options
+        batches = (progress.epoch - 1) * self.batches + progress.batch
+        shares = [batches / (self.epochs * self.batches)]
+        if options.max_iterations is not None:
+            shares.append(progress.iteration / options.max_iterations)
+        if options.max_seconds is not None:
+            shares.append(self._seconds_of_all / options.max_seconds)
+        return min(max(shares), 1.0)
 
     @property
     def converged(self) -> bool:
@@ -204,7 +218,7 @@ class Training:
         if known and self._resumed:
             self.solver.repeat(self.train, rows)
         self._resumed = False
-        return self.solver.step() if known else self.solver.step(self.train, rows)
+        return self.solver.step(None if known else self.train, rows, self.share_done)
 
     def _note(self, result: StepResult | BaselineResult) -> dict[str, Any]:
         """Count an iteration, and say what it did."""

@@ -51,6 +51,10 @@ class InnerProducts:
         products, steps, gradients = table[self._rows].T
         return float(products.sum()), self._join(steps), math.hypot(*gradients)
 
+    def sum_of_table(self, column: np.ndarray) -> float:
+        """Sum over the parts of a number, from those of all ranks."""
+        return float(column[self._rows].sum())
+
     def _join(self, norms: Sequence[float] | np.ndarray) -> float:
         """Norm of a vector from those of its parts; not a number if one of them is not."""
         return math.hypot(*norms) if self.kind == "2" else float(np.max(norms))

@@ -1,0 +1,31 @@
+"""The configuration of the solver: frozen dataclasses, validated on construction.
+
+It may import errors. Read ``solver`` first, then ``levels`` and ``trust_region``.
+"""
+
+from apts_mpi.options.levels import (
+    ENOUGH_TARGETS,
+    LOCAL_SOLVERS,
+    SUBDOMAINS,
+    CoarseOptions,
+    LocalData,
+    LocalOptions,
+    SchwarzOptions,
+)
+from apts_mpi.options.solver import APTSOptions, PipelineOptions
+from apts_mpi.options.trust_region import GlobalModelName, GlobalStepOptions, TrustRegionOptions
+
+__all__ = [
+    "ENOUGH_TARGETS",
+    "LOCAL_SOLVERS",
+    "SUBDOMAINS",
+    "APTSOptions",
+    "CoarseOptions",
+    "GlobalModelName",
+    "GlobalStepOptions",
+    "LocalData",
+    "LocalOptions",
+    "PipelineOptions",
+    "SchwarzOptions",
+    "TrustRegionOptions",
+]

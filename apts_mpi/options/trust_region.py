@@ -1,0 +1,118 @@
+"""Options of the trust region, and of the global step in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from apts_mpi.errors import require, require_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionOptions:
+    """When a step is accepted and how the radius follows.
+
+    The rule is written out in `apts_mpi.trust_region.acceptance`.
+
+    Parameters
+    ----------
+    initial_radius
+        First radius. None: the length of the Cauchy step of the first batch.
+    min_radius
+        Lower bound of the radius.
+    max_radius
+        Upper bound of the radius.
+    eta1
+        A step is accepted if rho >= eta1.
+    eta2
+        The radius grows if rho >= eta2 and the step reached the boundary.
+    shrink_below
+        The radius shrinks if rho is below this.
+    decrease_factor
+        What the radius, or the length of a shorter step, is multiplied by to shrink.
+    increase_factor
+        What the radius is multiplied by to grow.
+    norm
+        Norm of the ball.
+    window
+        Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
+        0 is the monotone method.
+    rule
+        What the radius follows after an accepted step. ``ratio``: rho, of the batch that gave the step.
+        ``next-batch``: the slope of the next batch along the step, see `apts_mpi.trust_region.next_batch`. ``auto``:
+        ratio, or next-batch with noise batches.
+    pull
+        Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
+        null: 0, or 0.2 with noise batches.
+    noise
+        Rounding noise of the loss, relative to it and to the epsilon of its dtype; numerator and denominator of rho
+        are both raised by it, so that rho goes to 1 where reductions are below what the dtype can show.
+    """
+
+    initial_radius: float | None = None
+    min_radius: float = 1e-8
+    max_radius: float = 1e4
+    eta1: float = 1e-4
+    eta2: float = 0.75
+    shrink_below: float = 0.25
+    decrease_factor: float = 0.25
+    increase_factor: float = 2.0
+    norm: Literal["2", "inf"] = "2"
+    window: int = 0
+    rule: Literal["auto", "ratio", "next-batch"] = "auto"
+    pull: float | None = None
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_fields(self, "trust_region.")
+        name = "trust_region."
+        require(
+            0.0 < self.min_radius < self.max_radius,
+            name + "min_radius, max_radius",
+            (self.min_radius, self.max_radius),
+            "give 0 < min_radius < max_radius",
+        )
+        require(
+            self.initial_radius is None or self.min_radius <= self.initial_radius <= self.max_radius,
+            name + "initial_radius",
+            self.initial_radius,
+            f"give a number from min_radius {self.min_radius} to max_radius {self.max_radius}, or null for automatic",
+        )
+        require(
+            0.0 <= self.eta1 <= self.shrink_below <= self.eta2 < 1.0,
+            name + "eta1, shrink_below, eta2",
+            (self.eta1, self.shrink_below, self.eta2),
+            "give 0 <= eta1 <= shrink_below <= eta2 < 1",
+        )
+        small, large = self.decrease_factor, self.increase_factor
+        require(0.0 < small < 1.0, name + "decrease_factor", small, "give a number in (0, 1)")
+        require(large > 1.0, name + "increase_factor", large, "give a number above 1")
+        require(self.window >= 0, name + "window", self.window, "give 0 or more")
+        require(
+            self.pull is None or 0.0 <= self.pull < 1.0, name + "pull", self.pull, "give a number in [0, 1), or null"
+        )
+        require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
+
+
+GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalStepOptions:
+    """The trust-region step over all parameters that follows the Schwarz step.
+
+    Parameters
+    ----------
+    model
+        ``none``; the ``first-order`` model, whose step goes down the gradient to the boundary of the ball; ``lsr1``,
+        limited-memory SR1 from the steps on one batch; ``steihaug``, conjugate gradients on products with the
+        curvature, preconditioned by the kfac of subdomains of parameters where that is the local solver.
+    product
+        Curvature of steihaug: ``gauss-newton`` or ``hessian``.
+    """
+
+    model: GlobalModelName = "none"
+    product: Literal["gauss-newton", "hessian"] = "gauss-newton"
+
+    def __post_init__(self) -> None:
+        require_fields(self, "global_step.")

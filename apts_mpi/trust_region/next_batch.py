@@ -1,0 +1,88 @@
+"""The radius as the next batch judges it.
+
+A step that was made for a small batch lowers the loss of that batch, however long it is: at 64 samples by a hundred
+times what it does for others. So rho, of the same batch, says nothing about the ball. The next batch had no part in the
+step. Its gradient g at the end of the step s gives the slope ``<g, s>`` of a loss that did not choose s: where it still
+falls a longer step would have been better, where it rises a shorter one. Beside the slope at the start, of the step's
+own batch,
+
+    radius <- radius * exp(rate * clip(<g_next, s> / <g_own, s>, -1, 1)) ,
+
+which comes to rest where the slope is zero on average: where steps end at the minimum along them of the loss of all
+samples. It costs one inner product, and one vector.
+
+A step that is best for the next iteration is too long for the last ones, whose noise nothing averages any more. Where
+the end of the run is known, the radius goes to zero over its last part.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from apts_mpi.tools.schema import Check, record
+
+# Of the logarithm of the radius, an iteration.
+RATE = 0.1
+
+# Share of the Cauchy step's length with which to begin: too short a radius grows tenfold in 23 steps, and too long a one
+# throws a network far away before it has shrunk.
+BEGIN = 0.1
+
+# Share of a run after which the radius goes down to zero, linearly.
+CONSTANT = 0.4
+
+
+def following(radius: float, before: float, after: float) -> float:
+    """The radius after a step.
+
+    Parameters
+    ----------
+    radius
+        The present one.
+    before, after
+        Slopes along the step: of its own batch at its start, and of the next batch at its end.
+    """
+    if not (before < 0.0 and math.isfinite(after) and math.isfinite(before)):
+        return radius
+    return radius * math.exp(RATE * min(max(after / before, -1.0), 1.0))
+
+
+def share_of_radius(done: float | None) -> float:
+    """Share of the radius that steps have when that much of a run is done; 1 where nobody knows."""
+    if done is None or done <= CONSTANT:
+        return 1.0
+    return max((1.0 - done) / (1.0 - CONSTANT), 1e-3)
+
+
+class LastStep:
+    """The last accepted step, for the next batch's slope along it; a part of the solver that is saved.
+
+    Parameters
+    ----------
+    like : Tensor, shape (n,)
+        A vector such as the parameters.
+
+    Attributes
+    ----------
+    vector : Tensor, shape (n,)
+        The step; zero before the first.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.vector = torch.zeros_like(like)
+
+    def state(self) -> dict[str, Any]:
+        """See `apts_mpi.state.solver.Part`."""
+        return {"vector": self.vector}
+
+    def saved(self, vector: Check, vector_or_empty: Check) -> Check:
+        """See `apts_mpi.state.solver.Part`."""
+        return record({"vector": vector})
+
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """See `apts_mpi.state.solver.Part`."""
+        self.vector.copy_(state["vector"])
+        return []
