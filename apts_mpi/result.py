@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import following
+from apts_mpi.trust_region.next_batch import SHORTER, following
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -101,15 +101,20 @@ class State:
         assert self.radius is not None
         return self.radius * self.share
 
-    def following(self, after: float, options: TrustRegionOptions) -> float:
-        """The radius after an accepted step as the next batch has it, whose slope along the step before is ``after``.
+    def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> Judged:
+        """A judged step with the radius as the next batch has it, whose slope along the step before is ``after``.
 
-        It stays while it goes down by the clock, which would look like steps that are too short.
+        The radius stays while it goes down by the clock, which would look like steps that are too short. A step that
+        the memory of the gradients leads uphill on this batch says nothing about it: the next batch has its turn.
         """
-        radius = self.present_radius
-        if self.share == 1.0:
+        radius = judged.radius
+        if not judged.accepted:
+            if judged.predicted_reduction <= 0.0:
+                return replace(judged, skipped=True, next_radius=radius)
+            radius *= SHORTER
+        elif self.share == 1.0:
             radius = following(radius, self.slope, after)
-        return min(max(radius, options.min_radius), options.max_radius)
+        return replace(judged, next_radius=min(max(radius, options.min_radius), options.max_radius))
 
     def move(self, judged: Judged, options: TrustRegionOptions) -> None:
         """Take over the next radius, and the loss of an accepted step into the window of the last ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import numpy as np
 import torch
@@ -139,9 +139,8 @@ class Trials:
                     earlier_losses=state.losses,
                     rounding=rounding,
                 )
-                if judged.accepted and self._last_step is not None:
-                    after = self._inner.sum_of_table(table[:, 7])
-                    judged = replace(judged, next_radius=state.following(after, self._options))
+                if self._last_step is not None and not judged.skipped:
+                    judged = state.judged_by_next(judged, self._inner.sum_of_table(table[:, 7]), self._options)
                 return [*astuple(judged), table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.

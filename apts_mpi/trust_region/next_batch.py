@@ -27,8 +27,11 @@ from apts_mpi.tools.schema import Check, record
 # Of the logarithm of the radius, an iteration.
 RATE = 0.1
 
-# Share of the Cauchy step's length with which to begin: too short a radius grows tenfold in 23 steps, and too long a one
-# throws a network far away before it has shrunk.
+# Of the radius, where a step raises the loss of its own batch.
+SHORTER = 0.5
+
+# Share of the Cauchy step's length with which to begin: too short a radius grows tenfold in 23 steps, and too long a
+# one throws a network far away before it has shrunk.
 BEGIN = 0.1
 
 # Share of a run after which the radius goes down to zero, linearly.
