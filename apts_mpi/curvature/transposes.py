@@ -62,7 +62,7 @@ def by_transposes(
         outputs = run(leaves)
         moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
         of_users = _has_functions_of_users(moving)
-        weights = [_waves_like(tensor) if of_users else torch.zeros_like(tensor) for tensor in moving]
+        weights = [waves_like(tensor) if of_users else torch.zeros_like(tensor) for tensor in moving]
         weights = [weight.requires_grad_() for weight in weights]
         pulled = torch.autograd.grad(moving, leaves, weights, create_graph=True, allow_unused=True) if moving else ()
         pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
@@ -78,7 +78,7 @@ def by_transposes(
     )
 
 
-def _waves_like(tensor: torch.Tensor) -> torch.Tensor:
+def waves_like(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers between -1 and 1 that nothing sums up to zero by design."""
     places = torch.arange(1, tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return places.square().sin().view(tensor.shape)
