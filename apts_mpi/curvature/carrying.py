@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from apts_mpi.curvature.transposes import transposed, waves_like
+from apts_mpi.curvature.transposes import has_functions_of_users, transposed, waves_like
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
 from apts_mpi.tools.environment import random_state, set_random_state
 
@@ -189,7 +189,7 @@ def holds(
 ) -> bool | None:
     """Whether tangents are those that the backward pass has: ``<J^T w, t> = <w, J t>`` up to rounding.
 
-    They are not where a backward pass of the user's is not the derivative of what it computes.
+    Never where a backward pass is the user's, which need not be the derivative of what is computed.
 
     Parameters
     ----------
@@ -210,6 +210,8 @@ def holds(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in point]
         outputs = differentiable(run(leaves))
+        if has_functions_of_users(outputs):
+            return False
         weights = [waves_like(tensor) for tensor in outputs]
         pulled = transposed(outputs, leaves, weights)
     pairs = [*zip(directions, pulled, strict=True)], [*zip(found, weights, strict=True)]

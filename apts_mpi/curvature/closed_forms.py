@@ -65,7 +65,8 @@ def _linear_map(function: Any, given: Any, *args: Any, **named: Any) -> Any:
 
 
 def _getitem(function: Any, given: Any, index: Any) -> Any:
-    return _linear_map(lambda tensor: tensor[index], given, *(index if isinstance(index, tuple) else (index,)))
+    _plain(*(index if isinstance(index, tuple) else (index,)))
+    return _linear_map(lambda tensor: tensor[index], given)
 
 
 def _pad(function: Any, given: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
@@ -252,14 +253,14 @@ def _scaled(normal: Any, weight: Any, bias: Any) -> Any:
 def _layer_norm(
     function: Any, given: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
-    return _scaled(_normal(given, range(-len(normalized_shape), 0), eps), weight, bias)
+    return _scaled(_normal(given, [*range(-len(normalized_shape), 0)], eps), weight, bias)
 
 
 def _rms_norm(
     function: Any, given: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Tensor:
     eps = torch.finfo(given.dtype).eps if eps is None else eps
-    return _scaled(_normal(given, range(-len(normalized_shape), 0), eps, centred=False), weight, None)
+    return _scaled(_normal(given, [*range(-len(normalized_shape), 0)], eps, centred=False), weight, None)
 
 
 def _group_norm(
@@ -331,7 +332,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
             _elementwise,
             "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh softplus softsign logsigmoid hardtanh "
             "hardsigmoid hardswish hardshrink softshrink tanhshrink threshold exp log log1p expm1 sin cos sqrt rsqrt "
-            "square abs erf reciprocal clamp pow __pow__",
+            "square abs erf reciprocal clamp pow __pow__ __rdiv__",
         ),
         (
             _linear_map,
