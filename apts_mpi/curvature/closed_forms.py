@@ -51,6 +51,12 @@ def _elementwise(function: Any, given: Any, *args: Any, **named: Any) -> Tensor:
     return Carrying(value.detach(), inputs.tangents * slope, inputs.columns)
 
 
+def _relu(function: Any, given: Any, inplace: bool = False) -> Tensor:
+    inputs = _first(given)
+    value = torch.relu(inputs.value)
+    return Carrying(value, torch.ops.aten.threshold_backward(inputs.tangents, value, 0.0), inputs.columns)
+
+
 def _linear_map(function: Any, given: Any, *args: Any, **named: Any) -> Any:
     """A function linear in its first argument: that of each tangent."""
     inputs = _first(given, *args, *named.values())
@@ -62,6 +68,15 @@ def _linear_map(function: Any, given: Any, *args: Any, **named: Any) -> Any:
     if isinstance(value, Tensor):
         return Carrying(value, tangents, inputs.columns)
     return tuple(Carrying(part, moved, inputs.columns) for part, moved in zip(value, tangents, strict=True))
+
+
+def _of_images(function: Any, given: Any, *args: Any, **named: Any) -> Tensor:
+    """A function linear in images, of samples of any number: that of all tangents as samples."""
+    inputs = _first(given, *args, *named.values())
+    moved = function(inputs.tangents.flatten(0, 1), *args, **named)
+    return Carrying(
+        function(inputs.value, *args, **named), moved.unflatten(0, inputs.tangents.shape[:2]), inputs.columns
+    )
 
 
 def _getitem(function: Any, given: Any, index: Any) -> Any:
@@ -166,17 +181,19 @@ def _convolution(function: Any, given: Any, weight: Any, bias: Any = None, *args
     """One convolution for all tangents of the inputs, and one for all of the weights."""
     _plain(*args, *named.values())
     inputs, weights = value_of(given), value_of(weight)
-    if inputs.dim() != weights.dim() or (named or {}).get("groups", args[3] if len(args) > 3 else 1) != 1:
+    if inputs.dim() != weights.dim() or named.get("groups", args[3] if len(args) > 3 else 1) != 1:
         raise NotImplementedError("convolutions of one sample, or in groups")
     value = function(inputs, weights, value_of(bias), *args, **named)
     parts = []
     if isinstance(given, Carrying):
         moved = function(given.tangents.flatten(0, 1), weights, None, *args, **named)
         parts.append((moved.unflatten(0, given.tangents.shape[:2]), given.columns))
+    together = isinstance(weight, Carrying) and isinstance(bias, Carrying) and weight.columns == bias.columns
     if isinstance(weight, Carrying):
-        moved = function(inputs, weight.tangents.flatten(0, 1), None, *args, **named)
+        shifts = bias.tangents.flatten() if together else None
+        moved = function(inputs, weight.tangents.flatten(0, 1), shifts, *args, **named)
         parts.append((moved.unflatten(1, weight.tangents.shape[:2]).transpose(0, 1), weight.columns))
-    if isinstance(bias, Carrying):
+    if isinstance(bias, Carrying) and not together:
         shape = len(bias.columns), 1, -1, *[1] * (value.dim() - 2)
         parts.append((bias.tangents.view(shape).expand(-1, *value.shape), bias.columns))
     return united(value, parts)
@@ -328,17 +345,21 @@ def _named(names: str) -> list[Any]:
 def _table() -> dict[Any, Callable[..., Any]]:
     by_names: list[tuple[Callable[..., Any], str]] = [
         (_fact, "size dim numel nelement stride is_contiguous is_floating_point is_complex __len__"),
+        (_relu, "relu"),
         (
             _elementwise,
-            "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh softplus softsign logsigmoid hardtanh "
+            "relu6 leaky_relu elu celu selu gelu silu mish sigmoid tanh softplus softsign logsigmoid hardtanh "
             "hardsigmoid hardswish hardshrink softshrink tanhshrink threshold exp log log1p expm1 sin cos sqrt rsqrt "
             "square abs erf reciprocal clamp pow __pow__ __rdiv__",
         ),
         (
             _linear_map,
             "flatten unflatten reshape view transpose swapaxes permute movedim squeeze unsqueeze contiguous clone chunk "
-            "split unbind sum mean neg expand avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-            "adaptive_avg_pool3d interpolate pixel_shuffle pixel_unshuffle",
+            "split unbind sum mean neg expand",
+        ),
+        (
+            _of_images,
+            "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate",
         ),
         (_weighted_sum((1.0, 1.0)), "add __add__ __radd__"),
         (_weighted_sum((1.0, -1.0)), "sub __sub__"),

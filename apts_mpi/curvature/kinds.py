@@ -93,18 +93,21 @@ class KroneckerFactors:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        self._inverse_inputs, self._inverse_outputs = (damped_inverse(factor, damping**0.5) for factor in statistics)
+        self._inverse_inputs, outputs = (damped_inverse(factor, damping**0.5) for factor in statistics)
+        self._minus_inverse_outputs = outputs.neg_()
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        size = self._weight.numel()
-        weights = gradient[:size].view(self._rows, -1)
+        size, found = self._weight.numel(), torch.empty_like(gradient)
+        # Weights and biases as one matrix, from and into which the products go without copies.
+        halfway = gradient.new_empty(self._rows, len(self._inverse_inputs))
+        torch.mm(self._minus_inverse_outputs, gradient[:size].view(self._rows, -1), out=halfway[:, : size // self._rows])
         if self._has_bias:
-            weights = torch.cat([weights, gradient[size:, None]], dim=1)
-        solved = -(self._inverse_outputs @ weights @ self._inverse_inputs)
+            torch.mv(self._minus_inverse_outputs, gradient[size:], out=halfway[:, -1])
+        torch.mm(halfway, self._inverse_inputs[:, : size // self._rows], out=found[:size].view(self._rows, -1))
         if self._has_bias:
-            return torch.cat([solved[:, :-1].flatten(), solved[:, -1]])
-        return solved.flatten()
+            torch.mv(halfway, self._inverse_inputs[:, -1], out=found[size:])
+        return found
 
 
 class AttentionFactors(KroneckerFactors):

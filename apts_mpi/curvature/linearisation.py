@@ -262,7 +262,8 @@ def _directions(
     for column in (columns[number] for number in numbers):
         start, stop = max(column.start, entry.start), min(column.stop, entry.stop)
         inside = column.values[start - column.start : stop - column.start]
-        found.append(nn.functional.pad(inside, (start - entry.start, entry.stop - stop)))
+        whole = (start, stop) == (entry.start, entry.stop)
+        found.append(inside if whole else nn.functional.pad(inside, (start - entry.start, entry.stop - stop)))
     return torch.stack(found).view(-1, *parameter.shape)
 
 
