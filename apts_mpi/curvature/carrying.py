@@ -60,8 +60,8 @@ class Carrying(torch.Tensor):
         return form(function, *args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """What torch calls in the place of its kernels."""
         raise NotImplementedError(f"{function} would lose the tangents")
@@ -97,7 +97,7 @@ class CarriedSegments:
             return None
         state = random_state(_device(activations))
         try:
-            outputs = functional_call(segment, parameters, (activations,)) if parameters else segment(activations)
+            outputs = functional_call(segment, dict(parameters), (activations,)) if parameters else segment(activations)
             known = self._known.get(index) or _agrees(segment, activations, parameters, outputs, state)
         except torch.OutOfMemoryError:
             raise
@@ -133,6 +133,25 @@ def _agrees(
     found = holds(run, [value_of(tensor) for tensor in moving], *tangents)
     set_random_state(after, _device(activations))
     return found
+
+
+def plain(*given: Any) -> None:
+    """Raise if there are tangents among arguments that a form has none for."""
+    for value in given:
+        if isinstance(value, Carrying) or (isinstance(value, tuple | list) and any(map(_is_carrying, value))):
+            raise NotImplementedError("tangents of another argument")
+
+
+def _is_carrying(value: Any) -> bool:
+    return isinstance(value, Carrying)
+
+
+def only_first(given: Any, *others: Any) -> Carrying:
+    """The first argument, which alone may have tangents."""
+    plain(*others)
+    if not isinstance(given, Carrying):
+        raise NotImplementedError("tangents of another argument")
+    return given
 
 
 def value_of(given: Any) -> Any:
@@ -215,7 +234,9 @@ def holds(
         weights = [waves_like(tensor) for tensor in outputs]
         pulled = transposed(outputs, leaves, weights)
     pairs = [*zip(directions, pulled, strict=True)], [*zip(found, weights, strict=True)]
-    left, right = (sum(t.flatten(1).double() @ w.flatten().double() for t, w in of_side) for of_side in pairs)
+    left, right = (
+        torch.stack([t.flatten(1).double() @ w.flatten().double() for t, w in of_side]).sum(0) for of_side in pairs
+    )
     size = sum(float(t.double().norm()) * float(w.double().norm()) for of_side in pairs for t, w in of_side)
     difference = float((left - right).norm())
     if not 0.0 < size < float("inf"):

@@ -88,30 +88,22 @@ class KroneckerFactors:
         ]
 
     def _activations(self, inputs: torch.Tensor, share: float) -> torch.Tensor:
-        """What the weights of one output are multiplied by, as rows, one a sample and position, with a one for the bias.
+        """What the weights and the bias of one output are multiplied by, as rows, one a sample and position.
 
         Of a convolution on a share of the samples, evenly spread, whose rows are longer for it.
         """
-        if not isinstance(self._module, Convolution):
+        module = self._module
+        if not isinstance(module, Convolution):
             rows, scale = inputs.reshape(-1, inputs.shape[-1]), 1.0
         else:
             samples = _batched(inputs, self._weight.dim())
             kept = max(1, int(share * len(samples)))
             chosen = torch.arange(kept, device=inputs.device) * len(samples) // kept
-            rows = self._unfold(samples if kept >= len(samples) else samples[chosen])
+            rows = _patches(samples if kept >= len(samples) else samples[chosen], module)
             scale = (len(samples) / kept) ** 0.5
         if self._has_bias:
             rows = functional.pad(rows, (0, 1), value=1.0)
         return rows if scale <= 1.0 else rows * scale
-
-    def _unfold(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Patches of the samples of a convolution as rows."""
-        module = self._module
-        patches = _padded(inputs, module)
-        places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        for dimension, (size, stride, dilation) in enumerate(places, start=2):
-            patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
 
     def _rows_of(self, gradient: torch.Tensor) -> torch.Tensor:
         """Output gradients as rows of the same order."""
@@ -314,6 +306,15 @@ def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> Non
         torch.mm(factor, matrix, out=out)
     else:
         torch.mul(factor[:, None], matrix, out=out)
+
+
+def _patches(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
+    """What a convolution multiplies its weights by, as rows, one a sample and position."""
+    patches = _padded(inputs, module)
+    places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for dimension, (size, stride, dilation) in enumerate(places, start=2):
+        patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
 
 
 def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:

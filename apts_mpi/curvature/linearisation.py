@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apts_mpi.curvature import closed_forms  # noqa: F401 - fills the table of forms
+from apts_mpi.curvature import closed_forms  # noqa: F401 (for the forms that it registers)
 from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, columns_of, value_of
 from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
@@ -169,7 +169,11 @@ class Linearisation:
 
     def _by_autograd(self, index: int, carried: Bundle, parameters: dict[str, Carrying]) -> Bundle:
         """The same by differentiation as torch does it: of the inputs alone for the columns that move no parameter."""
-        segment, plain, entering = self._segmented.segments[index], map_tensors(value_of, carried), differentiable(carried)
+        segment, plain, entering = (
+            self._segmented.segments[index],
+            map_tensors(value_of, carried),
+            differentiable(carried),
+        )
         joined, moving = columns_of(entering), columns_of(parameters.values())
         resting = tuple(number for number in joined if number not in moving)
         device = tensors_of(plain)[0].device
@@ -214,9 +218,11 @@ class Linearisation:
 
         def forwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
             def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
-                return jvp(parts, point, directions, has_aux=True)[1:]
+                found: Any = jvp(parts, point, directions, has_aux=True)
+                return found[1:]
 
-            moved, outputs = vmap(of_column, out_dims=(0, None), randomness="same")(*tangents)
+            places: Any = (0, None)  # the outputs are the same for all
+            moved, outputs = vmap(of_column, out_dims=places, randomness="same")(*tangents)
             return outputs, moved
 
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
@@ -235,7 +241,7 @@ class Linearisation:
                 return forwards()
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+            except (RuntimeError, NotImplementedError, ValueError):  # if for another reason, it comes again
                 self._without_forward_mode.add(index)
                 set_random_state(state, device)
         return backwards()

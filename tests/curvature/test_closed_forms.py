@@ -138,9 +138,7 @@ def carried(module, inputs, columns):
         else inputs
     )
     parameters = {
-        name: Carrying(
-            value, torch.randn(len(of_parameters), *value.shape, dtype=value.dtype), tuple(of_parameters)
-        )
+        name: Carrying(value, torch.randn(len(of_parameters), *value.shape, dtype=value.dtype), tuple(of_parameters))
         for name, value in values.items()
         if of_parameters
     }
@@ -154,7 +152,9 @@ def tangent_of(module, given, parameters, number):
     moving = isinstance(given, Carrying)
 
     def outputs(*values):
-        return functional_call(module, dict(zip(names, values[moving:], strict=True)), (values[0] if moving else inputs,))
+        return functional_call(
+            module, dict(zip(names, values[moving:], strict=True)), (values[0] if moving else inputs,)
+        )
 
     variables = [*([given] if moving else []), *parameters.values()]
     torch.manual_seed(1)
