@@ -17,9 +17,16 @@ from torch import nn
 from torch.nn import functional
 
 from apts_mpi.curvature.dense import gram
-from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_factor, damped_reciprocal
 from apts_mpi.curvature.signed import signed_factors
 from apts_mpi.network.recorder import UNCALLED
+
+# A longer side of a layer has the diagonal of its factor. This one takes 100 MB and about two seconds to invert, and
+# is one that a convolution of 512 channels stays below.
+LARGEST_SIDE = 5120
+
+# Rows of patches of a convolution, in all and for each column: with more, its factor changes by a few hundredths alone.
+PATCHES, PATCHES_A_COLUMN = 16384, 32
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -55,35 +62,48 @@ class KroneckerFactors:
     @property
     def statistics(self) -> list[tuple[int, ...]]:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        columns = self._weight[0].numel() + self._has_bias
-        return [(columns, columns), (self._rows, self._rows)]
+        return [_shape(self._columns), _shape(self._rows)]
+
+    @property
+    def _columns(self) -> int:
+        """Inputs of an output, that of the bias among them."""
+        return self._weight[0].numel() + self._has_bias
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
-        none = self._weight.detach().flatten(1)[:0]
-        activations = torch.cat([none, *(self._unfold(record.inputs) for record in records)])
-        gradients = torch.cat([none.new_empty(0, self._rows), *(self._rows_of(record.gradient) for record in records)])
-        if self._has_bias:
-            activations = functional.pad(activations, (0, 1), value=1.0)
+        none = self._weight.detach().new_empty(0, self._rows)
+        gradients = torch.cat([none, *(self._rows_of(record.gradient) for record in records)])
+        count = len(gradients)
+        share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(count, 1))
+        activations = torch.cat(
+            [none.new_empty(0, self._columns), *(self._activations(record.inputs, share) for record in records)]
+        )
         # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once, and the
         # mean over positions again.
         return [
-            gram(activations) / batch.samples,
-            gram(gradients) * (batch.samples**2 / max(len(activations), 1)),
+            _second_moment(activations) / batch.samples,
+            _second_moment(gradients) * (batch.samples**2 / max(count, 1)),
         ]
 
-    def _unfold(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the weights of one output are multiplied by, as rows, one a sample and position."""
+    def _activations(self, inputs: torch.Tensor, share: float) -> torch.Tensor:
+        """What the weights and the bias of one output are multiplied by, as rows, one a sample and position.
+
+        Of a convolution on a share of the samples, evenly spread, whose rows are longer for it.
+        """
         module = self._module
         if not isinstance(module, Convolution):
-            return inputs.reshape(-1, inputs.shape[-1])
-        patches = _padded(_batched(inputs, module.weight.dim()), module)
-        places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        for dimension, (size, stride, dilation) in enumerate(places, start=2):
-            patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
+            rows, scale = inputs.reshape(-1, inputs.shape[-1]), 1.0
+        else:
+            samples = _batched(inputs, self._weight.dim())
+            kept = max(1, int(share * len(samples)))
+            chosen = torch.arange(kept, device=inputs.device) * len(samples) // kept
+            rows = _patches(samples if kept >= len(samples) else samples[chosen], module)
+            scale = (len(samples) / kept) ** 0.5
+        if self._has_bias:
+            rows = functional.pad(rows, (0, 1), value=1.0)
+        return rows if scale <= 1.0 else rows * scale
 
     def _rows_of(self, gradient: torch.Tensor) -> torch.Tensor:
         """Output gradients as rows of the same order."""
@@ -93,18 +113,27 @@ class KroneckerFactors:
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        self._inverse_inputs, self._inverse_outputs = (damped_inverse(factor, damping**0.5) for factor in statistics)
+        self._inverse_inputs, outputs = (damped_factor(factor, damping**0.5) for factor in statistics)
+        self._minus_inverse_outputs = outputs.neg_()
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        size = self._weight.numel()
-        weights = gradient[:size].view(self._rows, -1)
-        if self._has_bias:
-            weights = torch.cat([weights, gradient[size:, None]], dim=1)
-        solved = -(self._inverse_outputs @ weights @ self._inverse_inputs)
-        if self._has_bias:
-            return torch.cat([solved[:, :-1].flatten(), solved[:, -1]])
-        return solved.flatten()
+        size, found = self._weight.numel(), torch.empty_like(gradient)
+        # Weights and biases side by side, from and into which the products go without copies.
+        halfway = gradient.new_empty(self._rows, self._columns)
+        weights = slice(0, size), slice(0, size // self._rows)
+        biases = slice(size, None), slice(size // self._rows, None)
+        parts = [weights, biases] if self._has_bias else [weights]
+        for of_flat, columns in parts:
+            given = gradient[of_flat].view(self._rows, -1)
+            _times(self._minus_inverse_outputs, given, halfway[:, columns])
+        for of_flat, columns in parts:
+            out = found[of_flat].view(self._rows, -1)
+            if self._inverse_inputs.dim() == 2:
+                torch.mm(halfway, self._inverse_inputs[:, columns], out=out)
+            else:
+                torch.mul(halfway[:, columns], self._inverse_inputs[columns], out=out)
+        return found
 
 
 class AttentionFactors(KroneckerFactors):
@@ -130,7 +159,7 @@ class EmbeddingFactors:
     def statistics(self) -> list[tuple[int, ...]]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         tokens, features = self._module.weight.shape
-        return [(tokens,), (features, features)]
+        return [(tokens,), _shape(features)]
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
@@ -142,18 +171,20 @@ class EmbeddingFactors:
         if self._module.padding_idx is not None:
             counts[self._module.padding_idx] = 0.0
             gradients = gradients * (tokens != self._module.padding_idx)[:, None]
-        return [counts / batch.samples, gram(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
+        return [counts / batch.samples, _second_moment(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
         inputs, outputs = statistics
         self._inverse_inputs = damped_reciprocal(inputs, damping**0.5)
-        self._inverse_outputs = damped_inverse(outputs, damping**0.5)
+        self._inverse_outputs = damped_factor(outputs, damping**0.5)
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
         weights = gradient.view(self._module.weight.shape)
-        return -(self._inverse_inputs[:, None] * (weights @ self._inverse_outputs)).flatten()
+        factor = self._inverse_outputs
+        solved = weights @ factor if factor.dim() == 2 else weights * factor
+        return solved.mul_(-self._inverse_inputs[:, None]).flatten()
 
 
 class NormalisationDiagonal:
@@ -257,6 +288,33 @@ def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
         and not getattr(module, "scale_grad_by_freq", False)
         and "forward" not in vars(module)
     )
+
+
+def _shape(side: int) -> tuple[int, ...]:
+    """Of the factor of a side of so many."""
+    return (side,) if side > LARGEST_SIDE else (side, side)
+
+
+def _second_moment(rows: torch.Tensor) -> torch.Tensor:
+    """``R^T R`` of rows, or its diagonal where that is a factor's."""
+    return gram(rows) if len(_shape(rows.shape[1])) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
+
+
+def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the product of a factor, or of its diagonal, with a matrix into ``out``."""
+    if factor.dim() == 2:
+        torch.mm(factor, matrix, out=out)
+    else:
+        torch.mul(factor[:, None], matrix, out=out)
+
+
+def _patches(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
+    """What a convolution multiplies its weights by, as rows, one a sample and position."""
+    patches = _padded(inputs, module)
+    places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for dimension, (size, stride, dilation) in enumerate(places, start=2):
+        patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
 
 
 def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:

@@ -80,3 +80,8 @@ def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 def damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:
     """The same of a diagonal matrix."""
     return 1.0 / (diagonal + (damping * diagonal.mean()).clamp_min(TINY))
+
+
+def damped_factor(factor: torch.Tensor, damping: float) -> torch.Tensor:
+    """The inverse of a factor, which is a matrix or a diagonal: again a matrix or a diagonal."""
+    return damped_inverse(factor, damping) if factor.dim() == 2 else damped_reciprocal(factor, damping)

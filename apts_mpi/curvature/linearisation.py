@@ -12,9 +12,11 @@ from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apts_mpi.curvature import closed_forms  # noqa: F401 (for the forms that it registers)
+from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, columns_of, value_of
 from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.network.activations import Bundle, differentiable, tensors_of, with_differentiable
+from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
 from apts_mpi.network.parameters import Entry
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
@@ -75,6 +77,7 @@ class Linearisation:
         self._loss = objective.loss
         self._events = objective.events
         vector = objective.vector
+        self._by_forms = CarriedSegments()
         self._without_forward_mode: set[int] = set()
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
         self._own: list[dict[str, Entry]] = [
@@ -137,102 +140,98 @@ class Linearisation:
         ``entering`` has the tangents of the differentiable inputs along the first columns, shape (columns, samples,
         ...).
         """
-        activations, tangents = inputs, entering
-        joined = list(range(len(entering[0]))) if entering else []
+        first = tuple(range(len(entering[0]))) if entering else ()
+        moving = zip(differentiable(inputs), entering, strict=False)
+        carried = with_differentiable(inputs, [Carrying(*pair, first) for pair in moving]) if entering else inputs
         for index in range(len(self._segmented)):
-            moving = [
-                number
-                for number, column in enumerate(columns)
-                if any(column.start < entry.stop and entry.start < column.stop for entry in self._own[index].values())
-            ]
-            samples, device = len(tensors_of(activations)[0]), tensors_of(activations)[0].device
-            # Both run the segment, with the same dropout masks.
-            state = random_state(device)
-            moved = self._along_parameters(index, activations, [columns[number] for number in moving])
-            set_random_state(state, device)
-            activations, carried = self._along_inputs(index, activations, tangents)
-            once, each = (FORWARD + BACKWARD, BACKWARD) if index in self._without_forward_mode else (FORWARD, FORWARD)
-            self._events.count_work(
-                samples, self._segmented.share(index, index), once + each * (len(joined) + len(moving))
-            )
-            joined, tangents = _merge(joined, carried, moving, moved)
-        order = [joined.index(number) if number in joined else None for number in range(len(columns))]
-        found = []
-        for place, tensor in enumerate(differentiable(activations)):
-            zero = torch.zeros_like(tensor)
-            found.append(torch.stack([zero if number is None else tangents[place][number] for number in order]))
-        return activations, tuple(found)
+            carried = self._through(index, carried, columns)
+        everything = tuple(range(len(columns)))
+        return map_tensors(value_of, carried), tuple(along(tensor, everything) for tensor in differentiable(carried))
 
-    def _along_parameters(self, index: int, activations: Bundle, columns: Sequence[Column]) -> tuple[torch.Tensor, ...]:
-        """Tangents of a segment's outputs along its own parameters, shape (columns, samples, ...); empty: none move."""
-        if not columns:
-            return ()
+    def _through(self, index: int, carried: Bundle, columns: Sequence[Column]) -> Bundle:
+        """What a segment makes of tensors, `Carrying` those that move."""
+        segment, own = self._segmented.segments[index], self._own[index]
+        moving = {name: _reached(entry, columns) for name, entry in own.items()}
+        values = dict(segment.named_parameters()) if any(moving.values()) else {}
+        parameters = {
+            name: Carrying(values[name].detach(), _directions(own[name], columns, numbers, values[name]), numbers)
+            for name, numbers in moving.items()
+            if numbers
+        }
+        outputs = self._by_forms.run(index, segment, carried, parameters)
+        if outputs is None:
+            outputs = self._by_autograd(index, carried, parameters)
+        once, each = (FORWARD + BACKWARD, BACKWARD) if index in self._without_forward_mode else (FORWARD, FORWARD)
+        count = len(columns_of(differentiable(carried))) + len(columns_of(parameters.values()))
+        samples = len(tensors_of(carried)[0])
+        self._events.count_work(samples, self._segmented.share(index, index), once + each * count)
+        return outputs
+
+    def _by_autograd(self, index: int, carried: Bundle, parameters: dict[str, Carrying]) -> Bundle:
+        """The same by differentiation as torch does it: of the inputs alone for the columns that move no parameter."""
+        segment, plain, entering = (
+            self._segmented.segments[index],
+            map_tensors(value_of, carried),
+            differentiable(carried),
+        )
+        joined, moving = columns_of(entering), columns_of(parameters.values())
+        resting = tuple(number for number in joined if number not in moving)
+        device = tensors_of(plain)[0].device
+        state = random_state(device)
+        outputs = plain if moving or resting else segment(plain)
+        tangents = []
+        for columns, names in ((moving, list(parameters)), (resting, [])):
+            if columns:
+                set_random_state(state, device)  # with the same dropout masks
+                variables = [*(entering if joined else ()), *(parameters[name] for name in names)]
+                outputs, found = self._differentiate(index, plain, variables, names, columns)
+                tangents.append(found)
+        moved = [torch.cat(parts) for parts in zip(*tangents, strict=True)]
+        if not moved:
+            return outputs
+        pairs = zip(differentiable(outputs), moved, strict=True)
+        return with_differentiable(outputs, [Carrying(value, of_value, moving + resting) for value, of_value in pairs])
+
+    def _differentiate(
+        self,
+        index: int,
+        plain: Bundle,
+        variables: Sequence[torch.Tensor],
+        names: Sequence[str],
+        columns: tuple[int, ...],
+    ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+        """A segment's outputs and their tangents along columns of its variables: its inputs, and parameters by name."""
         segment = self._segmented.segments[index]
+        inputs = len(variables) - len(names)
+        tangents = tuple(along(variable, columns) for variable in variables)
         # Copies: forward mode gives a tangent as much memory as its primal's storage has, which for a view of the flat
         # vector is that of all parameters.
-        parameters = {name: dict(segment.named_parameters())[name].detach().clone() for name in self._own[index]}
-        directions = {
-            name: torch.stack([_direction(column, entry).view(parameters[name].shape) for column in columns])
-            for name, entry in self._own[index].items()
-        }
-        if is_bilinear(segment):
-            frozen = {name: torch.zeros_like(value) for name, value in segment.named_parameters()}
-            moved = [
-                functional_call(segment, frozen | {name: d[number] for name, d in directions.items()}, activations)
-                for number in range(len(columns))
-            ]
-            return (torch.stack(moved),)
+        point = tuple(value_of(variable).clone() for variable in variables)
 
-        def outputs(values: dict[str, torch.Tensor]) -> Bundle:
-            return functional_call(segment, values, (activations,))
+        def run(values: Sequence[torch.Tensor]) -> Bundle:
+            given = with_differentiable(plain, values[:inputs]) if inputs else plain
+            return functional_call(segment, dict(zip(names, values[inputs:], strict=True)), (given,))
 
-        def parts(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            return differentiable(outputs(values))
-
-        def forwards() -> tuple[torch.Tensor, ...]:
-            return vmap(lambda direction: jvp(parts, (parameters,), (direction,))[1], randomness="same")(directions)
-
-        def backwards() -> tuple[torch.Tensor, ...]:
-            def run(values: Sequence[torch.Tensor]) -> Bundle:
-                return outputs(dict(zip(parameters, values, strict=True)))
-
-            return by_transposes(run, tuple(parameters.values()), tuple(directions.values()))[1]
-
-        return self._either(index, forwards, backwards, tensors_of(activations)[0].device)
-
-    def _along_inputs(
-        self, index: int, activations: Bundle, tangents: tuple[torch.Tensor, ...]
-    ) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-        """A segment's outputs and their tangents along its inputs, shape (columns, samples, ...); empty: none move."""
-        segment = self._segmented.segments[index]
-        if not tangents:
-            return segment(activations), ()
-        if is_bilinear(segment):
-            values = {} if segment.bias is None else {"bias": torch.zeros_like(segment.bias)}
-            moved = functional_call(segment, values, (tangents[0].flatten(0, 1),))
-            return segment(activations), (moved.unflatten(0, tangents[0].shape[:2]),)
-        point, device = differentiable(activations), tensors_of(activations)[0].device
-
-        def outputs(values: Sequence[torch.Tensor]) -> Bundle:
-            return segment(with_differentiable(activations, values))
-
-        def parts(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return differentiable(outputs(values))
+        def parts(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+            outputs = run(values)
+            return differentiable(outputs), outputs
 
         def forwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-            state = random_state(device)
-            moved = vmap(lambda *directions: jvp(parts, point, directions)[1], randomness="same")(*tangents)
-            set_random_state(state, device)
-            return segment(activations), moved
+            def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+                found: Any = jvp(parts, point, directions, has_aux=True)
+                return found[1:]
+
+            places: Any = (0, None)  # the outputs are the same for all
+            moved, outputs = vmap(of_column, out_dims=places, randomness="same")(*tangents)
+            return outputs, moved
 
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-            return by_transposes(outputs, point, tangents)
+            return by_transposes(run, point, tangents)
 
-        # For activation functions and the like forward mode would do as well, but its first use imports for seconds,
-        # and it runs the segment once more.
+        # For activation functions and the like forward mode would do as well, but its first use imports for seconds.
         if next(segment.parameters(), None) is None:
             return backwards()
-        return self._either(index, forwards, backwards, device)
+        return self._either(index, forwards, backwards, tensors_of(plain)[0].device)
 
     def _either(self, index: int, forwards: Callable[[], T], backwards: Callable[[], T], device: torch.device) -> T:
         """Differentiate a segment in forward mode, or, where there is none, backwards."""
@@ -242,7 +241,7 @@ class Linearisation:
                 return forwards()
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+            except (RuntimeError, NotImplementedError, ValueError):  # if for another reason, it comes again
                 self._without_forward_mode.add(index)
                 set_random_state(state, device)
         return backwards()
@@ -254,13 +253,24 @@ def _import_what_torch_imports_late() -> None:
     torch.autograd.grad(2.0 * point, point, torch.ones(1, 1), is_grads_batched=True)
 
 
-def _direction(column: Column, entry: Entry) -> torch.Tensor:
-    """The part of a column that lies in a parameter, flat, with zeros around it."""
-    start, stop = max(column.start, entry.start), min(column.stop, entry.stop)
-    if start >= stop:
-        return column.values.new_zeros(entry.stop - entry.start)
-    inside = column.values[start - column.start : stop - column.start]
-    return nn.functional.pad(inside, (start - entry.start, entry.stop - stop))
+def _reached(entry: Entry, columns: Sequence[Column]) -> tuple[int, ...]:
+    """The columns in which a parameter moves."""
+    return tuple(
+        number for number, column in enumerate(columns) if column.start < entry.stop and entry.start < column.stop
+    )
+
+
+def _directions(
+    entry: Entry, columns: Sequence[Column], numbers: Sequence[int], parameter: torch.Tensor
+) -> torch.Tensor:
+    """The parts of columns that lie in a parameter, with zeros around them."""
+    found = []
+    for column in (columns[number] for number in numbers):
+        start, stop = max(column.start, entry.start), min(column.stop, entry.stop)
+        inside = column.values[start - column.start : stop - column.start]
+        whole = (start, stop) == (entry.start, entry.stop)
+        found.append(inside if whole else nn.functional.pad(inside, (start - entry.start, entry.stop - stop)))
+    return torch.stack(found).view(-1, *parameter.shape)
 
 
 def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:
@@ -270,30 +280,6 @@ def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:
     """
     hooks = [*segment._forward_pre_hooks.values(), *segment._forward_hooks.values()]
     return type(segment) in BILINEAR and all(getattr(hook, "observes_only", False) for hook in hooks)
-
-
-def _merge(
-    joined: list[int], carried: tuple[torch.Tensor, ...], moving: list[int], moved: tuple[torch.Tensor, ...]
-) -> tuple[list[int], tuple[torch.Tensor, ...]]:
-    """Add the tangents along inputs and along parameters, column by column."""
-    if not moved:
-        return joined, carried
-    if not carried:
-        return moving, moved
-    fresh = [place for place, number in enumerate(moving) if number not in joined]
-    merged = []
-    for along_inputs, along_parameters in zip(carried, moved, strict=True):
-        if len(carried) > 1:  # a module may hand on one tensor in two places, with one tangent
-            along_inputs = along_inputs.clone()
-        for place, number in enumerate(moving):
-            if number in joined:
-                along_inputs[joined.index(number)] += along_parameters[place]
-        if fresh:
-            # Indexed by a list, torch would copy the list to the device, and wait.
-            new = along_parameters if len(fresh) == len(moving) else torch.stack([along_parameters[p] for p in fresh])
-            along_inputs = torch.cat([along_inputs, new])
-        merged.append(along_inputs)
-    return joined + [moving[place] for place in fresh], tuple(merged)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apts_mpi.curvature.dense import gram
-from apts_mpi.curvature.layer import TINY, LayerBatch, damped_inverse, damped_reciprocal
+from apts_mpi.curvature.layer import TINY, LayerBatch, damped_factor, damped_reciprocal
 
 # Signs that are drawn an update. With one instead of four, recurrent layers ended at twice the loss.
 DRAWS = 4
@@ -80,7 +80,7 @@ class SignedFactors:
                 left, right = next(given), next(given)
                 # Each of the factors gets half of the scale, and of the damping.
                 root = _trace(left).clamp_min(TINY).sqrt()
-                self._inverses.append(tuple(_inverse(part / root, damping**0.5) for part in (left, right)))
+                self._inverses.append(tuple(damped_factor(part / root, damping**0.5) for part in (left, right)))
             else:
                 self._inverses.append((damped_reciprocal(next(given), damping),))
 
@@ -120,10 +120,6 @@ def _is_long(side: int, other: int) -> bool:
 
 def _trace(factor: torch.Tensor) -> torch.Tensor:
     return factor.trace() if factor.dim() == 2 else factor.sum()
-
-
-def _inverse(factor: torch.Tensor, damping: float) -> torch.Tensor:
-    return damped_inverse(factor, damping) if factor.dim() == 2 else damped_reciprocal(factor, damping)
 
 
 def _times(factor: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

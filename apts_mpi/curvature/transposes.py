@@ -61,8 +61,8 @@ def by_transposes(
         leaves = [tensor.detach().requires_grad_() for tensor in point]
         outputs = run(leaves)
         moving = [tensor for tensor in differentiable(outputs) if tensor.requires_grad]
-        of_users = _has_functions_of_users(moving)
-        weights = [_waves_like(tensor) if of_users else torch.zeros_like(tensor) for tensor in moving]
+        of_users = has_functions_of_users(moving)
+        weights = [waves_like(tensor) if of_users else torch.zeros_like(tensor) for tensor in moving]
         weights = [weight.requires_grad_() for weight in weights]
         pulled = torch.autograd.grad(moving, leaves, weights, create_graph=True, allow_unused=True) if moving else ()
         pairs = [(part, tangent) for part, tangent in zip(pulled, tangents, strict=False) if part is not None]
@@ -78,13 +78,13 @@ def by_transposes(
     )
 
 
-def _waves_like(tensor: torch.Tensor) -> torch.Tensor:
+def waves_like(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers between -1 and 1 that nothing sums up to zero by design."""
     places = torch.arange(1, tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return places.square().sin().view(tensor.shape)
 
 
-def _has_functions_of_users(tensors: Sequence[torch.Tensor]) -> bool:
+def has_functions_of_users(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``torch.autograd.Function`` has a part in the graph of tensors: all of torch's own have derivatives."""
     waiting = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()

@@ -270,3 +270,58 @@ def test_the_scale_of_the_loss_does_not_matter_but_for_the_length(layer, inputs)
         return curvature.direction(flat)
 
     torch.testing.assert_close(1e-4 * direction(1e-4), direction(1.0), rtol=1e-9, atol=1e-12)
+
+
+def test_a_convolution_with_many_patches_is_measured_on_samples_that_are_evenly_spread(monkeypatch):
+    monkeypatch.setattr("apts_mpi.curvature.kinds.PATCHES", 16 * 3)
+    monkeypatch.setattr("apts_mpi.curvature.kinds.PATCHES_A_COLUMN", 1)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, padding=1).double()
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(48, 2).double())
+    inputs, targets = torch.randn(7, 2, 4, 4, dtype=torch.float64), torch.zeros(7, 2, dtype=torch.float64)
+    records, gradient = recorded(network, layer, inputs, targets, nn.functional.mse_loss)
+    activations, outputs = KroneckerFactors(layer).measure(batch_of(records, gradient, 7))
+    rows = nn.functional.unfold(inputs[[0, 2, 4]], 3, padding=1).transpose(1, 2).reshape(-1, 18)
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    # As the sum over as many samples as there are, a sample of the seven.
+    torch.testing.assert_close(activations, rows.T @ rows / 3, rtol=1e-12, atol=1e-14)
+    monkeypatch.undo()
+    whole, unchanged = KroneckerFactors(layer).measure(batch_of(records, gradient, 7))
+    torch.testing.assert_close(activations[-1, -1], whole[-1, -1], rtol=1e-12, atol=0.0)
+    assert torch.equal(outputs, unchanged) and not torch.allclose(activations, whole)
+
+
+@pytest.mark.parametrize("long", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_long_side_has_the_diagonal_of_its_factor(monkeypatch, long, bias):
+    torch.manual_seed(0)
+    sizes = {"inputs": (7, 3), "outputs": (3, 7), "both": (7, 8)}[long]
+    layer = nn.Linear(*sizes, bias=bias).double()
+    inputs, targets = torch.randn(6, sizes[0], dtype=torch.float64), torch.zeros(6, sizes[1], dtype=torch.float64)
+    records, gradient = recorded(nn.Sequential(layer), layer, inputs, targets, nn.functional.mse_loss)
+    curvature = KroneckerFactors(layer)
+    whole = curvature.measure(batch_of(records, gradient, 6))
+    monkeypatch.setattr("apts_mpi.curvature.kinds.LARGEST_SIDE", 5)
+    statistics = curvature.measure(batch_of(records, gradient, 6))
+    assert [tuple(factor.shape) for factor in statistics] == curvature.statistics
+    assert [factor.dim() for factor in statistics] == [2 - (long != "outputs"), 2 - (long != "inputs")]
+    expected = [full.diagonal() if part.dim() == 1 else full for part, full in zip(statistics, whole, strict=True)]
+    torch.testing.assert_close(statistics, expected, rtol=1e-12, atol=1e-14)
+    # The direction is that of the diagonal as a matrix.
+    curvature.refresh(statistics, 0.1)
+    found = curvature.direction(gradient)
+    curvature.refresh([part.diag() if part.dim() == 1 else part for part in expected], 0.1)
+    torch.testing.assert_close(found, curvature.direction(gradient), rtol=1e-10, atol=1e-13)
+
+
+def test_a_layer_of_very_many_inputs_and_outputs_trains():
+    """A matrix of 60,000 columns would take 14 GB."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(60_000, 8), nn.Tanh(), nn.Linear(8, 20_000))
+    batch = torch.randn(16, 60_000), torch.randint(0, 20_000, (16,))
+    chosen = dataclasses.replace(kfac(subdomains=2), coarse=CoarseOptions())
+    solver = networks.make_solver(MPI.COMM_SELF, chosen, network)
+    losses = [solver.step(batch).schwarz.loss for _ in range(3)]
+    assert losses[-1] < losses[0]
+    shapes = [tuple(mean.shape) for local in solver.holding.schwarz.solvers.values() for mean in local.statistics[0]]
+    assert shapes == [(60_001,), (8, 8), (9, 9), (20_000,)]
