@@ -26,8 +26,8 @@ class Progress:
         Steps so far.
     at_rest : int
         Batches in a row, up to now, that had nothing left to gain.
-    gradient_evaluations, seconds : float
-        Of the steps; metrics are not counted.
+    gradient_evaluations, seconds, cpu_seconds : float
+        Of the steps; metrics are not counted. The last are those of this rank's processors.
     """
 
     epoch: int = 1
@@ -40,6 +40,7 @@ class Progress:
     at_rest: int = 0
     gradient_evaluations: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def within_epoch(self) -> bool:
@@ -68,10 +69,11 @@ _METADATA = record(
         "solver": _solver,
         "progress": instance(
             Progress,
-            later=("skipped", "at_rest"),
+            later=("skipped", "at_rest", "cpu_seconds"),
             epoch=whole(1),
             gradient_evaluations=number(0.0),
             seconds=number(0.0),
+            cpu_seconds=number(0.0),
         ),
         "run": _IDENTITY,
     },

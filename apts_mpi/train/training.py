@@ -15,9 +15,11 @@ from apts_mpi.errors import InvalidInput, SharedInvalidInput, shown
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
+from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.limits import share_of_steps, share_of_time
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress, check_metadata, check_progress
@@ -95,7 +97,7 @@ class Training:
         self.places = method.places
         self.notes = method.notes
         self._resumed = False
-        self._is_out_of_time = False
+        self._time_share = 0.0
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
         self._rejections = Rejections()
@@ -149,7 +151,10 @@ class Training:
         self._look_at_the_time()
         while not self.done:
             self.problem.network.train()
-            record(self._note(result := self._step()))
+            started = cpu_seconds()
+            result = self._step()
+            progress.cpu_seconds += cpu_seconds() - started
+            record(self._note(result))
             if warning := self._rejections.note(result, progress.iteration):
                 tell(warning)
             self._look_at_the_time()
@@ -166,17 +171,16 @@ class Training:
         return metrics
 
     def _look_at_the_time(self) -> None:
-        """Stop all ranks where rank 0's seconds are over. Collective."""
-        limit = self.options.max_seconds
-        if limit is not None:
-            self._is_out_of_time = bool(self.comm.decide(lambda: [self.progress.seconds >= limit])[0])
+        """Tell all ranks how much of its seconds rank 0 has used. Collective."""
+        if self.options.max_seconds is not None or self.options.max_cpu_seconds is not None:
+            (self._time_share,) = self.comm.decide(lambda: [share_of_time(self.options, self.progress)])
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
         progress = self.progress
         last = progress.iteration >= (self.options.max_iterations or math.inf)
-        return progress.epoch > self.epochs or last or self._is_out_of_time or self.converged
+        return progress.epoch > self.epochs or last or self._time_share >= 1.0 or self.converged
 
     @property
     def converged(self) -> bool:
@@ -199,7 +203,8 @@ class Training:
         with self.solver.events.timed("data"):
             rows = self._rows()
         if isinstance(self.solver, DataParallel):
-            return self.solver.step(self.train, rows)
+            steps = share_of_steps(self.options, self.progress, self.epochs, self.batches)
+            return self.solver.step(self.train, rows, max(steps, self._time_share))
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
         if known and self._resumed:
             self.solver.repeat(self.train, rows)
@@ -237,7 +242,7 @@ class Training:
         return metrics
 
     def _totals(self) -> dict[str, float]:
-        return {"gradient_evaluations": self.progress.gradient_evaluations, "seconds": self.progress.seconds}
+        return {name: getattr(self.progress, name) for name in ("gradient_evaluations", "seconds", "cpu_seconds")}
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
@@ -287,6 +292,8 @@ class Training:
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
         with self.solver.events.timed("metrics"):
+            if isinstance(self.solver, DataParallel):
+                self.solver.to_evaluated_point()
             return self._metrics.measure(self.train, self.test)
 
     def warning(self) -> str:
