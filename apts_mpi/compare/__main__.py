@@ -102,7 +102,7 @@ def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Con
 def show(comparison: Comparison, console: Console) -> None:
     """Print the tables and what belongs to them."""
     for title, lines in comparison.tables().items():
-        table = Table(title=title, width=comparison.width, box=comparison.box, padding=(0, 1))
+        table = Table(title=title, **comparison.look)
         for index, heading in enumerate(comparison.header()):
             table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index < 2)
         for cells in lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from rich.box import SIMPLE_HEAD
 
@@ -24,8 +25,13 @@ def comparison_of(plan: Plan, failures: Mapping[PlannedRun, str]) -> Comparison:
 class EqualSeconds(Comparison):
     """See `Comparison`; in its tables are medians over the seeds."""
 
-    width = 80
-    box = SIMPLE_HEAD
+    # Within 80 columns.
+    look: ClassVar[Mapping[str, Any]] = {
+        "width": 80,
+        "box": SIMPLE_HEAD,
+        "padding": (0, 0, 0, 1),
+        "show_edge": False,
+    }
 
     @property
     def measure(self) -> str:
@@ -72,10 +78,9 @@ class EqualSeconds(Comparison):
             return [*cells, f"{row.failures} failed", *[""] * (len(self.header()) - 3)]
         columns = [run.column("epochs", self.measure) for run in row.finished]
         peaks = [MEASURES[self.measure](filter(math.isfinite, column), default=math.nan) for column in columns]
-        values = [row.final(self.measure), peaks]
-        values += [] if self.measure == "train_loss" else [row.final("train_loss")]
-        cells += [median(column, 4) for column in values]
-        cells += [median(row.final(name), 3) for name in ("cpu_seconds", "epoch")]
+        cells += [median(column, 4) for column in (row.final(self.measure), peaks)]
+        others = ("cpu_seconds", "epoch") if self.measure == "train_loss" else ("train_loss", "cpu_seconds", "epoch")
+        cells += [median(row.final(name), 3) for name in others]
         if row.failures:
             cells[2] += f", {row.failures} failed"
         return cells

@@ -6,8 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from rich.box import HEAVY_HEAD, Box
+from typing import Any, ClassVar
 
 from apts_mpi.compare.options import METHODS
 from apts_mpi.compare.runs import Plan, PlannedRun, Setting
@@ -69,9 +68,8 @@ class Comparison:
         Why some failed.
     """
 
-    # Columns of a printed table, None being as many as it needs, and its lines.
-    width: int | None = None
-    box: Box = HEAVY_HEAD
+    # How rich prints the tables, where not by its defaults.
+    look: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, plan: Plan, failures: Mapping[PlannedRun, str]) -> None:
         self.plan = plan
