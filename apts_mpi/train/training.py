@@ -19,10 +19,9 @@ from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
-from apts_mpi.train.limits import share_of_steps, share_of_time
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress, check_metadata, check_progress
+from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps, share_of_time
 from apts_mpi.train.rejection import Rejections
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.

@@ -19,10 +19,9 @@ from apts_mpi import InvalidInput
 from apts_mpi.checkpoint import Checkpoint, resolve
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.limits import share_of_steps, share_of_time
 from apts_mpi.train.optimizers import OPTIMIZERS, hidden_matrices
 from apts_mpi.train.options import PEERS, BaselineOptions, Optimizer, TrainingOptions
-from apts_mpi.train.progress import Progress
+from apts_mpi.train.progress import Progress, share_of_steps, share_of_time
 from apts_mpi.train.schedules import constant, cosine, warm_up, warm_up_and_cosine
 
 RATE = 0.02
