@@ -242,4 +242,4 @@ class DataParallel:
 
     def describe(self) -> str:
         """The optimizer and its settings, in words."""
-        return f"data-parallel over {self.comm.size} ranks: {self.optimizer}"
+        return f"data-parallel over {self.comm.size} ranks: {self.optimizer!r}"

@@ -144,6 +144,11 @@ def test_hidden_matrices():
     assert [entry.name for entry, is_hidden in named if is_hidden] == ["1.weight", "3.weight"]
 
 
+@pytest.mark.parametrize("name", BY_HAND)
+def test_description_has_the_settings(comm_self, name):
+    assert "lr: 0.125" in make(comm_self, name, rate=0.125).describe()
+
+
 @pytest.mark.mpi
 def test_muon_without_a_hidden_matrix_is_refused(world):
     with pytest.raises(InvalidInput, match="optimizer: 'muon' needs a hidden matrix"):
