@@ -11,3 +11,8 @@ def hide_matplotlib(monkeypatch):
         elif name.startswith("apts_mpi.") and name.endswith((".figure", ".plots", "plot.runs")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def hide(monkeypatch, name):
+    """A library that is imported where it is needed alone."""
+    monkeypatch.setitem(sys.modules, name, None)

@@ -8,7 +8,10 @@ from apts_mpi.checkpoint import Checkpoint, resolve
 def history(directory):
     """The records of a run, without the times."""
     lines = (directory / "history.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "cpu_seconds")}
+        for line in lines
+    ]
 
 
 def arrays(directory):

@@ -16,6 +16,9 @@ from apts_mpi.tools.command import add_version, said_once
 from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
+# Networks with the numbers of samples of their batches, which `apts_mpi.bench.beside_adamw` has.
+PROBLEMS = ("mlp-256", "mlp-2000", "cnn-250", "resnet-500", "text-64", "wide-1024")
+
 
 def positive(text: str) -> int:
     """A number of at least 1."""
@@ -25,13 +28,29 @@ def positive(text: str) -> int:
     return number
 
 
+def problems(text: str) -> tuple[str, ...]:
+    """Names in `PROBLEMS`, with commas between, or none."""
+    names = () if text == "none" else tuple(text.split(","))
+    for name in names:
+        if name not in PROBLEMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not known; choose of {', '.join(PROBLEMS)}, or none")
+    return names
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
     parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run, and faults.")
     add_version(parser)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes")
-    _add_repetitions(iteration, 30, "timed calls of each kind")
+    iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes, and beside AdamW")
+    _add_repetitions(iteration, 30, "timed calls of each kind, beside passes")
+    iteration.add_argument("--rounds", type=positive, default=5, help="of ten iterations, beside AdamW (default: 5)")
+    iteration.add_argument(
+        "--problems",
+        type=problems,
+        default=PROBLEMS,
+        help=f"beside AdamW, with commas between: {', '.join(PROBLEMS)}; or none (default: all of them)",
+    )
     saving = "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4"
     checkpoint = subparsers.add_parser("checkpoint", help=saving)
     _add_repetitions(checkpoint, 10, "timed calls of each kind")

@@ -243,7 +243,7 @@ class Finished:
         """Of a run directory; raises what reading does where files are damaged or missing."""
         history = read_records(run)
         records = [
-            {name: value for name, value in record.items() if name != "seconds"}
+            {name: value for name, value in record.items() if name not in ("seconds", "cpu_seconds")}
             for record in (*history.iterations, *history.epochs)
         ]
         with Checkpoint(resolve(run / "checkpoints")) as checkpoint:

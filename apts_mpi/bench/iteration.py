@@ -1,9 +1,9 @@
-"""What an iteration costs, beside its bare passes and beside one rank."""
+"""What an iteration costs: beside its bare passes, beside one rank, and beside a step of AdamW."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from mpi4py import MPI
@@ -12,6 +12,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
+from apts_mpi.bench.beside_adamw import beside_adamw
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
 
@@ -71,7 +72,15 @@ class Iteration:
         self._solver.step(self._batch)
 
 
-def iteration(repetitions: int) -> None:
+def iteration(repetitions: int, rounds: int, problems: Sequence[str]) -> None:
+    """Time iterations on one rank beside their passes, on all ranks beside one, and beside AdamW. Collective."""
+    beside_passes(repetitions)
+    if MPI.COMM_WORLD.rank == 0:
+        beside_adamw(problems, rounds)
+    wait_for_all(MPI.COMM_WORLD, 0.01)
+
+
+def beside_passes(repetitions: int) -> None:
     """Time iterations on one rank beside their passes, and on all ranks beside one rank. Collective."""
     world = MPI.COMM_WORLD
     subdomains = APTSOptions(subdomains=world.size)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from apts_mpi.compare.equal import comparison_of
 from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
 from apts_mpi.compare.table import Comparison
@@ -20,6 +21,7 @@ from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 from apts_mpi.train.parser import short_message, spell
+from apts_mpi.train.peers import check_installed
 
 PROGRAM = "apts_mpi.compare"
 
@@ -34,8 +36,8 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     """
     parser = jsonargparse.ArgumentParser(
         prog=PROGRAM,
-        description="Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over "
-        "grids of step sizes. Runs that have ended are kept: the same command goes on where it stopped.",
+        description="Compare APTS, in its one default configuration, with other optimizers over grids of step sizes. "
+        "Runs that have ended are kept: the same command goes on where it stopped.",
         exit_on_error=False,
     )
     add_version(parser)
@@ -55,19 +57,22 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     Raises
     ------
     InvalidInput
-        Before work starts, for options that cannot be used or if matplotlib is not installed.
+        Before work starts, for options that cannot be used or if a package is not installed that they need.
     """
-    from apts_mpi.compare.plots import plot_losses, plot_robustness
+    from apts_mpi.compare.plots import plot_equal_seconds, plot_losses, plot_robustness
 
     check_can_start(1, PROGRAM)
     comparisons = []
     for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
         failures = run_all([*plan.runs, *plan.sweep], options, console)
+        failures |= run_all(plan.add_others(), options, console)
         failures |= run_all(plan.add_radii(), options, console)
-        comparison = Comparison(plan, failures)
+        comparison = comparison_of(plan, failures)
         plan.path.mkdir(parents=True, exist_ok=True)
         (plan.path / "table.md").write_text(comparison.markdown(), encoding="utf-8")
         plot_losses(comparison, plan.path)
+        if options.equal_seconds is not None:
+            plot_equal_seconds(comparison, plan.path)
         if options.robustness:
             plot_robustness(comparison, plan.path)
         show(comparison, console)
@@ -80,6 +85,9 @@ def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Con
     to_do = missing(runs)
     if to_do:
         check_can_start(options.ranks, PROGRAM)
+        # Also of methods whose runs come later.
+        for method in options.names:
+            check_installed(method)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(to_do))
 
@@ -92,14 +100,20 @@ def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Con
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the table and what belongs to it."""
-    table = Table(title=comparison.plan.problem, caption=comparison.note())
-    for index, heading in enumerate(comparison.header()):
-        table.add_column(heading, justify="left" if index < 2 else "right")
-    for cells in comparison.table():
-        table.add_row(*cells, style="bold" if "best" in cells[1] else None)
-    console.print(table)
-    for line in [comparison.verdict(), *comparison.reasons(), f"table and plots: {comparison.plan.path}"]:
+    """Print the tables and what belongs to them."""
+    for title, lines in comparison.tables().items():
+        table = Table(title=title, **comparison.look)
+        for index, heading in enumerate(comparison.header()):
+            table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index < 2)
+        for cells in lines:
+            table.add_row(*cells, style="bold" if "best" in cells[1] else None)
+        console.print(table)
+    for line in [
+        comparison.note(),
+        comparison.verdict(),
+        *comparison.reasons(),
+        f"table and plots: {comparison.plan.path}",
+    ]:
         say(console, line)
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from apts_mpi.errors import require, require_fields
+from apts_mpi.errors import InvalidInput, require, require_choice, require_fields
+
+# All methods, and what they are called in tables, in their order there.
+METHODS = {
+    "apts": "APTS",
+    "adamw-cosine": "AdamW with cosine",
+    "schedule-free": "Schedule-Free",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "prodigy": "Prodigy",
+    "adam": "Adam",
+    "sgd": "SGD with momentum",
+    "lbfgs": "L-BFGS",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonOptions:
-    """Compare APTS, in its one default configuration, with Adam, SGD with momentum and L-BFGS over grids of step sizes.
+    """Compare APTS, in its one default configuration, with other optimizers over grids of step sizes.
 
     Runs that have ended are kept: the same command goes on where it stopped.
 
@@ -19,6 +33,12 @@ class ComparisonOptions:
     ----------
     problems
         Names of problems of the package, or MODULE:FUNCTION for ones of your own.
+    methods
+        Those that take part, with commas between: of apts, adamw-cosine, schedule-free, muon, soap, prodigy, adam, sgd
+        and lbfgs. Four of them need the package pytorch_optimizer, as ``pip install apts_mpi[compare]`` brings it.
+    equal_seconds
+        Processor seconds of the iterations of every run, whatever the epochs: a number; or a method, for as many as
+        its runs of ``epochs`` take, in the median. Then the best step size is that of the best test accuracy, or loss.
     out
         Directory of the runs, tables and plots, one directory a problem.
     seeds
@@ -48,6 +68,8 @@ class ComparisonOptions:
     """
 
     problems: tuple[str, ...]
+    methods: str = "apts,adamw-cosine,adam,sgd,lbfgs"
+    equal_seconds: str | None = None
     out: str = "comparisons"
     seeds: int = 3
     epochs: int | None = None
@@ -71,6 +93,39 @@ class ComparisonOptions:
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         limit = self.max_seconds
         require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
+        for method in self.names:
+            require_choice("methods", method, tuple(METHODS))
+        self._check_equal_seconds()
+
+    def _check_equal_seconds(self) -> None:
+        if self.equal_seconds is None:
+            return
+        if self.seconds is None:
+            require_choice("equal_seconds", self.equal_seconds, self.names)
+        else:
+            require(0.0 < self.seconds < math.inf, "equal_seconds", self.equal_seconds, "give a number above 0")
+        others = {"max_seconds": None, "baseline_epochs_factor": 1, "robustness": False}
+        for name, left_out in others.items():
+            if getattr(self, name) != left_out:
+                raise InvalidInput(f"{name}: it does not go with equal_seconds; leave out one of them")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the methods, each once."""
+        return tuple(dict.fromkeys(self.methods.split(",")))
+
+    @property
+    def seconds(self) -> float | None:
+        """Processor seconds of every run, where ``equal_seconds`` is a number."""
+        try:
+            return None if self.equal_seconds is None else float(self.equal_seconds)
+        except ValueError:
+            return None
+
+    @property
+    def reference(self) -> str | None:
+        """The method whose seconds all get, where ``equal_seconds`` names one."""
+        return self.equal_seconds if self.seconds is None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +135,7 @@ class Grids:
     Parameters
     ----------
     learning_rates
-        Of each baseline that takes part.
+        Of each baseline; those that are not here do not take part.
     sweep_rates
         Learning rates of every baseline for the robustness plot.
     sweep_factors
@@ -94,6 +149,11 @@ class Grids:
 
 GRIDS = Grids(
     learning_rates={
+        "adamw-cosine": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "schedule-free": (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2),
+        "muon": (1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
+        "soap": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "prodigy": (0.5, 1.0, 2.0),
         "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         "sgd": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "lbfgs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),

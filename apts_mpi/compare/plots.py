@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from apts_mpi.compare.table import METHODS, Comparison, Outcome
-from apts_mpi.plot.figure import STYLES, Axes, Figure, save
+from apts_mpi.compare.options import METHODS
+from apts_mpi.compare.table import Comparison, Outcome
+from apts_mpi.plot.figure import COLORS, STYLES, Axes, Figure, save
 from apts_mpi.plot.files import files_of
+
+# Colours and line styles of all methods, which can be told apart without colour in a comparison of a few.
+LOOKS: dict[str, dict[str, Any]] = {
+    **STYLES,
+    "adamw-cosine": {"color": COLORS[4], "linestyle": "-", "marker": "v"},
+    "schedule-free": {"color": COLORS[5], "linestyle": "--", "marker": "<"},
+    "muon": {"color": COLORS[6], "linestyle": "-.", "marker": ">"},
+    "soap": {"color": COLORS[6], "linestyle": ":", "marker": "P"},
+    "prodigy": {"color": COLORS[4], "linestyle": "--", "marker": "X"},
+}
 
 AXES = {
     "epoch": "epochs",
@@ -18,6 +30,9 @@ AXES = {
 # A horizontal axis is logarithmic if the longest curve is that many times as long as the shortest, which a linear one
 # would squeeze.
 SQUEEZED = 4.0
+
+# Entries in a row of the legend.
+MOST = 4
 
 # Losses above the highest initial one times this are drawn at the upper edge, as diverged.
 DIVERGED = 3.0
@@ -33,7 +48,7 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (name, label) in zip(panels, AXES.items(), strict=True):
         for row in best.values():
-            _curve(axes, row, name)
+            _curve(axes, row, name, "train_loss")
         lengths = [row.mean(name)[-1] for row in best.values()]
         if lengths and max(lengths) > SQUEEZED * min(lengths):
             axes.set_xscale("log")
@@ -41,20 +56,45 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training loss")
+    _finish(figure, [panels[0]], _title(comparison), path / "loss")
+
+
+def plot_equal_seconds(comparison: Comparison, path: Path) -> None:
+    """Write ``cpu_seconds.png`` and ``cpu_seconds.svg``: losses and accuracies against processor seconds.
+
+    Of each method with its best step size; lines and bands as in `plot_losses`.
+    """
+    names = [name for name in ("train_loss", "test_loss", "test_accuracy") if name in comparison.metrics]
+    figure = Figure(figsize=(4.0 * max(len(names), 1), 4.0), layout="constrained")
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=False):
+        for row in comparison.best().values():
+            _curve(axes, row, "cpu_seconds", name)
+        if name.endswith("_loss"):
+            axes.set_yscale("log")
+        axes.set_xlabel("processor seconds")
+        axes.set_ylabel(name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    _finish(figure, [panels[0]], _title(comparison), path / "cpu_seconds")
+
+
+def _title(comparison: Comparison) -> str:
     seeds = comparison.plan.options.seeds
-    spread = f", mean and range of {seeds} seeds" if seeds > 1 else ""
-    _finish(figure, [panels[0]], f"{comparison.plan.problem}{spread}", path / "loss")
+    return comparison.plan.problem + (f", mean and range of {seeds} seeds" if seeds > 1 else "")
 
 
-def _curve(axes: Axes, row: Outcome, name: str) -> None:
-    losses = list(zip(*(run.column("epochs", "train_loss") for run in row.finished), strict=False))
-    style = STYLES[row.setting.method]
+def _curve(axes: Axes, row: Outcome, name: str, value: str) -> None:
+    values = list(zip(*(run.column("epochs", value) for run in row.finished), strict=False))
+    style = LOOKS[row.setting.method]
     label = METHODS[row.setting.method]
     if row.setting.learning_rate is not None:
         label += f", step size {row.setting.step_size}"
+    marker = style["marker"] if len(values) == 1 else None
     places, color = row.mean(name), style["color"]
-    axes.plot(places, row.mean("train_loss"), label=label, linewidth=1.8, color=color, linestyle=style["linestyle"])
-    axes.fill_between(places, list(map(min, losses)), list(map(max, losses)), color=color, alpha=0.2)
+    axes.plot(
+        places, row.mean(value), label=label, linewidth=1.8, color=color, linestyle=style["linestyle"], marker=marker
+    )
+    axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2)
 
 
 def plot_robustness(comparison: Comparison, path: Path) -> None:
@@ -70,7 +110,7 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
         losses = [row.final("train_loss")[0] for row in rows]
         # Comparisons with what is not a number are false.
         heights = [loss if loss < ceiling else ceiling for loss in losses]
-        axes.plot(places, heights, label=METHODS[method], linewidth=1.8, **STYLES[method])
+        axes.plot(places, heights, label=METHODS[method], linewidth=1.8, **LOOKS[method])
     for axes, label in zip(panels, ("initial radius / automatic radius", "learning rate"), strict=True):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -84,6 +124,8 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
 def _finish(figure: Figure, panels: Iterable[Axes], title: str, path: Path) -> None:
     lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
     # Below the panels, where it hides no curve.
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(METHODS), frameon=False, handlelength=3.0)
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=min(len(lines), MOST) or 1, frameon=False, handlelength=3.0
+    )
     figure.suptitle(title)
     save(figure, files_of(path), "out", dpi=150)

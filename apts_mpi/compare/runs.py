@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import statistics
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from apts_mpi.tools import environment
 from apts_mpi.tools.jobs import OUTPUT, failure_in
 from apts_mpi.train.parser import parse
 
+# Epochs of a run that its seconds end.
+UNLIMITED = 1_000_000
+
 # Seconds between two looks at the running processes, and how long one that was told to end may take.
 POLL, GRACE = 0.1, 10.0
 
@@ -35,7 +39,7 @@ class Setting:
     Attributes
     ----------
     method
-        ``apts``, ``adam``, ``sgd`` or ``lbfgs``.
+        A name in `apts_mpi.compare.options.METHODS`.
     learning_rate
         Of a baseline.
     factor, radius
@@ -154,19 +158,52 @@ class Plan:
         self.problem, self.options, self.grids = problem, options, grids
         self.path = Path(options.out) / problem.replace(":", ".")
         self.epochs = options.epochs or self._own_epochs()
-        settings = [Setting("apts")]
-        for method, rates in grids.learning_rates.items():
-            settings += [Setting(method, rate) for rate in rates]
-        self.runs = [self._run(setting, seed) for setting in settings for seed in range(options.seeds)]
+        self.seconds = options.seconds
+        known = [method for method in options.names if options.reference in (None, method)]
+        self.runs = self._runs(known)
         self.sweep: list[PlannedRun] = []
         if options.robustness:
-            swept = [Setting(method, rate) for method in grids.learning_rates for rate in grids.sweep_rates]
+            baselines = [method for method in options.names if method in grids.learning_rates]
+            swept = [Setting(method, rate) for method in baselines for rate in grids.sweep_rates]
             self.sweep = [self._run(setting, 0) for setting in swept]
+
+    def _runs(self, methods: Sequence[str]) -> list[PlannedRun]:
+        settings: list[Setting] = []
+        for method in methods:
+            rates = self.grids.learning_rates.get(method, ())
+            settings += [Setting("apts")] if method == "apts" else [Setting(method, rate) for rate in rates]
+        return [self._run(setting, seed) for setting in settings for seed in range(self.options.seeds)]
 
     def _own_epochs(self) -> int:
         options = self.options
         dtype = getattr(torch, options.dtype)
         return build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype).epochs
+
+    def add_others(self) -> list[PlannedRun]:
+        """Add the runs that take as many seconds as those of the reference, now that finished ones tell them.
+
+        Returns
+        -------
+        list of PlannedRun
+            What was added.
+
+        Raises
+        ------
+        InvalidInput
+            If no run of the reference came to its end, or their directories hold other runs.
+        """
+        reference = self.options.reference
+        if reference is None:
+            return []
+        ends = [run.records().column("epochs", "cpu_seconds")[-1] for run in self.runs if run.is_finished()]
+        if not ends:
+            raise InvalidInput(
+                f"equal_seconds: no run of {reference!r} came to its end (see {OUTPUT} in the directories of "
+                f"{str(self.path)!r}); give another method, or a number"
+            )
+        self.seconds = statistics.median(ends)
+        before, self.runs = self.runs, self._runs(self.options.names)
+        return [run for run in self.runs if run not in before]
 
     def add_radii(self) -> list[PlannedRun]:
         """Add other initial radii than the automatic one to the sweep, now that a finished run tells that one.
@@ -181,8 +218,8 @@ class Plan:
         InvalidInput
             If their directories hold other runs.
         """
-        automatic = self.runs[0]
-        if not self.options.robustness or not automatic.is_finished():
+        automatic = next((run for run in self.runs if run.setting == Setting("apts")), None)
+        if not self.options.robustness or automatic is None or not automatic.is_finished():
             return []
         unit, bounds = automatic.records().iterations[0]["radius"], TrustRegionOptions()
         runs = []
@@ -214,6 +251,9 @@ class Plan:
         else:
             values["learning_rate"] = setting.learning_rate
             values["epochs"] *= options.baseline_epochs_factor
+        if self.seconds is not None and setting.method != options.reference:
+            # Few digits, as above: they may be a median.
+            values |= {"epochs": UNLIMITED, "max_cpu_seconds": f"{self.seconds:.4g}"}
         arguments = tuple(f"--{name}={value}" for name, value in values.items() if value is not None)
         path = self.path / f"{setting.name}-seed{seed}"
         run = PlannedRun(setting, seed, options.ranks, path, arguments, parse(arguments)[1])

@@ -6,15 +6,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from apts_mpi.compare.options import METHODS
 from apts_mpi.compare.runs import Plan, PlannedRun, Setting
 from apts_mpi.records.reading import RunRecords
 from apts_mpi.tools.jobs import OUTPUT
 
-METHODS = {"apts": "APTS", "adam": "Adam", "sgd": "SGD with momentum", "lbfgs": "L-BFGS"}
-
 # Entries of an epoch's record that say where it was, not how good.
-POSITIONS = ("epoch", "iteration", "gradient_evaluations", "seconds")
+POSITIONS = ("epoch", "iteration", "gradient_evaluations", "seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,13 @@ class Outcome:
         return [statistics.fmean(values) for values in zip(*columns, strict=False)]
 
     @property
-    def rank(self) -> float:
+    def name(self) -> str:
+        """Of the method, with its step size where it has one."""
+        size = "" if self.setting.learning_rate is None else f" at {self.setting.step_size}"
+        return METHODS[self.setting.method] + size
+
+    @property
+    def loss(self) -> float:
         """The mean final training loss; infinite if a run failed or diverged."""
         loss = statistics.fmean(self.final("train_loss")) if self.finished and not self.failures else math.nan
         return loss if math.isfinite(loss) else math.inf
@@ -61,6 +67,9 @@ class Comparison:
     failures
         Why some failed.
     """
+
+    # How rich prints the tables, where not by its defaults.
+    look: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, plan: Plan, failures: Mapping[PlannedRun, str]) -> None:
         self.plan = plan
@@ -82,11 +91,15 @@ class Comparison:
         records = [run.epochs[-1] for row in self.rows for run in row.finished]
         return [name for name in records[0] if name not in POSITIONS] if records else []
 
+    def rank(self, row: Outcome) -> float:
+        """What is least for the best step size, and infinite where a run failed or diverged."""
+        return row.loss
+
     def best(self) -> dict[str, Outcome]:
-        """Of each method, the step size with the least training loss; without methods that never came to an end."""
+        """Of each method, the step size of the best `rank`; without methods that never came to an end."""
         best: dict[str, Outcome] = {}
-        for row in sorted(self.rows, key=lambda row: row.rank):
-            if row.rank < math.inf:
+        for row in sorted(self.rows, key=self.rank):
+            if self.rank(row) < math.inf:
                 best.setdefault(row.setting.method, row)
         return {method: best[method] for method in METHODS if method in best}
 
@@ -121,18 +134,17 @@ class Comparison:
         apts = best.pop("apts", None)
         if apts is None or not best:
             return "APTS and the baselines cannot be compared: too many runs failed or diverged."
-        rival = min(best.values(), key=lambda row: row.rank)
-        name = f"{METHODS[rival.setting.method]} at {rival.setting.step_size}"
+        rival = min(best.values(), key=self.rank)
         evaluations, seconds = (
             number(statistics.fmean(rival.final(name))) for name in ("gradient_evaluations", "seconds")
         )
         end = f"{evaluations} evaluations and {seconds} s"
-        target = f"the final training loss of the best baseline ({name}: {number(rival.rank)} after {end})"
-        passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.rank]
-        if not passed and apts.rank < rival.rank:  # runs of one limit of seconds have different numbers of epochs
-            return f"APTS passes {target} at the end, with {number(apts.rank)}."
+        target = f"the final training loss of the best baseline ({rival.name}: {number(rival.loss)} after {end})"
+        passed = [epoch for epoch, loss in enumerate(apts.mean("train_loss")) if loss < rival.loss]
+        if not passed and apts.loss < rival.loss:  # runs of one limit of seconds have different numbers of epochs
+            return f"APTS passes {target} at the end, with {number(apts.loss)}."
         if not passed:
-            return f"APTS does not pass {target}; its own is {number(apts.rank)}."
+            return f"APTS does not pass {target}; its own is {number(apts.loss)}."
         first = passed[0]
         of_all = f" of {self.plan.epochs}" if self.plan.options.max_seconds is None else ""
         return (
@@ -145,12 +157,19 @@ class Comparison:
         """A line for each run that failed."""
         return [f"{run.path} failed: {reason} (see {OUTPUT} there)" for run, reason in self.failures.items()]
 
+    def tables(self) -> dict[str, list[list[str]]]:
+        """The lines of each table that is shown, by its title."""
+        return {self.plan.problem: self.table()}
+
     def markdown(self) -> str:
-        """The table and what belongs to it."""
-        lines = [self.header(), ["---"] * 2 + ["---:"] * (len(self.header()) - 2), *self.table()]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        """The tables and what belongs to them."""
+        rule = ["---"] * 2 + ["---:"] * (len(self.header()) - 2)
+        parts = [f"# {self.plan.problem}", self.note()]
+        for title, lines in self.tables().items():
+            table = ["| " + " | ".join(cells) + " |" for cells in [self.header(), rule, *lines]]
+            parts += ["" if title == self.plan.problem else f"## {title}", "\n".join(table)]
         failures = "\n".join(f"- {reason}" for reason in self.reasons())
-        parts = [f"# {self.plan.problem}", self.note(), table, self.verdict(), failures]
+        parts += [self.verdict(), failures]
         return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -25,18 +25,20 @@ def time_in_turn(
     repetitions: int,
     warm_up: int = 3,
     between: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = seconds,
 ) -> list[Timing]:
     """Time calls in turn, so that all meet the same state of a machine that is shared.
 
-    ``between`` is called before each of them and is not timed, nor are the first ``warm_up`` calls of each.
+    ``between`` is called before each of them and is not timed, nor are the first ``warm_up`` calls of each. ``clock``
+    gives the seconds.
     """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(warm_up + repetitions):
         for call, times in zip(calls, taken, strict=True):
             between()
-            start = seconds()
+            start = clock()
             call()
-            times.append(seconds() - start)
+            times.append(clock() - start)
     kept = [times[warm_up:] for times in taken]
     # One time is its own quartiles; before Python 3.13 there have to be two.
     quartiles = [statistics.quantiles(times if len(times) > 1 else 2 * times, n=4) for times in kept]

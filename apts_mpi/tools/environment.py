@@ -54,6 +54,11 @@ def seconds() -> float:
     return time.perf_counter()
 
 
+def cpu_seconds() -> float:
+    """Seconds that processors have worked for this process, all its threads together."""
+    return time.process_time()
+
+
 def wall_time() -> float:
     """Seconds since 1970, of a clock that may be set."""
     return time.time()

@@ -7,7 +7,7 @@ A check is a function of a value and its place, such as ``run.h5: progress.epoch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -93,6 +93,16 @@ def sequence(check: Check, most: int | None = None, least: int = 0) -> Check:
         return [check(item, f"{place}[{index}]") for index, item in enumerate(value)]
 
     return check_all
+
+
+def each(checks: Sequence[Check]) -> Check:
+    """A list of as many items as there are checks, each of which passes its own."""
+
+    def check_each(value: Any, place: str) -> list[Any]:
+        allow(isinstance(value, list) and len(value) == len(checks), place, value, f"a list of {len(checks)}")
+        return [check(item, f"{place}[{index}]") for index, (check, item) in enumerate(zip(checks, value, strict=True))]
+
+    return check_each
 
 
 def mapping(check: Check | None = None) -> Check:

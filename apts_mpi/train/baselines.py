@@ -1,9 +1,8 @@
-"""torch's own optimizers, data-parallel over the ranks: what APTS is compared with."""
+"""Other optimizers, data-parallel over the ranks: what APTS is compared with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,54 +34,11 @@ from apts_mpi.state.tensors import (
 )
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.tools.schema import Check, allow, any_number, nothing_or, record, sequence, whole
+from apts_mpi.tools.schema import record, whole
+from apts_mpi.train.optimizer_states import Arrays
+from apts_mpi.train.optimizers import OPTIMIZERS, weights_of
 from apts_mpi.train.options import BaselineOptions
-
-OPTIMIZERS = {
-    "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate),
-    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
-    "lbfgs": lambda parameters, rate: torch.optim.LBFGS(
-        parameters, lr=rate, max_iter=10, line_search_fn="strong_wolfe"
-    ),
-}
-
-
-# Vectors that L-BFGS keeps of its past, as torch has it.
-PAST = 100
-
-
-def _lbfgs_state(vector: Check, scalar: Check) -> Check:
-    """What L-BFGS keeps: numbers may be tensors or none."""
-
-    def tensor_or_number(value: Any, place: str) -> Any:
-        return scalar(value, place) if isinstance(value, dict) else any_number(value, place)
-
-    known = record(
-        {
-            **dict.fromkeys(("func_evals", "n_iter"), whole()),
-            **dict.fromkeys(("d", "prev_flat_grad"), vector),
-            **dict.fromkeys(("t", "H_diag", "prev_loss"), tensor_or_number),
-            **dict.fromkeys(("old_dirs", "old_stps"), sequence(vector, PAST)),
-            "ro": sequence(scalar, PAST),
-        },
-        {"al": sequence(nothing_or(scalar), PAST)},
-    )
-
-    def check(value: Any, place: str) -> dict[str, Any]:
-        found: dict[str, Any] = known(value, place)
-        counts = [len(found[name]) for name in ("old_dirs", "old_stps", "ro")]
-        allow(len(set(counts)) == 1, f"{place}: numbers of old_dirs, old_stps and ro", counts, "one number")
-        return found
-
-    return check
-
-
-# What each optimizer keeps, by the checks of a vector of the parameters and of a tensor of shape ().
-STATES: dict[str, Callable[[Check, Check], Check]] = {
-    "adam": lambda vector, scalar: record({"step": scalar, "exp_avg": vector, "exp_avg_sq": vector}),
-    "sgd": lambda vector, scalar: record({"momentum_buffer": nothing_or(vector)}),
-    "lbfgs": _lbfgs_state,
-}
+from apts_mpi.train.peers import check_installed
 
 
 @dataclass(frozen=True)
@@ -101,7 +57,10 @@ class BaselineResult:
 
 
 class DataParallel:
-    """A torch optimizer on the flat parameters with gradients summed over the ranks.
+    """An optimizer of the table `OPTIMIZERS` on the parameters, with gradients summed over the ranks.
+
+    Between steps the network may be at the point where it is trained or, with an optimizer that averages, at the one
+    where it is to be evaluated, see `to_evaluated_point`.
 
     Parameters
     ----------
@@ -124,6 +83,7 @@ class DataParallel:
         self.events = Events()
         self.comm = Communicator(comm, self.events)
         with self.comm.shared_errors():
+            check_installed(options.optimizer)
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             self.vector = FlatParameters(network)
         check_same_network({"network": structure(network)}, options, self.comm)
@@ -141,15 +101,36 @@ class DataParallel:
             keep_gradients=False,
             comm=self.comm,
         )
-        self._flat = torch.nn.Parameter(self.vector.values)
-        self._flat.grad = self.objective.reduction.total
-        self.optimizer = OPTIMIZERS[options.optimizer]([self._flat], options.learning_rate)
-        self._name, self._seed = options.optimizer, options.seed
+        self._kind, self._seed = OPTIMIZERS[options.optimizer], options.seed
+        with self.comm.shared_errors():
+            weights = weights_of(self.vector, self.objective.reduction.total)
+            # Any: those that average have methods that torch's have not.
+            self.optimizer: Any = self._kind.make(weights, options.learning_rate)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        # Where training goes on, while the network is at the point where it is evaluated.
+        self._left: torch.Tensor | None = None
         self._loss_is_checked = False
+        self.notes = self._notes()
         self.iteration = 0
 
-    def step(self, batch: Samples, rows: torch.Tensor | None = None) -> BaselineResult:
-        """One step on the whole batch, given on every rank. Collective. See `apts_mpi.APTS.step`."""
+    def _notes(self) -> list[str]:
+        """What of the optimizer is not as its authors have it, one sentence each."""
+        statistics = any(getattr(module, "running_mean", None) is not None for module in self.network.modules())
+        if not (self._kind.averages and statistics):
+            return []
+        where = "the points where it is trained, and not of the average, where it is evaluated"
+        return [f"optimizer: the running statistics of the network are those of {where}"]
+
+    def step(self, batch: Samples, rows: torch.Tensor | None = None, share: float = 0.0) -> BaselineResult:
+        """One step on the whole batch, given on every rank. Collective.
+
+        Parameters
+        ----------
+        batch, rows
+            See `apts_mpi.APTS.step`.
+        share
+            Of the run that is behind it, the same on every rank: for optimizers that have a schedule.
+        """
         started = seconds()
         self.events.work = 0.0
         self.iteration += 1
@@ -177,10 +158,13 @@ class DataParallel:
                 loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
                 if not first:
                     self.objective.buffers.accept()
-                    first.append((loss, float(torch.linalg.vector_norm(self._flat.grad))))
+                    first.append((loss, float(torch.linalg.vector_norm(self.objective.reduction.total))))
             return loss
 
         with self.events.timed("optimizer"):
+            self._to_training_point()
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self._kind.schedule(share)
             self.optimizer.step(closure)
         evaluations = most_work * self.comm.size / cut.size
         return BaselineResult(self.iteration, *first[0], evaluations, seconds() - started)
@@ -201,10 +185,13 @@ class DataParallel:
         return self.comm.size
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
-        """Network and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""
+        """Network, where it is to be evaluated, and state of the optimizer. Collective. See `apts_mpi.APTS.save`."""
+        self.to_evaluated_point()
         tensors: dict[str, torch.Tensor] = {}
-        kept = self.optimizer.state_dict()["state"].get(0)
-        metadata = {"iteration": self.iteration, "optimizer": take_tensors(kept, "optimizer", tensors)}
+        kept = take_tensors(self._kind.kept.take(self.optimizer), "optimizer", tensors)
+        metadata = {"iteration": self.iteration, "optimizer": kept}
+        if self._left is not None:
+            metadata["left"] = take_tensors(self._left, "optimizer/left", tensors)
         return replicated_arrays(named_tensors(self.network) | tensors, self.comm), metadata
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> list[str]:
@@ -214,19 +201,40 @@ class DataParallel:
             metadata = self._check(checkpoint, metadata)
             load_network(self.network, checkpoint)
             self.iteration = metadata["iteration"]
-            kept = put_tensors(metadata["optimizer"], reader(checkpoint, self._flat.device))
-            if kept is not None:
-                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": {0: kept}})
-        return []
+            read = reader(checkpoint, self.vector.values.device)
+            self._kind.kept.put(self.optimizer, put_tensors(metadata["optimizer"], read))
+            self._left = put_tensors(metadata.get("left"), read)
+        return self.notes
 
     def _check(self, checkpoint: Checkpoint, metadata: Any) -> dict[str, Any]:
         """The metadata, once they are known to be what `save` makes."""
-        vector = array(checkpoint, (self.vector.values.numel(),), dtype=to_numpy(self.vector.values[:0]).dtype)
-        state = nothing_or(STATES[self._name](vector, array(checkpoint, ())))
-        checked: dict[str, Any] = record({"iteration": whole(), "optimizer": state})(
-            metadata, f"{checkpoint.path}: solver"
-        )
+        dtype = to_numpy(self.vector.values[:0]).dtype
+        arrays = Arrays(lambda shape: array(checkpoint, shape, dtype=dtype), lambda shape: array(checkpoint, shape))
+        known = {"iteration": whole(), "optimizer": self._kind.kept.check(self.optimizer, arrays)}
+        if self._kind.averages:
+            known["left"] = arrays.typed(tuple(self.vector.values.shape))
+        checked: dict[str, Any] = record(known)(metadata, f"{checkpoint.path}: solver")
         return checked
+
+    @torch.no_grad()
+    def to_evaluated_point(self) -> None:
+        """Put the network where it is to be evaluated; the next step goes on where the last one has ended.
+
+        Where it was is kept bit by bit: on the way back by the optimizer it would be rounded.
+        """
+        if self._kind.averages and self._left is None:
+            self._left = self.vector.values.clone()
+            # Before the first step it has no average, and nothing moves.
+            self.optimizer.eval()
+
+    @torch.no_grad()
+    def _to_training_point(self) -> None:
+        """Put the network where training goes on."""
+        if self._left is not None:
+            self.vector.values.copy_(self._left)
+            self._left = None
+            for group in self.optimizer.param_groups:
+                group["train_mode"] = True
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors and numbers that have the same bits on all ranks."""
@@ -234,4 +242,4 @@ class DataParallel:
 
     def describe(self) -> str:
         """The optimizer and its settings, in words."""
-        return f"data-parallel over {self.comm.size} ranks: {self.optimizer}"
+        return f"data-parallel over {self.comm.size} ranks: {self.optimizer!r}"

@@ -73,13 +73,12 @@ def train_problem(problem: Problem, options: TrainingOptions, device: torch.devi
 def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
     """The solver of a problem whose network every rank has as a whole. Collective."""
     network, loss, forward = problem.network, problem.loss, problem.forward
-    solver: APTS | DataParallel
-    if options.optimizer == "apts":
-        solver = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
-    else:
-        solver = DataParallel(network, loss, comm=world, options=options.baseline_options(), forward=forward)
     called = network if forward is None else CalledNetwork(network, forward)
-    return Method(solver, whole_outputs(called, solver.comm))
+    if options.optimizer == "apts":
+        apts = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
+        return Method(apts, whole_outputs(called, apts.comm))
+    other = DataParallel(network, loss, comm=world, options=options.baseline_options(), forward=forward)
+    return Method(other, whole_outputs(called, other.comm), notes=other.notes)
 
 
 def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:

@@ -17,18 +17,22 @@ from apts_mpi.options import (
     TrustRegionOptions,
 )
 
+# The optimizers that APTS is set beside. `PEERS` are those of the package pytorch_optimizer.
+Optimizer = Literal["apts", "adam", "sgd", "lbfgs", "adamw-cosine", "schedule-free", "muon", "soap", "prodigy"]
+PEERS = ("schedule-free", "muon", "soap", "prodigy")
+
 # The value of --resume that asks for the latest checkpoint in the run directory.
 LATEST_OF_RUN = "latest"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineOptions:
-    """One of torch's own optimizers.
+    """An optimizer that APTS is set beside.
 
     Parameters
     ----------
     optimizer
-        ``adam``, ``sgd`` (momentum 0.9) or ``lbfgs`` (strong Wolfe line search).
+        A name in `apts_mpi.train.optimizers.OPTIMIZERS`.
     learning_rate
         Its step size.
     seed
@@ -61,6 +65,8 @@ class TrainingOptions:
         Stop after that many iterations, whatever the epochs.
     max_seconds
         Stop after that many seconds of iterations, whatever the epochs; metrics and checkpoints do not count.
+    max_cpu_seconds
+        The same of the processor time of rank 0, which other programs on the machine do not lengthen.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
     seed
@@ -76,9 +82,11 @@ class TrainingOptions:
         How tensors of a GPU come to MPI: ``staged``, through pinned host memory; ``direct``, in their own memory, for a
         GPU-aware MPI. ``auto``: direct where a trial in processes of its own is right, as ``apts_mpi.doctor`` makes it.
     optimizer
-        ``apts``, or one of torch's own, data-parallel, on the same initial network and the same batches.
+        ``apts``, or another one, data-parallel, on the same initial network and the same batches: ``adam``, ``sgd``
+        (momentum 0.9), ``lbfgs`` (strong Wolfe line search) and ``adamw-cosine`` are torch's; ``schedule-free``
+        (AdamW), ``muon``, ``soap`` and ``prodigy`` need the package pytorch_optimizer.
     learning_rate
-        Of torch's optimizers.
+        Of an optimizer other than ``apts``, the largest one where it has a schedule; ``prodigy`` takes 1.
     layout
         What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it, for networks larger than one
         device.
@@ -137,13 +145,14 @@ class TrainingOptions:
     epochs: int | None = None
     max_iterations: int | None = None
     max_seconds: float | None = None
+    max_cpu_seconds: float | None = None
     batch_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transport: Literal["auto", "staged", "direct"] = "auto"
-    optimizer: Literal["apts", "adam", "sgd", "lbfgs"] = "apts"
+    optimizer: Optimizer = "apts"
     learning_rate: float = 1e-3
     layout: Literal["replicated", "staged"] = "replicated"
     subdomains: int | None = None
@@ -176,8 +185,9 @@ class TrainingOptions:
         for name in ("train_samples", "epochs", "max_iterations", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
-        limit = self.max_seconds
-        require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
+        for name in ("max_seconds", "max_cpu_seconds"):
+            limit = getattr(self, name)
+            require(limit is None or limit > 0.0, name, limit, "give a number above 0, or null")
         both = self.autocast == "none" or self.dtype == "float32"
         require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
         self._check_survival()
@@ -199,7 +209,7 @@ class TrainingOptions:
         require(time is None or bool(as_seconds(time)), "walltime", time, "give HH:MM:SS, such as 01:30:00")
 
     def baseline_options(self) -> BaselineOptions:
-        """The part that configures one of torch's own optimizers."""
+        """The part that configures an optimizer other than APTS."""
         return BaselineOptions(
             optimizer=self.optimizer, learning_rate=self.learning_rate, seed=self.seed, autocast=self.autocast
         )

@@ -8,6 +8,7 @@ from typing import Any
 from apts_mpi.checkpoint import Checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.schema import allow, anything, instance, mapping, number, record, sequence, text, whole
+from apts_mpi.train.options import TrainingOptions
 
 
 @dataclass
@@ -26,8 +27,8 @@ class Progress:
         Steps so far.
     at_rest : int
         Batches in a row, up to now, that had nothing left to gain.
-    gradient_evaluations, seconds : float
-        Of the steps; metrics are not counted.
+    gradient_evaluations, seconds, cpu_seconds : float
+        Of the steps; metrics are not counted. The last are those of this rank's processors.
     """
 
     epoch: int = 1
@@ -40,11 +41,26 @@ class Progress:
     at_rest: int = 0
     gradient_evaluations: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def within_epoch(self) -> bool:
         """Whether the present epoch has begun."""
         return self.batch > 0 or self.tries > 0
+
+
+def share_of_time(options: TrainingOptions, progress: Progress) -> float:
+    """Share of the seconds that a run may take; 0 without a limit, and 1 or more at its end. Of this rank's clocks."""
+    limits = ((options.max_seconds, progress.seconds), (options.max_cpu_seconds, progress.cpu_seconds))
+    return max((used / limit for limit, used in limits if limit is not None), default=0.0)
+
+
+def share_of_steps(progress: Progress, epochs: int, batches: int) -> float:
+    """Share of the batches of a run that are behind it.
+
+    A limit of iterations does not count: it cuts a run off, which may go on with another one to the same end.
+    """
+    return ((progress.epoch - 1) * batches + progress.batch) / (epochs * batches)
 
 
 # What a run has to share with one that it goes on with.
@@ -68,10 +84,11 @@ _METADATA = record(
         "solver": _solver,
         "progress": instance(
             Progress,
-            later=("skipped", "at_rest"),
+            later=("skipped", "at_rest", "cpu_seconds"),
             epoch=whole(1),
             gradient_evaluations=number(0.0),
             seconds=number(0.0),
+            cpu_seconds=number(0.0),
         ),
         "run": _IDENTITY,
     },

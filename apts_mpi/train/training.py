@@ -15,12 +15,13 @@ from apts_mpi.errors import InvalidInput, SharedInvalidInput, shown
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
+from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress, check_metadata, check_progress
+from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps, share_of_time
 from apts_mpi.train.rejection import Rejections
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
@@ -95,8 +96,7 @@ class Training:
         self.places = method.places
         self.notes = method.notes
         self._resumed = False
-        self._is_out_of_time = False
-        self._seconds_of_all = 0.0
+        self._time_share = 0.0
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
         self._rejections = Rejections()
@@ -150,7 +150,10 @@ class Training:
         self._look_at_the_time()
         while not self.done:
             self.problem.network.train()
-            record(self._note(result := self._step()))
+            started = cpu_seconds()
+            result = self._step()
+            progress.cpu_seconds += cpu_seconds() - started
+            record(self._note(result))
             if warning := self._rejections.note(result, progress.iteration):
                 tell(warning)
             self._look_at_the_time()
@@ -167,30 +170,16 @@ class Training:
         return metrics
 
     def _look_at_the_time(self) -> None:
-        """Stop all ranks where rank 0's seconds are over. Collective."""
-        limit = self.options.max_seconds
-        if limit is not None:
-            (self._seconds_of_all,) = self.comm.decide(lambda: [self.progress.seconds])
-            self._is_out_of_time = self._seconds_of_all >= limit
+        """Tell all ranks how much of its seconds rank 0 has used. Collective."""
+        if self.options.max_seconds is not None or self.options.max_cpu_seconds is not None:
+            (self._time_share,) = self.comm.decide(lambda: [share_of_time(self.options, self.progress)])
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
         progress = self.progress
         last = progress.iteration >= (self.options.max_iterations or math.inf)
-        return progress.epoch > self.epochs or last or self._is_out_of_time or self.converged
-
-    @property
-    def share_done(self) -> float:
-        """Share of the run that is behind: of its batches, or of the iterations or seconds that end it earlier."""
-        progress, options = self.progress, self.options
-        batches = (progress.epoch - 1) * self.batches + progress.batch
-        shares = [batches / (self.epochs * self.batches)]
-        if options.max_iterations is not None:
-            shares.append(progress.iteration / options.max_iterations)
-        if options.max_seconds is not None:
-            shares.append(self._seconds_of_all / options.max_seconds)
-        return min(max(shares), 1.0)
+        return progress.epoch > self.epochs or last or self._time_share >= 1.0 or self.converged
 
     @property
     def converged(self) -> bool:
@@ -212,13 +201,15 @@ class Training:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
         with self.solver.events.timed("data"):
             rows = self._rows()
+        steps = share_of_steps(self.progress, self.epochs, self.batches)
+        share = max(steps, self._time_share)
         if isinstance(self.solver, DataParallel):
-            return self.solver.step(self.train, rows)
+            return self.solver.step(self.train, rows, share)
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
         if known and self._resumed:
             self.solver.repeat(self.train, rows)
         self._resumed = False
-        return self.solver.step(None if known else self.train, rows, self.share_done)
+        return self.solver.step(None if known else self.train, rows, share)
 
     def _note(self, result: StepResult | BaselineResult) -> dict[str, Any]:
         """Count an iteration, and say what it did."""
@@ -251,7 +242,7 @@ class Training:
         return metrics
 
     def _totals(self) -> dict[str, float]:
-        return {"gradient_evaluations": self.progress.gradient_evaluations, "seconds": self.progress.seconds}
+        return {name: getattr(self.progress, name) for name in ("gradient_evaluations", "seconds", "cpu_seconds")}
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
@@ -301,6 +292,8 @@ class Training:
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
         with self.solver.events.timed("metrics"):
+            if isinstance(self.solver, DataParallel):
+                self.solver.to_evaluated_point()
             return self._metrics.measure(self.train, self.test)
 
     def warning(self) -> str:

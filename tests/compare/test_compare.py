@@ -18,7 +18,7 @@ from hidden import hide_matplotlib
 from rich.console import Console
 
 from apts_mpi.compare import __main__ as compare
-from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
+from apts_mpi.compare.options import GRIDS, METHODS, ComparisonOptions, Grids
 from apts_mpi.compare.plots import plot_losses, plot_robustness
 from apts_mpi.compare.runs import Plan
 from apts_mpi.compare.table import Comparison, number
@@ -279,8 +279,10 @@ def test_number(value, digits, text):
 
 
 def test_default_grids():
-    assert set(GRIDS.learning_rates) == {"adam", "sgd", "lbfgs"}
-    assert all(len(rates) == 5 for rates in GRIDS.learning_rates.values())
+    assert {"apts", *GRIDS.learning_rates} == set(METHODS)
+    # Prodigy finds its step size by itself, up to a factor near 1.
+    assert {len(rates) for method, rates in GRIDS.learning_rates.items() if method != "prodigy"} == {5}
+    assert 1.0 in GRIDS.learning_rates["prodigy"]
     for sweep in (GRIDS.sweep_rates, GRIDS.sweep_factors):
         assert max(sweep) / min(sweep) == pytest.approx(1e6)
         assert all(after / before == pytest.approx(10.0) for before, after in itertools.pairwise(sweep))
@@ -318,6 +320,14 @@ def test_baselines_get_their_epochs(tmp_path):
         (["digits", "--batch-size", "0"], ["batch_size", "0", "1 or more"]),
         (["digits", "--train-samples", "5000000"], ["train-samples", "5000000"]),
         (["digits", "--data-dir", "somewhere"], ["data-dir", "somewhere"]),
+        (["digits", "--methods", "apts,lion"], ["methods", "lion", "choose one of apts, adamw-cosine"]),
+        (["digits", "--methods", ""], ["methods", "choose one of"]),
+        (["digits", "--methods", "apts,adam", "--equal-seconds", "sgd"], ["equal_seconds", "sgd", "one of apts, adam"]),
+        (["digits", "--equal-seconds", "0"], ["equal_seconds", "0", "above 0"]),
+        (["digits", "--equal-seconds", "nan"], ["equal_seconds", "nan", "above 0"]),
+        (["digits", "--equal-seconds", "inf"], ["equal_seconds", "inf", "above 0"]),
+        (["digits", "--equal-seconds", "9", "--max-seconds", "9"], ["max_seconds", "equal_seconds"]),
+        (["digits", "--equal-seconds", "9", "--robustness"], ["robustness", "equal_seconds"]),
     ],
 )
 def test_errors(arguments, words, tmp_path, monkeypatch, capsys):

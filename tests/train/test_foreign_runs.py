@@ -21,7 +21,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.options import APTSOptions, CoarseOptions, GlobalStepOptions
 from apts_mpi.train.__main__ import main
 from apts_mpi.train.configuration import NAMES
-from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.options import PEERS, TrainingOptions
 from apts_mpi.train.resume import OF_THE_CALL
 
 USAGE = 2
@@ -40,6 +40,7 @@ RUNS = {
     "adam": [*SMALL, "--epochs=9", "--max-iterations=3", "--optimizer=adam"],
     "sgd": [*SMALL, "--epochs=9", "--max-iterations=3", "--optimizer=sgd"],
     "lbfgs": [*SMALL, "--epochs=9", "--max-iterations=3", "--optimizer=lbfgs"],
+    **{name: [*SMALL, "--epochs=9", "--max-iterations=3", f"--optimizer={name}"] for name in PEERS},
 }
 
 
@@ -193,6 +194,26 @@ OF_OPTIMIZERS = [
     ("lbfgs", ("optimizer", "n_iter"), (..., -1, "x")),
     ("lbfgs", ("optimizer", "al"), ([1.0] * 500, "x")),
     ("lbfgs", ("optimizer", "d"), (None, {"array": "optimizer/t"})),
+    ("schedule-free", ("left",), (..., None, {"array": "parameters/0.bias"})),
+    ("schedule-free", ("optimizer", "parameters"), (..., [], [None, None], {})),
+    (
+        "schedule-free",
+        ("optimizer", "parameters", 0, "z"),
+        (..., None, {"array": "no"}, {"array": "parameters/0.bias"}),
+    ),
+    ("schedule-free", ("optimizer", "groups", 0, "weight_sum"), (..., -1.0, "1", None)),
+    ("schedule-free", ("optimizer", "groups", 0, "train_mode"), (True,)),
+    ("muon", ("optimizer", "groups"), (..., [], [{}, {}, {}], {})),
+    ("muon", ("optimizer", "groups", 1, "step"), (-1, 0.5, None)),
+    ("muon", ("optimizer", "parameters", 0, "exp_avg"), (1.0,)),
+    ("muon", ("optimizer", "parameters", 0, "momentum_buffer"), (..., {"array": "parameters/0.bias"})),
+    ("soap", ("optimizer", "parameters", 0, "Q"), (..., None, [], [[], []], [1.0, 1.0])),
+    ("soap", ("optimizer", "parameters", 0, "GG"), ([{"array": "parameters/0.weight"}, []],)),
+    ("soap", ("optimizer", "parameters", 0, "shampoo_beta"), (..., 2.0, "x")),
+    ("soap", ("optimizer", "parameters", 0, "precondition_frequency"), (0, 1.5)),
+    ("prodigy", ("optimizer", "groups", 0, "d"), (..., -1.0, None)),
+    ("prodigy", ("optimizer", "groups", 0, "d_numerator"), (1.0, {"array": "optimizer/parameters/0/s"})),
+    ("prodigy", ("optimizer", "parameters", 0, "p0"), (..., [])),
 ]
 
 
@@ -202,6 +223,13 @@ def test_state_of_optimizers_of_another_kind(foreign, refusal, name, place, valu
         path = foreign(name)
         change_metadata(path, lambda metadata, value=value: put(metadata, ["solver", *place], value))
         assert f"{place[-1]}" in refusal(path)
+
+
+def test_numbers_of_a_peer_before_its_first_step(foreign, trained):
+    """They are not there, and the run begins with them."""
+    path = foreign("schedule-free")
+    change_metadata(path, lambda metadata: put(metadata, ["solver", "optimizer", "groups", 0, "step"], ...))
+    trained(PROBLEM, f"--resume={path}", "--max-iterations=4")
 
 
 ARRAYS = {
@@ -297,9 +325,10 @@ def test_which_options_are_the_calls():
     of_the_run = NAMES - set(OF_THE_CALL)
     assert set(OF_THE_CALL) <= NAMES
     assert {name for name in of_the_run if "." not in name} == {
-        "problem", "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "batch_size", "seed",
-        "dtype", "autocast", "optimizer", "learning_rate", "layout", "subdomains", "replicas", "checkpoint_every",
-        "checkpoint_keep_last", "checkpoint_keep_every", "checkpoint_in_background", "drift_check_every",
+        "problem", "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "max_cpu_seconds",
+        "batch_size", "seed", "dtype", "autocast", "optimizer", "learning_rate", "layout", "subdomains", "replicas",
+        "checkpoint_every", "checkpoint_keep_last", "checkpoint_keep_every", "checkpoint_in_background",
+        "drift_check_every",
     }  # fmt: skip
     assert TrainingOptions().device == "auto"
 
