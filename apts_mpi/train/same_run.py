@@ -71,7 +71,7 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     noise = options.noise
     if noise == "auto":
         # By what it was before: the length of the run, which it depends on, may be another one now.
-        noise = "batches" if composed and composed.get("noise") == "batches" else "none"
+        noise = "batches" if (solver.get("composed") or {}).get("noise") == "batches" else "none"
     changed = replace(options, subdomains=number, schwarz=schwarz, pipeline=pipeline, noise=noise)
     return changed, of_cuts + of_number + of_objective
 

@@ -41,6 +41,7 @@ BAD_VALUES = [
     (LocalOptions, {"damping": -1.0}, "local.damping: -1.0"),
     (LocalOptions, {"decay": 1.0}, "local.decay: 1.0"),
     (LocalOptions, {"refresh": 0}, "local.refresh: 0"),
+    (LocalOptions, {"momentum": 1.0}, r"local.momentum: 1.0 .* give a number in \[0, 1\), or null"),
     (CoarseOptions, {"model": "galerkin"}, "coarse.model: 'galerkin'"),
     (CoarseOptions, {"space": "rotations"}, "coarse.space: 'rotations' .* choose one of subdomains, or MODULE:CLASS"),
     (CoarseOptions, {"columns": ("last_step",)}, "coarse.columns: .*include correction"),
@@ -69,6 +70,8 @@ BAD_VALUES = [
     (TrustRegionOptions, {"increase_factor": math.inf}, "increase_factor: inf"),
     (TrustRegionOptions, {"norm": "1"}, "trust_region.norm: '1' .* choose one of 2, inf"),
     (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
+    (TrustRegionOptions, {"rule": "rho"}, "trust_region.rule: 'rho' .* choose one of auto, ratio, next-batch"),
+    (TrustRegionOptions, {"pull": -0.1}, r"trust_region.pull: -0.1 .* give a number in \[0, 1\), or null"),
     (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
     (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
@@ -78,6 +81,7 @@ BAD_VALUES = [
     (APTSOptions, {"stall_timeout": 0.0}, "stall_timeout: 0.0 .* give seconds above 0"),
     (APTSOptions, {"stall_timeout": math.nan}, "stall_timeout: nan"),
     (APTSOptions, {"autocast": "float16"}, "autocast: 'float16' .* choose one of none, bfloat16"),
+    (APTSOptions, {"noise": "white"}, "noise: 'white' .* choose one of none, batches"),
     (APTSOptions, {"layout": "sharded"}, "layout: 'sharded' .* choose one of replicated, staged"),
     (APTSOptions, {"subdomains": 0}, "subdomains: 0 .* give 1 or more"),
     (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
@@ -100,6 +104,7 @@ BAD_VALUES = [
         "autocast: 'bfloat16' .* with dtype float64 choose none, or --dtype float32",
     ),
     (TrainingOptions, {"transport": "pigeon"}, "transport: 'pigeon' .* choose one of auto, staged, direct"),
+    (TrainingOptions, {"noise": "white"}, "noise: 'white' .* choose one of auto, none, batches"),
     (TrainingOptions, {"layout": "sharded"}, "layout: 'sharded'"),
     (TrainingOptions, {"subdomains": 0}, "subdomains: 0"),
     (TrainingOptions, {"checkpoint_every": 0}, "checkpoint_every: 0 .* give a number of iterations above 0, a time"),
@@ -173,11 +178,12 @@ def call(network, inputs):
 
 
 def test_what_auto_stands_for():
-    assert composed() == ("kfac", "inexact", "shard")
-    assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shard")
+    assert composed() == ("kfac", "inexact", "shared")
+    assert composed(local={"iterations": 2}) == ("kfac", "inexact", "shard")
+    assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shared")
     assert composed(forward=call) == ("gauss-newton", "exact", "full")
-    assert composed(classifier(width=100), forward=call) == ("adam", "exact", "shard")  # too large for a dense matrix
-    assert composed(classifier(batch_norm=True), forward=call) == ("adam", "exact", "shard")
+    assert composed(classifier(width=100), forward=call) == ("adam", "exact", "shared")  # too large for a dense matrix
+    assert composed(classifier(batch_norm=True), forward=call) == ("adam", "exact", "shared")
     assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")
 
 

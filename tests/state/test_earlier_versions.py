@@ -67,5 +67,6 @@ def test_it_is_saved_again_as_it_was(layout):
             assert np.array_equal(slab.values, before.read(array.name)), array.name
         for name in ("coarse", "global_step", "local_solver", "subdomains"):
             assert json.loads(json.dumps(metadata[name])) == before.metadata["solver"][name]
-        # That version counted no skipped batches.
-        assert metadata["state"] == before.metadata["solver"]["state"] | {"skipped": 0}
+        # That version counted no skipped batches, and no next batch judged the radius.
+        later = {"skipped": 0, "slope": 0.0, "share": 1.0}
+        assert metadata["state"] == before.metadata["solver"]["state"] | later

@@ -1,0 +1,179 @@
+"""Noisy batches: the radius as the next batch judges it, and what goes with it."""
+
+import dataclasses
+import math
+
+import networks
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from apts_mpi import APTS, APTSOptions, InvalidInput
+from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.trust_region.next_batch import BEGIN, CONSTANT, RATE, following, share_of_radius
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "factor"),
+    [
+        (-2.0, -2.0, math.exp(RATE)),
+        (-2.0, -9.0, math.exp(RATE)),
+        (-2.0, -1.0, math.exp(0.5 * RATE)),
+        (-2.0, 0.0, 1.0),
+        (-2.0, 1.0, math.exp(-0.5 * RATE)),
+        (-2.0, 5.0, math.exp(-RATE)),
+        (0.0, 5.0, 1.0),  # there was no step before
+        (-2.0, math.nan, 1.0),
+        (-math.inf, 1.0, 1.0),
+    ],
+)
+def test_rule(before, after, factor):
+    assert following(3.0, before, after) == pytest.approx(3.0 * factor, rel=1e-15)
+
+
+@pytest.mark.parametrize("first", [1e-3, 30.0])
+def test_radius_comes_to_the_minimum_along_the_steps(first):
+    """Of the loss of all samples, 1/2 |x|^2, of which each batch shows a gradient with noise; in 50 dimensions.
+
+    A step of length r along p ends at that minimum where r = -<x, p>. All steps begin at one point: those of a run that
+    go on from each other at one length end as far from the minimum as they began, and let the radius shrink for ever.
+    """
+    random = np.random.default_rng(0)
+    point, radius, lengths, best = np.full(50, 0.5), first, [], []
+    for iteration in range(4000):
+        gradient = point + random.normal(size=50)
+        direction = -gradient / np.linalg.norm(gradient)
+        step = radius * direction
+        radius = following(radius, gradient @ step, (point + step + random.normal(size=50)) @ step)
+        if iteration >= 1000:
+            lengths.append(radius)
+            best.append(-point @ direction)
+    assert np.mean(lengths) == pytest.approx(np.mean(best), rel=0.05)
+
+
+def test_radius_goes_to_zero_at_the_end():
+    assert [share_of_radius(done) for done in (None, 0.0, CONSTANT, 1.0)] == [1.0, 1.0, 1.0, 1e-3]
+    assert share_of_radius(0.5 * (1.0 + CONSTANT)) == pytest.approx(0.5)
+
+
+def batch(number, samples=40):
+    inputs, targets = networks.classified()
+    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(number))[:samples]
+    return inputs[rows], targets[rows]
+
+
+def noisy(**changes):
+    return APTSOptions(**{"noise": "batches", "subdomains": 2, **changes})
+
+
+def make(comm=MPI.COMM_SELF, **changes):
+    torch.manual_seed(0)
+    return APTS(networks.classifier(), networks.cross_entropy, comm=comm, options=noisy(**changes))
+
+
+def reference(network, batches, radius, shares, direction):
+    """Steps along ``direction(gradient)``, cut to the ball of the radius, with the pull."""
+    values = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    slope, step, found = 0.0, torch.zeros_like(values), []
+    for (inputs, targets), share in zip(batches, shares, strict=True):
+        torch.nn.utils.vector_to_parameters(values, network.parameters())
+        network.zero_grad()
+        networks.cross_entropy(network(inputs), targets).backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        after = float(gradient @ step)
+        cut = direction(gradient)
+        present = radius * share
+        cut = cut * min(1.0, present / float(cut.norm()))
+        step = cut - 0.2 * cut.norm() / values.norm() * values
+        step = step * min(1.0, present / float(step.norm()))
+        if share == 1.0:
+            radius = following(radius, slope, after)
+        slope = float(gradient @ step)
+        values = values + step
+        found.append((present, float(step.norm()), -slope))
+    return values, found
+
+
+def test_iterates_are_those_of_a_plain_loop():
+    """With the direction of the solver's own K-FAC at each point, which other tests hold to its formula."""
+    solver, other = make(trust_region=TrustRegionOptions(initial_radius=0.05)), networks.classifier()
+    other.load_state_dict(solver.network.state_dict())
+    batches = [batch(number) for number in range(12)]
+    shares = [share_of_radius(number / 12) for number in range(12)]
+    directions, found = [], []
+    for number, samples in enumerate(batches):
+        result = solver.step(samples, done=number / 12)
+        assert result.accepted
+        mean = [solver.holding.schwarz.solvers[part] for part in (0, 1)]
+        directions.append(torch.cat([own.direction(own.momentum / (1.0 - 0.9**own.count)) for own in mean]))
+        found.append((result.schwarz.radius, result.schwarz.step_norm, result.schwarz.predicted_reduction))
+    values, expected = reference(other, batches, 0.05, shares, lambda gradient: directions.pop(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    torch.testing.assert_close(solver.holding.objective.vector.values, values, rtol=1e-10, atol=1e-12)
+
+
+def test_first_radius_is_a_part_of_the_cauchy_step():
+    usual = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=2))
+    radius = usual.step(batch(0)).schwarz.radius
+    assert make().step(batch(0)).schwarz.radius == pytest.approx(BEGIN * radius)
+
+
+@pytest.mark.parametrize("subdomains", [2, 3])
+def test_iterates_do_not_depend_on_the_number_of_subdomains(subdomains):
+    one, several = make(subdomains=1), make(subdomains=subdomains)
+    for number in range(8):
+        one.step(batch(number), done=number / 8)
+        several.step(batch(number), done=number / 8)
+    torch.testing.assert_close(
+        several.holding.objective.vector.values, one.holding.objective.vector.values, rtol=1e-12, atol=1e-14
+    )
+
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes
+@pytest.mark.parametrize("noise", ["batches", "none"])
+def test_statistics_are_those_of_all_ranks(world, noise):
+    """Iterates do not depend on the ranks, with more ranks than subdomains and with fewer."""
+
+    def values(comm):
+        solver = make(comm, noise=noise, subdomains=3)
+        for number in range(6):
+            solver.step(batch(number, 45))
+        return solver.holding.objective.vector.values
+
+    torch.testing.assert_close(values(world), values(MPI.COMM_SELF), rtol=1e-9, atol=1e-12)
+
+
+def test_step_that_memory_leads_uphill_is_skipped():
+    """Nothing of the method moves by it but the memory: the next batch has its turn, in the same ball."""
+    solver = make()
+    inputs, targets = batch(0)
+    for _ in range(12):
+        solver.step((inputs, targets))
+    before = solver.holding.objective.vector.values.clone()
+    results = [solver.step((inputs, (targets + 1) % 3)) for _ in range(2)]
+    assert results[0].skipped and not results[0].accepted and results[0].schwarz.predicted_reduction < 0.0
+    assert results[0].schwarz.next_radius == results[0].schwarz.radius
+    if not results[1].accepted:
+        torch.testing.assert_close(solver.holding.objective.vector.values, before, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local": LocalOptions(solver="sgd")},
+        {"local": LocalOptions(iterations=2)},
+        {"schwarz": SchwarzOptions(decomposition="data")},
+    ],
+)
+def test_what_does_not_go_with_it(changes):
+    with pytest.raises(InvalidInput, match="noise: 'batches' needs local.solver kfac .* choose none"):
+        make(**changes)
+
+
+def test_shared_statistics_are_for_solvers_that_do_not_evaluate():
+    schwarz = SchwarzOptions(local_data="shared")
+    options = dataclasses.replace(networks.options(solver="tr"), schwarz=schwarz)
+    with pytest.raises(InvalidInput, match="local_data: 'shared' is for solvers .* choose shard or full"):
+        APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=options)
