@@ -9,7 +9,7 @@ from apts_mpi.train.options import TrainingOptions
 
 # Steps from which on it is worth while that the next batch judges the radius: with fewer of them the best step for each
 # batch leads lower. See docs/results.md.
-MANY_STEPS = 150
+MANY_STEPS = 250
 
 
 def with_noise(options: TrainingOptions, problem: Problem) -> TrainingOptions:

@@ -97,7 +97,7 @@ class TrainingOptions:
         Ranks that share the work of one subdomain rank over its samples.
     noise
         ``batches``: for many steps on small batches, each judged by the next one, with a radius that goes to zero at
-        the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 150 steps
+        the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 250 steps
         or more on parts of the training samples.
     run_dir
         Directory that keeps the records. null: a new one under ``runs``.

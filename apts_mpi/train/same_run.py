@@ -135,7 +135,8 @@ def _local_objective(
     left_open = {name: stood[name] for name in STAGED if name in stood and getattr(schwarz, name) == "auto"}
     if options.layout == "replicated":
         return replace(schwarz, **left_open), []
-    others = [name for name in left_open if left_open[name] != STAGED[name]] if subdomains > 1 else []
+    # Statistics that all ranks share are those of the full batch.
+    others = [name for name in left_open if left_open[name] not in (STAGED[name], "shared")] if subdomains > 1 else []
     words = "with layout staged, where it was"
     return schwarz, [
         f"schwarz.{name}: {STAGED[name]} {words} {left_open[name]}: what follows is another run" for name in others

@@ -484,7 +484,7 @@ def refused(world, capfd, directory, *arguments):
             "--local.solver newton",
             "error: local.solver: 'newton' is not allowed; choose one of auto, .*, adam, or MODULE:CLASS .*\n$",
         ),
-        ("--coarse foo", "error: coarse.model: 'foo' is not allowed; choose one of none, gauss-newton\n$"),
+        ("--coarse foo", "error: coarse.model: 'foo' is not allowed; choose one of auto, none, gauss-newton\n$"),
         ("--coarse.columns correction", r"error: coarse.columns: 'correction' .* such as \[correction,last_step\]\n$"),
         ("--coarse.columns [correction,foo]", "coarse.columns: 'foo' is not allowed; give a list of correction, last_"),
         ("--coarse.columns [correction,correction]", "coarse.columns: .* is not allowed; give each once"),
