@@ -101,7 +101,7 @@ class CarriedSegments:
         try:
             outputs = functional_call(segment, dict(parameters), (activations,)) if parameters else segment(activations)
             known = self._known.get(index) or _agrees(segment, activations, parameters, outputs, state)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # if for another reason, it comes again
             known = False

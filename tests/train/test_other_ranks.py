@@ -129,7 +129,7 @@ def test_a_chain_of_layouts(world, directory, trained_on):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.usefixtures("few_ranks")
 def test_what_layout_staged_does_otherwise_is_said(world, directory, trained_on):
-    trained_on(2, *COMMON, "--run-dir=begun", "--max-iterations=3", "--schwarz.local-data=shard")
+    trained_on(2, *COMMON, "--run-dir=begun", "--max-iterations=3", "--local.iterations=2")
     output = trained_on(2, *RESUMED, *PIPELINE)
     note = "note: schwarz.local_data: full with layout staged, where it was shard: what follows is another run"
     assert output.count("note:") == output.count(note) == (world.rank == 0)
