@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes, and beside AdamW")
     _add_repetitions(iteration, 30, "timed calls of each kind, beside passes")
-    iteration.add_argument("--rounds", type=positive, default=5, help="of ten iterations, beside AdamW (default: 5)")
+    iteration.add_argument("--rounds", type=positive, default=5, help="of twenty iterations, beside AdamW (default: 5)")
     iteration.add_argument(
         "--problems",
         type=problems,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from mpi4py import MPI
@@ -29,15 +30,20 @@ from apts_mpi.problems.text import CONTEXT, character_gpt
 from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import cpu_seconds, seconds
 
+Noise = Literal["none", "batches"]
+
 CLASSES, CHARACTERS = 10, 65
 
-# Iterations that are timed together: what is not done in each of them, such as curvature, counts with its share.
-TOGETHER = 10
+# Iterations that are timed together: what is not done in each of them, such as curvature, counts with its share. As
+# many as lie between updates of curvature, so that the first of them, which all update, are not timed.
+TOGETHER = 20
 
 # Different batches, as an iteration on one that is solved may leave out parts.
 BATCHES = 5
 
 SUBDOMAINS = (1, 2, 3, 6)
+
+NOISE: tuple[Noise, ...] = ("none", "batches")
 
 # Events of an iteration that the table has, in their order there; all others are together.
 PARTS = ("global evaluation", "local solves", "assembly", "coarse", "judge")
@@ -109,10 +115,10 @@ class AdamW:
 
 
 class Iterations:
-    """Iterations of the default solver with a number of subdomains, on one rank."""
+    """Iterations of the solver at its defaults with a number of subdomains, on one rank."""
 
-    def __init__(self, case: Case, subdomains: int) -> None:
-        options = APTSOptions(subdomains=subdomains)
+    def __init__(self, case: Case, subdomains: int, noise: Noise = "none") -> None:
+        options = APTSOptions(subdomains=subdomains, noise=noise)
         self._solver = APTS(case.make(), case.loss, comm=MPI.COMM_SELF, options=options)
         self._batches = itertools.cycle(case.batches())
         self._seconds = 0.0
@@ -139,8 +145,8 @@ def beside_adamw(names: Sequence[str], rounds: int) -> None:
     """Time iterations beside steps of AdamW, in turn, and print a table for each case. For one rank alone."""
     for name in names:
         case = CASES[name]
-        numbers = case.subdomains()
-        solvers = [Iterations(case, number) for number in numbers]
+        kinds = list(itertools.product(NOISE, case.subdomains()))
+        solvers = [Iterations(case, number, noise) for noise, number in kinds]
         calls: list[Callable[[], None]] = [AdamW(case), *solvers]
         for call in calls:
             call()
@@ -148,18 +154,18 @@ def beside_adamw(names: Sequence[str], rounds: int) -> None:
             solver.forget()
         adamw, *timings = time_in_turn(calls, rounds, warm_up=0, clock=cpu_seconds)
         shares = [solver.shares() for solver in solvers]
-        _print(name, adamw, dict(zip(numbers, zip(timings, shares, strict=True), strict=True)))
+        _print(name, adamw, dict(zip(kinds, zip(timings, shares, strict=True), strict=True)))
 
 
-def _print(name: str, adamw: Timing, found: Mapping[int, tuple[Timing, dict[str, float]]]) -> None:
+def _print(name: str, adamw: Timing, found: Mapping[tuple[Noise, int], tuple[Timing, dict[str, float]]]) -> None:
     table = Table(
         title=f"{name}, {torch.get_num_threads()} thread(s): an iteration in steps of AdamW",
         caption=f"a step of AdamW: {1e3 * adamw.median / TOGETHER:.2f} ms of processor time",
     )
-    for heading in ("subdomains", "CPU ms", "all", *PARTS, "rest"):
+    for heading in ("noise", "subdomains", "CPU ms", "all", *PARTS, "rest"):
         table.add_column(heading, justify="right")
-    for number, (timing, shares) in found.items():
+    for (noise, number), (timing, shares) in found.items():
         ratio = timing.median / adamw.median
         parts = (f"{share * ratio:.2f}" for share in shares.values())
-        table.add_row(str(number), f"{1e3 * timing.median / TOGETHER:.2f}", f"{ratio:.2f}", *parts)
+        table.add_row(noise, str(number), f"{1e3 * timing.median / TOGETHER:.2f}", f"{ratio:.2f}", *parts)
     Console(width=max(Console().width, FILE_WIDTH)).print(table)

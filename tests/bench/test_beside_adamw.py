@@ -59,7 +59,9 @@ def test_table(monkeypatch, capsys):
     beside_adamw.beside_adamw(["mlp-256"], rounds=2)
     lines = capsys.readouterr().out.splitlines()
     assert "mlp-256" in lines[0] and "a step of AdamW: " in lines[-1]
-    rows = [[float(cell) for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    assert [row[0] for row in rows] == [1, 2, 3, 6]
-    for row in rows:
-        assert sum(row[3:]) == pytest.approx(row[2], abs=0.04)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert [row[0] for row in cells] == ["none"] * 4 + ["batches"] * 4
+    assert [int(row[1]) for row in cells] == [1, 2, 3, 6] * 2
+    for row in cells:
+        total, *parts = map(float, row[3:])
+        assert sum(parts) == pytest.approx(total, abs=0.04)
