@@ -15,6 +15,9 @@ from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.schema import allow, whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball
 
+# Iterations at the start that all update the running means; up to the first interval, every so many do.
+OFTEN = 5
+
 
 class KFAC(LocalSolver):
     """Steps along the natural gradient by Kronecker-factored curvature of each layer, clipped to the ball.
@@ -62,7 +65,8 @@ class KFAC(LocalSolver):
         refresh = self._options.refresh
         assert refresh is not None  # composed
         # At first the running means move fast, and every iteration counts.
-        return self.count < refresh or self.count % refresh == 0
+        often = min(refresh, OFTEN)
+        return self.count < often or self.count % (often if self.count < refresh else refresh) == 0
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""

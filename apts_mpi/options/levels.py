@@ -90,8 +90,8 @@ class LocalOptions:
     decay
         Of the running means of kfac, an update.
     refresh
-        Iterations between updates of kfac's running means and factorisations, after as many at the start. null: 5, or
-        20 with noise batches.
+        Iterations between updates of kfac's running means and factorisations; more at the start. null: 5, or 20 with
+        noise batches.
     momentum
         Of kfac: its direction is that of a running mean of gradients which keeps so much of itself. null: 0, or 0.9
         with noise batches.
