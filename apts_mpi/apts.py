@@ -56,11 +56,6 @@ class APTS:
     ------
     InvalidInput
         On every rank, for a network or options that cannot be used.
-
-    Examples
-    --------
-    >>> solver = APTS(network, torch.nn.functional.cross_entropy)
-    >>> result = solver.step((inputs, targets))
     """
 
     def __init__(
@@ -83,8 +78,7 @@ class APTS:
         self.state = State(radius=self.options.trust_region.initial_radius)
         self._trials = Trials(holding.objective, holding.inner, self.comm, self.options, holding.last_step)
         self._versions = holding.objective.vector.versions()
-        self._loss_is_checked = False
-        self._saved = Saved()
+        self._loss_is_checked, self._saved = False, Saved()
         self._forget()
 
     def step(
@@ -277,8 +271,9 @@ class APTS:
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
-        last_step = [] if self.holding.coarse is None else [self.holding.coarse.last_step]
-        return [*named_tensors(self.network).values(), *last_step], self.state
+        coarse, last = self.holding.coarse, self.holding.last_step
+        steps = ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])
+        return [*named_tensors(self.network).values(), *steps], self.state
 
     def describe(self) -> str:
         """The composed solver, in words, for ``--view``."""

@@ -81,7 +81,7 @@ class State:
     slope
         Of the last accepted step's own batch along it, where the next batch judges the radius.
     share
-        Of the radius that the present step has, see `apts_mpi.trust_region.next_batch`.
+        Of the radius that the present step has, see ``apts_mpi.trust_region.next_batch``.
     """
 
     iteration: int = 0

@@ -69,7 +69,7 @@ class APTSOptions:
         Seconds without a sign from a stage after which all ranks raise `apts_mpi.errors.StallError`. None: 10.
     noise
         ``batches``: a step is made for a batch that says little about the next one, which judges the radius; the parts
-        follow (`apts_mpi.trust_region.next_batch`). For many steps on batches that are small parts of the samples.
+        follow (``apts_mpi.trust_region.next_batch``). For many steps on batches that are small parts of the samples.
         ``none``: each batch is minimised for itself, as a whole training set is.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the parts; those of the pipeline are for layout staged.

@@ -39,7 +39,7 @@ class TrustRegionOptions:
         0 is the monotone method.
     rule
         What the radius follows after an accepted step. ``ratio``: rho, of the batch that gave the step.
-        ``next-batch``: the slope of the next batch along the step, see `apts_mpi.trust_region.next_batch`. ``auto``:
+        ``next-batch``: the slope of the next batch along the step, see ``apts_mpi.trust_region.next_batch``. ``auto``:
         ratio, or next-batch with noise batches.
     pull
         Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
