@@ -12,7 +12,7 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.holding import Holding
 from apts_mpi.network.segments import Forward
-from apts_mpi.objective.batch import Batch, Samples, check_call
+from apts_mpi.objective.batch import Batch, Rows, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.replicated import Replicated
@@ -81,9 +81,7 @@ class APTS:
         self._loss_is_checked, self._saved = False, Saved()
         self._forget()
 
-    def step(
-        self, batch: Samples | None = None, rows: torch.Tensor | None = None, done: float | None = None
-    ) -> StepResult:
+    def step(self, batch: Samples | None = None, rows: Rows = None, done: float | None = None) -> StepResult:
         """Do one iteration: evaluate, solve locally, assemble, judge. Collective.
 
         Parameters
@@ -103,15 +101,15 @@ class APTS:
         """
         started, again = seconds(), batch is None
         with self._trials.iteration(self._forget):
-            self._take(batch, rows)
-            self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
+            self._take(batch, rows, done)
             run = self._evaluate()
             schwarz = self._judge(run, *self._correct(run), keep_graph=again)
             self._follow(schwarz)
             return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
 
-    def _take(self, samples: Samples | None, rows: torch.Tensor | None) -> None:
+    def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k, or see whether the one before still is where it was."""
+        self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
         check_call(samples is not None or hasattr(self, "batch"))
         vector = self.holding.objective.vector
         if samples is not None:
@@ -238,7 +236,7 @@ class APTS:
         self.state, self._saved = known.state, Saved(known.evaluated, known.differentiated, correction)
         return notices
 
-    def repeat(self, batch: Samples, rows: torch.Tensor | None = None) -> None:
+    def repeat(self, batch: Samples, rows: Rows = None) -> None:
         """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
         with self.events.timed("data"):
             self.batch = self.holding.cut(batch, rows, (self.options.seed, self.state.functions))

@@ -40,15 +40,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job may end: with status 0, with 75 after it has saved, or as a failure; and what it has to say."""
+    """How a job may end: with status 0, with 75 after it has saved, or as a failure; and what it has to say.
+
+    Where the launcher says ``aborted``, it has ended the job itself, and then its status may be anything.
+    """
 
     ways: frozenset[str]
     words: tuple[str, ...] = ()
+    aborted: str | None = None
 
     def wrong(self, status: int, output: str) -> str:
         """What is not as it should be; empty if all is."""
         way = {0: "done", REQUEUE: "stopped"}.get(status, "failed")
-        if way not in self.ways:
+        by_launcher = self.aborted is not None and self.aborted in output
+        if way not in self.ways and not by_launcher:
             return f"status {status}, where it should have {' or '.join(sorted(self.ways))}"
         missing = [words for words in self.words if words not in output]
         return f"it did not say {missing[0]!r}" if missing else ""
@@ -143,7 +148,8 @@ class SecondInterrupt(Kind):
         for _ in range(2):
             job.send(job.process.pid, signal.SIGINT)
             pause(PRESSES)
-        return ANY_BUT_DONE
+        # As MPICH has it, whose status is 0 at times, also of a run that had stopped with 75.
+        return Ending(ANY_BUT_DONE.ways, aborted="Ctrl-C caught")
 
 
 class InterruptedStanding(Kind):

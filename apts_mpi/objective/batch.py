@@ -19,6 +19,9 @@ from apts_mpi.parallel.communicator import Communicator
 # Inputs and targets, with the samples in the first dimension; None where another stage has them.
 Samples = tuple[torch.Tensor | None, torch.Tensor | None]
 
+# Numbers of the samples that count, in this order; None: all.
+Rows = torch.Tensor | None
+
 
 @dataclass(frozen=True)
 class Batch:

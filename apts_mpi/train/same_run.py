@@ -67,7 +67,8 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     stages = max(ranks // options.replicas, 1) if options.layout == "staged" else 1
     pipeline, of_cuts = _pipeline(asked, stages)
     number, schwarz, of_number = _subdomains(asked, records, stages)
-    schwarz, of_objective = _local_objective(asked, schwarz, composed, len(records))
+    stood = composed["schwarz"] if composed else _stood_for_before(asked, solver)
+    schwarz, of_objective = _local_objective(asked, schwarz, stood, len(records))
     noise = options.noise
     if noise == "auto":
         # By what it was before: the length of the run, which it depends on, may be another one now.
@@ -121,15 +122,18 @@ def _partition(asked: Asked, records: Sequence[Mapping[str, Any]]) -> Literal["a
     return "index" if by_index else "layer"
 
 
-def _local_objective(
-    asked: Asked, schwarz: SchwarzOptions, composed: Mapping[str, Any] | None, subdomains: int
-) -> tuple[SchwarzOptions, list[str]]:
-    """What ``auto`` stood for, which the layouts choose otherwise; with another local solver it stands for that one's.
+def _stood_for_before(asked: Asked, solver: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ``auto`` stood for in a version whose checkpoints do not tell."""
+    if asked.earlier.layout == "staged":
+        return STAGED
+    return {"local_data": "full" if solver.get("local_solver") == "gauss-newton" else "shard"}
 
-    Where a checkpoint does not tell, of an earlier version, the layout does.
-    """
+
+def _local_objective(
+    asked: Asked, schwarz: SchwarzOptions, stood: Mapping[str, Any], subdomains: int
+) -> tuple[SchwarzOptions, list[str]]:
+    """What ``auto`` ``stood`` for, which layouts choose otherwise; another local solver says that for itself."""
     options, earlier = asked.options, asked.earlier
-    stood: Mapping[str, Any] = composed["schwarz"] if composed else STAGED if earlier.layout == "staged" else {}
     if asked.other_kind or options.local.solver != earlier.local.solver:
         return schwarz, []
     left_open = {name: stood[name] for name in STAGED if name in stood and getattr(schwarz, name) == "auto"}

@@ -268,7 +268,8 @@ def test_a_real_study(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        status = call(*arguments, "--", *SMALL, "--subdomains=2", command="run")
+        shards = "--schwarz.local-data=shard"  # of one sample at least
+        status = call(*arguments, "--", *SMALL, "--subdomains=2", shards, command="run")
         return status, *capsys.readouterr()
 
     status, output, errors = run("strong", "studies.h5", "--ranks", "1")
