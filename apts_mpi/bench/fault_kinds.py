@@ -42,7 +42,7 @@ class Place:
 class Ending:
     """How a job may end: with status 0, with 75 after it has saved, or as a failure; and what it has to say.
 
-    Where the launcher says ``aborted``, it has ended the job itself, and then its status may be anything.
+    A launcher that says ``aborted`` has ended the job itself, with any status.
     """
 
     ways: frozenset[str]
@@ -52,8 +52,7 @@ class Ending:
     def wrong(self, status: int, output: str) -> str:
         """What is not as it should be; empty if all is."""
         way = {0: "done", REQUEUE: "stopped"}.get(status, "failed")
-        by_launcher = self.aborted is not None and self.aborted in output
-        if way not in self.ways and not by_launcher:
+        if way not in self.ways and not (self.aborted and self.aborted in output):
             return f"status {status}, where it should have {' or '.join(sorted(self.ways))}"
         missing = [words for words in self.words if words not in output]
         return f"it did not say {missing[0]!r}" if missing else ""
