@@ -43,7 +43,7 @@ class TrustRegionOptions:
         ratio, or next-batch with noise batches.
     pull
         Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
-        null: 0, or 0.2 with noise batches.
+        null: 0, or 0.2 with noise batches; then a training run of known epochs has 0.1 times their root, at most 0.3.
     noise
         Rounding noise of the loss, relative to it and to the epsilon of its dtype; numerator and denominator of rho
         are both raised by it, so that rho goes to 1 where reductions are below what the dtype can show.

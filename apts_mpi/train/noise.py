@@ -1,7 +1,8 @@
-"""Whether the batches of a run are noisy ones, where the options leave that open."""
+"""Whether the batches of a run are noisy ones, and how strong the pull is, where the options leave that open."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from apts_mpi.problems import Problem
@@ -12,11 +13,19 @@ from apts_mpi.train.options import TrainingOptions
 MANY_STEPS = 250
 
 
+# The more passes over the samples, the more has to be done against fitting them: see docs/results.md.
+PULL_OF_ONE_PASS, LARGEST_PULL = 0.1, 0.3
+
+
 def with_noise(options: TrainingOptions, problem: Problem) -> TrainingOptions:
-    """The options of a run on a problem, with ``noise auto`` replaced by what it stands for."""
-    if options.noise != "auto":
-        return options
-    return replace(options, noise="batches" if _has_noisy_batches(options, problem) else "none")
+    """The options of a run on a problem, with ``noise auto`` and the pull replaced by what they stand for."""
+    if options.noise == "auto":
+        options = replace(options, noise="batches" if _has_noisy_batches(options, problem) else "none")
+    is_timed = options.max_seconds is not None or options.max_cpu_seconds is not None
+    if options.noise == "none" or options.trust_region.pull is not None or is_timed:
+        return options  # how many passes there will be is not known of a run that its time ends
+    pull = min(PULL_OF_ONE_PASS * math.sqrt(options.epochs or problem.epochs), LARGEST_PULL)
+    return replace(options, trust_region=replace(options.trust_region, pull=pull))
 
 
 def _has_noisy_batches(options: TrainingOptions, problem: Problem) -> bool:
