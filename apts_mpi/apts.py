@@ -12,7 +12,7 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.holding import Holding
 from apts_mpi.network.segments import Forward
-from apts_mpi.objective.batch import Batch, Rows, Samples, check_call
+from apts_mpi.objective.batch import Batch, Rows, Samples, check_call, check_done
 from apts_mpi.objective.passes import Loss, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.replicated import Replicated
@@ -92,7 +92,7 @@ class APTS:
         rows : Tensor of int, optional
             The samples of ``batch`` that count, in this order, the same on every rank: a rank copies its own part only.
         done
-            Share of the run that is behind, from 0 to 1, for options that ask for its end (``noise batches``).
+            Share of the run that is behind, from 0 to 1, the same on every rank, for ``noise batches``; None: unknown.
 
         Raises
         ------
@@ -109,8 +109,9 @@ class APTS:
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k, or see whether the one before still is where it was."""
-        self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
         check_call(samples is not None or hasattr(self, "batch"))
+        check_done(done)
+        self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
         vector = self.holding.objective.vector
         if samples is not None:
             self.state.functions += 1

@@ -155,22 +155,24 @@ def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], lo
 
 
 def _check_noise(options: APTSOptions) -> None:
-    """Refuse local solvers whose directions know no length."""
+    """Refuse what the next batch cannot judge: its slope belongs to one step, the sum of kfac's corrections."""
+    if options.noise == "none":
+        return
     name, data = options.local.solver, options.schwarz.decomposition == "data"
-    if options.noise == "batches" and (name != "kfac" or options.local.iterations > 1 or data):
+    if name != "kfac" or options.local.iterations > 1 or data:
         raise InvalidInput(
             f"noise: 'batches' needs local.solver kfac with one local iteration on subdomains of parameters, not "
             f"{name!r} with {options.local.iterations} on {options.schwarz.decomposition}; choose none"
         )
+    models = {"coarse.model": options.coarse.model, "global_step.model": options.global_step.model}
+    for option, model in models.items():
+        if model not in ("auto", "none"):
+            raise InvalidInput(f"noise: 'batches' does not go with {option} {model!r}; choose none for one of the two")
 
 
 def _compose_trust_region(trust_region: TrustRegionOptions, noisy: bool) -> TrustRegionOptions:
-    rule, pull = trust_region.rule, trust_region.pull
-    if rule == "auto":
-        rule = "next-batch" if noisy else "ratio"
-    if pull is None:
-        pull = NOISY_PULL if noisy else 0.0
-    return replace(trust_region, rule=rule, pull=pull)
+    pull = (NOISY_PULL if noisy else 0.0) if trust_region.pull is None else trust_region.pull
+    return replace(trust_region, pull=pull)
 
 
 def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver], noisy: bool) -> CoarseOptions:

@@ -88,7 +88,7 @@ class Replicated:
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
-        self.last_step = LastStep(vector.values) if options.trust_region.rule == "next-batch" else None
+        self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
         self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
 

@@ -104,6 +104,12 @@ def check_call(has_batch: bool) -> None:
         )
 
 
+def check_done(done: float | None) -> None:
+    """Raise `InvalidInput` unless ``done`` is a share of a run."""
+    if done is not None and not (isinstance(done, float | int) and 0.0 <= done <= 1.0):
+        raise InvalidInput(f"done: {done!r} is no share of a run; give a number from 0 to 1, or None")
+
+
 def check_rows(rows: torch.Tensor, count: int) -> None:
     """Raise `InvalidInput` unless ``rows`` are numbers of ``count`` samples."""
     if not isinstance(rows, torch.Tensor) or rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):

@@ -37,10 +37,6 @@ class TrustRegionOptions:
     window
         Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
         0 is the monotone method.
-    rule
-        What the radius follows after an accepted step. ``ratio``: rho, of the batch that gave the step.
-        ``next-batch``: the slope of the next batch along the step, see ``apts_mpi.trust_region.next_batch``. ``auto``:
-        ratio, or next-batch with noise batches.
     pull
         Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
         null: 0, or 0.2 with noise batches; then a training run of known epochs has 0.1 times their root, at most 0.3.
@@ -59,7 +55,6 @@ class TrustRegionOptions:
     increase_factor: float = 2.0
     norm: Literal["2", "inf"] = "2"
     window: int = 0
-    rule: Literal["auto", "ratio", "next-batch"] = "auto"
     pull: float | None = None
     noise: float = 1.0
 

@@ -209,21 +209,22 @@ class AdditiveSchwarz:
         self.solvers[subdomain.index].solve(local, radius, self._norm)
         displacement = local.block - start
         local.block.copy_(start)
-        if self._is_noisy:
-            owned = slice(subdomain.owned_start, subdomain.owned_stop)
-            self.correction[owned] = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
-        elif self._stack is not None:
+        if self._stack is not None:
             size = len(displacement)
-            descent = ensure_descent(local.gradient, displacement, radius, self._norm)
+            descent = self._downhill(local.gradient, displacement, radius)
             self._stack[subdomain.index * size : (subdomain.index + 1) * size] = descent
         elif self._disjoint:
             owned = slice(subdomain.owned_start, subdomain.owned_stop)
             inner = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
-            self.correction[owned] = ensure_descent(gradient[owned], inner, radius, self._norm)
+            self.correction[owned] = self._downhill(gradient[owned], inner, radius)
         elif self.decomposition.leads:
             weights = self._weights[subdomain.index]
-            weighted = ensure_descent(local.gradient * weights, displacement * weights, radius, self._norm)
+            weighted = self._downhill(local.gradient * weights, displacement * weights, radius)
             self.correction[subdomain.start : subdomain.stop] += weighted
+
+    def _downhill(self, gradient: torch.Tensor, displacement: torch.Tensor, radius: float) -> torch.Tensor:
+        """See `ensure_descent`; on noisy batches it is the sum that has to go down, which is judged as a whole."""
+        return displacement if self._is_noisy else ensure_descent(gradient, displacement, radius, self._norm)
 
     @property
     def assembled(self) -> torch.Tensor:

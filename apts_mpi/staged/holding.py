@@ -135,7 +135,7 @@ class Staged:
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
         )
-        self.last_step = LastStep(vector.values) if options.trust_region.rule == "next-batch" else None
+        self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
         self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
         self._least = max(self.replica.collect(samples_of_pass(network)))

@@ -70,7 +70,6 @@ BAD_VALUES = [
     (TrustRegionOptions, {"increase_factor": math.inf}, "increase_factor: inf"),
     (TrustRegionOptions, {"norm": "1"}, "trust_region.norm: '1' .* choose one of 2, inf"),
     (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
-    (TrustRegionOptions, {"rule": "rho"}, "trust_region.rule: 'rho' .* choose one of auto, ratio, next-batch"),
     (TrustRegionOptions, {"pull": -0.1}, r"trust_region.pull: -0.1 .* give a number in \[0, 1\), or null"),
     (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),

@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi import APTS, APTSOptions, InvalidInput
-from apts_mpi.options import LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.options import CoarseOptions, GlobalStepOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.trust_region.next_batch import BEGIN, CONSTANT, RATE, following, share_of_radius
 
 
@@ -177,3 +177,36 @@ def test_shared_statistics_are_for_solvers_that_do_not_evaluate():
     options = dataclasses.replace(networks.options(solver="tr"), schwarz=schwarz)
     with pytest.raises(InvalidInput, match="local_data: 'shared' is for solvers .* choose shard or full"):
         APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"coarse": CoarseOptions(model="gauss-newton")}, "coarse.model 'gauss-newton'"),
+        ({"global_step": GlobalStepOptions(model="first-order")}, "global_step.model 'first-order'"),
+    ],
+)
+def test_steps_of_models_are_not_judged_by_the_next_batch(changes, words):
+    with pytest.raises(InvalidInput, match=f"noise: 'batches' does not go with {words}; choose none"):
+        make(**changes)
+
+
+@pytest.mark.parametrize("done", [-0.1, 1.1, math.nan, "half"])
+def test_share_that_is_none(done):
+    with pytest.raises(InvalidInput, match="done: .* is no share of a run; give a number from 0 to 1"):
+        make().step(batch(0), done=done)
+
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes
+def test_overlapping_corrections_are_weighted(world):
+    """Also where a team has several ranks, of which one alone hands its correction out."""
+
+    def values(comm):
+        schwarz = SchwarzOptions(overlap=1, type="basic")
+        solver = make(comm, subdomains=2, schwarz=schwarz)
+        for number in range(4):
+            solver.step(batch(number, 45))
+        return solver.holding.objective.vector.values
+
+    torch.testing.assert_close(values(world), values(MPI.COMM_SELF), rtol=1e-9, atol=1e-12)
