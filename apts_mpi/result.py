@@ -10,7 +10,7 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import SHORTER, following
+from apts_mpi.trust_region.next_batch import AFTER_REJECTION, SHORTER, following, is_short
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -82,6 +82,10 @@ class State:
         Of the last accepted step's own batch along it, where the next batch judges the radius.
     share
         Of the radius that the present step has, see ``apts_mpi.trust_region.next_batch``.
+    retry
+        Share of that which the next try of a rejected batch has.
+    starting
+        Whether no step has been long enough yet.
     """
 
     iteration: int = 0
@@ -94,31 +98,45 @@ class State:
     skipped: int = 0
     slope: float = 0.0
     share: float = 1.0
+    retry: float = 1.0
+    starting: bool = True
 
     @property
     def present_radius(self) -> float:
         """Of the ball, which the first gradient gives at the latest."""
         assert self.radius is not None
-        return self.radius * self.share
+        return self.radius * self.share * self.retry
 
-    def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> Judged:
-        """A judged step with the radius as the next batch has it, whose slope along the step before is ``after``.
+    def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> tuple[Judged, bool, float]:
+        """A judged step with the radius as the next batch has it; and what `starting` and `retry` become.
 
         The radius stays while it goes down by the clock, which would look like steps that are too short. A step that
         the memory of the gradients leads uphill on this batch says nothing about it: the next batch has its turn.
+
+        Parameters
+        ----------
+        judged
+            The step.
+        after
+            Slope of its batch along the step before.
+        options
+            Limits of the radius.
         """
-        radius = judged.radius
+        if judged.skipped or (not judged.accepted and judged.predicted_reduction <= 0.0):
+            return replace(judged, skipped=True, next_radius=judged.radius / self.retry), self.starting, 1.0
+        assert self.radius is not None  # the step was within it
+        starting = self.starting and judged.accepted and is_short(self.slope, after)
+        radius, retry = self.radius, 1.0
+        if self.share == 1.0:
+            radius = following(radius, self.slope, after, starting)
         if not judged.accepted:
-            if judged.predicted_reduction <= 0.0:
-                return replace(judged, skipped=True, next_radius=radius)
-            radius *= SHORTER
-        elif self.share == 1.0:
-            radius = following(radius, self.slope, after)
-        return replace(judged, next_radius=min(max(radius, options.min_radius), options.max_radius))
+            radius, retry = min(radius, AFTER_REJECTION * self.radius), SHORTER * self.retry
+        radius *= self.share * retry
+        return replace(judged, next_radius=min(max(radius, options.min_radius), options.max_radius)), starting, retry
 
     def move(self, judged: Judged, options: TrustRegionOptions) -> None:
         """Take over the next radius, and the loss of an accepted step into the window of the last ones."""
-        self.radius = judged.next_radius / self.share
+        self.radius = judged.next_radius / (self.share * self.retry)
         # Of a first-order prediction; a batch judges the step before its own once.
         self.slope = -judged.predicted_reduction if judged.accepted else 0.0
         if judged.skipped and self.accepted == self.rejected == 0:
@@ -158,9 +176,10 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped", "slope", "share"),
+    later=("skipped", "slope", "share", "retry", "starting"),
     slope=number(),
     share=number(0.0, 1.0),
+    retry=number(0.0, 1.0),
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),
     gradient_evaluations=number(0.0),

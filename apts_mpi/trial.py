@@ -139,9 +139,11 @@ class Trials:
                     earlier_losses=state.losses,
                     rounding=rounding,
                 )
-                if self._last_step is not None and not judged.skipped:
-                    judged = state.judged_by_next(judged, self._inner.sum_of_table(table[:, 7]), self._options)
-                return [*astuple(judged), table[:, 0].max()]
+                starting, retry = state.starting, state.retry
+                if self._last_step is not None:
+                    after = self._inner.sum_of_table(table[:, 7])
+                    judged, starting, retry = state.judged_by_next(judged, after, self._options)
+                return [*astuple(judged), starting, retry, table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -150,8 +152,8 @@ class Trials:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
-            judged = judged_of(record)
+            *record, starting, state.retry, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            judged, state.starting = judged_of(record), bool(starting)
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))
                 if self._last_step is not None:

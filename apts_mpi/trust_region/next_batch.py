@@ -27,8 +27,11 @@ from apts_mpi.tools.schema import Check, record
 # Of the logarithm of the radius, an iteration.
 RATE = 0.1
 
-# Of the radius, where a step raises the loss of its own batch.
-SHORTER = 0.5
+# Of the radius for the next try, where a step raises the loss of its own batch; and of the radius after that.
+SHORTER, AFTER_REJECTION = 0.5, 0.7
+
+# At first, while the slope at the end of a step is more than a share of that at its start, the radius grows faster.
+FASTER, SHORT = 2.0, 0.2
 
 # Share of the Cauchy step's length with which to begin: too short a radius grows tenfold in 23 steps, and too long a
 # one throws a network far away before it has shrunk.
@@ -38,7 +41,7 @@ BEGIN = 0.1
 CONSTANT = 0.4
 
 
-def following(radius: float, before: float, after: float) -> float:
+def following(radius: float, before: float, after: float, starting: bool = False) -> float:
     """The radius after a step.
 
     Parameters
@@ -47,10 +50,23 @@ def following(radius: float, before: float, after: float) -> float:
         The present one.
     before, after
         Slopes along the step: of its own batch at its start, and of the next batch at its end.
+    starting
+        Whether no step has been long enough yet.
     """
-    if not (before < 0.0 and math.isfinite(after) and math.isfinite(before)):
+    if not _is_known(before, after):
         return radius
+    if starting and is_short(before, after):
+        return radius * FASTER
     return radius * math.exp(RATE * min(max(after / before, -1.0), 1.0))
+
+
+def is_short(before: float, after: float) -> bool:
+    """Whether a step ended far before the minimum along it, for parameters as of `following`."""
+    return not _is_known(before, after) or after / before > SHORT
+
+
+def _is_known(before: float, after: float) -> bool:
+    return before < 0.0 and math.isfinite(after) and math.isfinite(before)
 
 
 def share_of_radius(done: float | None) -> float:

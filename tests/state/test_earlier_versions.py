@@ -68,5 +68,5 @@ def test_it_is_saved_again_as_it_was(layout):
         for name in ("coarse", "global_step", "local_solver", "subdomains"):
             assert json.loads(json.dumps(metadata[name])) == before.metadata["solver"][name]
         # That version counted no skipped batches, and no next batch judged the radius.
-        later = {"skipped": 0, "slope": 0.0, "share": 1.0}
+        later = {"skipped": 0, "slope": 0.0, "share": 1.0, "retry": 1.0, "starting": True}
         assert metadata["state"] == before.metadata["solver"]["state"] | later

@@ -11,7 +11,20 @@ from mpi4py import MPI
 
 from apts_mpi import APTS, APTSOptions, InvalidInput
 from apts_mpi.options import CoarseOptions, GlobalStepOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
-from apts_mpi.trust_region.next_batch import BEGIN, CONSTANT, RATE, following, share_of_radius
+from apts_mpi.result import State
+from apts_mpi.trust_region.acceptance import Judged
+from apts_mpi.trust_region.next_batch import (
+    AFTER_REJECTION,
+    BEGIN,
+    CONSTANT,
+    FASTER,
+    RATE,
+    SHORT,
+    SHORTER,
+    following,
+    is_short,
+    share_of_radius,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +43,39 @@ from apts_mpi.trust_region.next_batch import BEGIN, CONSTANT, RATE, following, s
 )
 def test_rule(before, after, factor):
     assert following(3.0, before, after) == pytest.approx(3.0 * factor, rel=1e-15)
+
+
+@pytest.mark.parametrize(("after", "short"), [(-2.0, True), (-2.1 * SHORT, True), (-1.9 * SHORT, False), (1.0, False)])
+def test_first_steps_grow_fast_while_they_are_short(after, short):
+    assert is_short(-2.0, after) == short
+    assert following(3.0, -2.0, after, starting=True) == (3.0 * FASTER if short else following(3.0, -2.0, after))
+
+
+def moved(state, accepted, after=-1.0, predicted=1.0):
+    """The state after a step whose batch has the slope ``after`` along the one before."""
+    judged = Judged(1.0, 0.9, predicted, 0.1, 0.1, accepted, state.present_radius, math.nan, 0.1)
+    options = TrustRegionOptions()
+    judged, state.starting, state.retry = state.judged_by_next(judged, after, options)
+    state.move(judged, options)
+    return state.present_radius, state.radius
+
+
+def test_rejected_batch_has_smaller_balls_of_its_own():
+    """Halved for its next tries, and less so for the batches after it."""
+    state = State(radius=1.0, slope=-1.0)
+    assert moved(state, True) == (FASTER, FASTER)
+    assert moved(state, False) == pytest.approx((SHORTER * AFTER_REJECTION * FASTER, AFTER_REJECTION * FASTER))
+    assert not state.starting
+    kept = AFTER_REJECTION**2 * FASTER
+    assert moved(state, False) == pytest.approx((SHORTER**2 * kept, kept))
+    assert moved(state, True) == pytest.approx((kept, kept))  # it has judged the step before already
+    assert moved(state, True) == pytest.approx((kept * math.exp(RATE),) * 2)
+
+
+def test_skipped_batch_leaves_the_radius_as_it_was():
+    state = State(radius=1.0, slope=-1.0, rejected=1)
+    moved(state, False)
+    assert moved(state, False, predicted=-1.0) == pytest.approx((AFTER_REJECTION, AFTER_REJECTION))
 
 
 @pytest.mark.parametrize("first", [1e-3, 30.0])
@@ -75,7 +121,7 @@ def make(comm=MPI.COMM_SELF, **changes):
 def reference(network, batches, radius, shares, direction):
     """Steps along ``direction(gradient)``, cut to the ball of the radius, with the pull."""
     values = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
-    slope, step, found = 0.0, torch.zeros_like(values), []
+    slope, step, found, starting = 0.0, torch.zeros_like(values), [], True
     for (inputs, targets), share in zip(batches, shares, strict=True):
         torch.nn.utils.vector_to_parameters(values, network.parameters())
         network.zero_grad()
@@ -87,8 +133,9 @@ def reference(network, batches, radius, shares, direction):
         cut = cut * min(1.0, present / float(cut.norm()))
         step = cut - 0.2 * cut.norm() / values.norm() * values
         step = step * min(1.0, present / float(step.norm()))
+        starting = starting and (slope == 0.0 or after / slope > SHORT)
         if share == 1.0:
-            radius = following(radius, slope, after)
+            radius = following(radius, slope, after, starting)
         slope = float(gradient @ step)
         values = values + step
         found.append((present, float(step.norm()), -slope))
@@ -149,7 +196,7 @@ def test_step_that_memory_leads_uphill_is_skipped():
     """Nothing of the method moves by it but the memory: the next batch has its turn, in the same ball."""
     solver = make()
     inputs, targets = batch(0)
-    for _ in range(12):
+    for _ in range(5):
         solver.step((inputs, targets))
     before = solver.holding.objective.vector.values.clone()
     results = [solver.step((inputs, (targets + 1) % 3)) for _ in range(2)]
