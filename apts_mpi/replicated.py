@@ -19,6 +19,7 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
+from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
@@ -69,6 +70,7 @@ class Replicated:
         check_same_network({"network": structure(network), "forward": [str(called)]}, options, self.comm)
         self.inner = InnerProducts(options.trust_region.norm)
         self.comm.share_tensors([vector.values, *network.buffers()])
+        self.watch = NetworkWatch(vector, self.comm)
         team = self.comm.group(teams.team_of(self.comm.rank))
         self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
         whole_layers = solver_class(options.local.solver).whole_layers
@@ -113,8 +115,6 @@ class Replicated:
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
-        with self.comm.shared_errors():
-            self.objective.vector.check_alias()
         return cut_batch(
             samples,
             rows,

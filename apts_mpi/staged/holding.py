@@ -21,6 +21,7 @@ from apts_mpi.network.partition import subdomains_at
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
+from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
@@ -111,6 +112,7 @@ class Staged:
         # What is left open may be another thing for each stage.
         check_same_network({part: given, "list of stages": list(map(str, self.stages))}, asked_for, self.comm)
         names = self._limit_patience()
+        self.watch = NetworkWatch(vector, self.comm, own)
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
         self.inner = InnerProducts(options.trust_region.norm, self.comm, leaders)
@@ -186,7 +188,6 @@ class Staged:
             stream=stream,
         )
         with self.comm.shared_errors():
-            self.objective.vector.check_alias()
             if min(part.samples for part in batch.passes) < self._least:
                 raise InvalidInput(
                     f"batch_size: {batch.size} samples leave a micro-batch with one, of which batch normalisation "
