@@ -100,7 +100,8 @@ class APTS:
         """
         started, again = seconds(), batch is None
         check_call(not again or hasattr(self, "batch"), done)
-        self._look(not again)
+        if self.holding.watch.look(not again, self._steps()):
+            self._forget()
         with self._trials.iteration(self._forget):
             self._take(batch, rows, done)
             run = self._evaluate()
@@ -119,13 +120,6 @@ class APTS:
                 if not self._loss_is_checked:
                     self.holding.check_loss(self.batch)
                     self._loss_is_checked = True
-
-    def _look(self, has_batch: bool) -> None:
-        """See whether the user has loaded, frozen or unfrozen parameters since the last step."""
-        if self.holding.watch.look(has_batch):
-            for step in self._steps():
-                self.holding.objective.vector.still(step)
-            self._forget()
 
     def _forget(self) -> None:
         """The point or the function changed: nothing known of it holds any more."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
@@ -152,12 +153,10 @@ class Trials:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            froze = not all(parameter.requires_grad for parameter in self._objective.vector.parameters)
+            froze = self._objective.vector.lost_gradients
             *record, self.work, any_froze = self._comm.agree([self._comm.events.work, *own, froze], decide)
             if any_froze:
-                raise SharedInvalidInput(
-                    "network: its forward pass changes requires_grad of a parameter; freeze and unfreeze between steps"
-                )
+                raise SharedInvalidInput(FREEZES)
             judged = judged_of(record)
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))

@@ -12,6 +12,9 @@ import torch
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.transport import ADMITTED_DTYPES
 
+# What is said of a network of which `FlatParameters.lost_gradients`.
+FREEZES = "network: its forward pass changes requires_grad of a parameter; freeze and unfreeze between steps"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -134,9 +137,18 @@ class FlatParameters:
             parameter.requires_grad_(True)
         try:
             yield
+        except RuntimeError as error:
+            if self.lost_gradients:
+                raise InvalidInput(FREEZES) from error
+            raise
         finally:
             for parameter in self._frozen_parameters:
                 parameter.requires_grad_(False)
+
+    @property
+    def lost_gradients(self) -> bool:
+        """Whether a parameter was frozen within `evaluated`, by the network itself."""
+        return not all(parameter.requires_grad for parameter in self.parameters)
 
     def alias_gradients(self) -> None:
         """Make the parameters' ``grad`` views of `gradients`; ``network.zero_grad()`` takes them away."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import zlib
+from collections.abc import Sequence
 
 import torch
 
@@ -48,13 +49,15 @@ class NetworkWatch:
         held = (itertools.chain(module._parameters.values(), module._modules.values()) for module in self._modules)
         return list(itertools.chain.from_iterable(held))
 
-    def look(self, has_batch: bool) -> bool:
+    def look(self, has_batch: bool, steps: Sequence[torch.Tensor] = ()) -> bool:
         """Whether the parameters are elsewhere, or others are trained, than at the last look. Collective.
 
         Parameters
         ----------
         has_batch
             Whether this rank was given a batch.
+        steps
+            Earlier steps that last, from which parts of frozen parameters are taken out.
 
         Raises
         ------
@@ -83,6 +86,8 @@ class NetworkWatch:
         if all(frozen):
             raise SharedInvalidInput("network: all that the solver trains is frozen; leave some with requires_grad")
         self._vector.freeze(frozen)
+        for step in steps:
+            self._vector.still(step)
         self._frozen, self._versions = frozen, versions
         return True
 

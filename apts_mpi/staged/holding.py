@@ -24,6 +24,7 @@ from apts_mpi.network.teams import Teams
 from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
+from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
@@ -112,7 +113,7 @@ class Staged:
         # What is left open may be another thing for each stage.
         check_same_network({part: given, "list of stages": list(map(str, self.stages))}, asked_for, self.comm)
         names = self._limit_patience()
-        self.watch = NetworkWatch(vector, self.comm, own)
+        self.watch, self._batches = NetworkWatch(vector, self.comm, own), SameBatches(self.comm)
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
         self.inner = InnerProducts(options.trust_region.norm, self.comm, leaders)
@@ -193,6 +194,10 @@ class Staged:
                     f"batch_size: {batch.size} samples leave a micro-batch with one, of which batch normalisation "
                     f"takes no statistics; give at least {self.smallest_batch}, or fewer --micro-batches"
                 )
+        if self.options.batch == "whole":
+            needed = {"inputs": self.objective.pipeline.is_first, "targets": self.objective.pipeline.is_last}
+            given = zip(needed, samples, strict=True)
+            self._batches.look({name: data for name, data in given if needed[name] and data is not None}, rows)
         return batch
 
     def check_loss(self, batch: Batch) -> None:
