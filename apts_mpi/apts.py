@@ -98,8 +98,7 @@ class APTS:
         InvalidInput
             On every rank, for a batch that is too small, a network that was changed, or a loss that is no mean.
         """
-        started, again = seconds(), batch is None
-        self._look(not again, done)
+        started, again = seconds(), self._goes_on(batch is None, done)
         with self._trials.iteration(self._forget):
             self._take(batch, rows, done)
             run = self._evaluate()
@@ -107,11 +106,12 @@ class APTS:
             self._follow(schwarz)
             return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
 
-    def _look(self, has_batch: bool, done: float | None) -> None:
-        """See whether a step can be made, and what the user has changed since the last one."""
-        check_call(has_batch or hasattr(self, "batch"), done)
-        if self.holding.watch.look(has_batch, self._steps()):
+    def _goes_on(self, again: bool, done: float | None) -> bool:
+        """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
+        check_call(not again or hasattr(self, "batch"), done)
+        if self.holding.watch.look(not again, self._steps()):
             self._forget()
+        return again
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k."""
