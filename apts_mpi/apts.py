@@ -12,7 +12,7 @@ from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.holding import Holding
 from apts_mpi.network.segments import Forward
-from apts_mpi.objective.batch import Batch, Rows, Samples, check_call, check_done
+from apts_mpi.objective.batch import Batch, Rows, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.replicated import Replicated
@@ -77,7 +77,6 @@ class APTS:
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         self._trials = Trials(holding.objective, holding.inner, self.comm, self.options, holding.last_step)
-        self._versions = holding.objective.vector.versions()
         self._loss_is_checked, self._saved = False, Saved()
         self._forget()
 
@@ -97,9 +96,9 @@ class APTS:
         Raises
         ------
         InvalidInput
-            On every rank, for a batch that is too small, parameters that were moved, or a loss that is no mean.
+            On every rank, for a batch that is too small, a network that was changed, or a loss that is no mean.
         """
-        started, again = seconds(), batch is None
+        started, again = seconds(), self._goes_on(batch is None, done)
         with self._trials.iteration(self._forget):
             self._take(batch, rows, done)
             run = self._evaluate()
@@ -107,12 +106,16 @@ class APTS:
             self._follow(schwarz)
             return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
 
+    def _goes_on(self, again: bool, done: float | None) -> bool:
+        """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
+        check_call(not again or hasattr(self, "batch"), done)
+        if self.holding.watch.look(not again, self._steps()):
+            self._forget()
+        return again
+
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
-        """Make a new batch the present function f_k, or see whether the one before still is where it was."""
-        check_call(samples is not None or hasattr(self, "batch"))
-        check_done(done)
+        """Make a new batch the present function f_k."""
         self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
-        vector = self.holding.objective.vector
         if samples is not None:
             self.state.functions += 1
             with self.events.timed("data"):
@@ -121,10 +124,6 @@ class APTS:
                 if not self._loss_is_checked:
                     self.holding.check_loss(self.batch)
                     self._loss_is_checked = True
-        elif vector.versions() != self._versions:  # the user has loaded other parameters
-            vector.check_alias()
-            self._forget()
-        self._versions = vector.versions()
 
     def _forget(self) -> None:
         """The point or the function changed: nothing known of it holds any more."""
@@ -243,12 +242,12 @@ class APTS:
             self.batch = self.holding.cut(batch, rows, (self.options.seed, self.state.functions))
         self._forget()
         if self._saved.differentiated:
-            run = self._evaluate()
-            if self._saved.correction is not None:
-                self.holding.schwarz.assembled.copy_(self._saved.correction)
-                self.holding.schwarz.open_rows(run.caches)
-                self._prepare_coarse()
-                self._has_correction = True
+            with self.holding.objective.vector.evaluated():
+                run = self._evaluate()
+                if self._saved.correction is not None:
+                    self.holding.schwarz.reuse(self._saved.correction, run.caches)
+                    self._prepare_coarse()
+                    self._has_correction = True
         elif self._saved.evaluated:
             with self.events.timed("global evaluation"):
                 self._run = self.holding.objective.forward(self.batch.passes, keep_graph=True)
@@ -270,9 +269,11 @@ class APTS:
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
+        return [*named_tensors(self.network).values(), *self._steps()], self.state
+
+    def _steps(self) -> list[torch.Tensor]:
         coarse, last = self.holding.coarse, self.holding.last_step
-        steps = ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])
-        return [*named_tensors(self.network).values(), *steps], self.state
+        return ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])
 
     def describe(self) -> str:
         """The composed solver, in words, for ``--view``."""

@@ -9,6 +9,7 @@ import torch
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples
 from apts_mpi.objective.objective import Objective
 from apts_mpi.options import APTSOptions
@@ -35,6 +36,8 @@ class Holding(Protocol):
         Inner products of vectors of all parameters, and the norm of the ball.
     decomposition
         The subdomains of the parameters held here.
+    watch
+        What notices changes of the network.
     schwarz, coarse, global_step, last_step
         The parts; None for one that is switched off.
     """
@@ -44,6 +47,7 @@ class Holding(Protocol):
     comm: Communicator
     inner: InnerProducts
     decomposition: Decomposition
+    watch: NetworkWatch
     schwarz: AdditiveSchwarz
     coarse: CoarseLevel | None
     global_step: GlobalStep | None

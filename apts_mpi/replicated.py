@@ -19,10 +19,12 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
+from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
+from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
@@ -69,6 +71,7 @@ class Replicated:
         check_same_network({"network": structure(network), "forward": [str(called)]}, options, self.comm)
         self.inner = InnerProducts(options.trust_region.norm)
         self.comm.share_tensors([vector.values, *network.buffers()])
+        self.watch, self._batches = NetworkWatch(vector, self.comm), SameBatches(self.comm)
         team = self.comm.group(teams.team_of(self.comm.rank))
         self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
         whole_layers = solver_class(options.local.solver).whole_layers
@@ -113,9 +116,7 @@ class Replicated:
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
-        with self.comm.shared_errors():
-            self.objective.vector.check_alias()
-        return cut_batch(
+        batch = cut_batch(
             samples,
             rows,
             decomposition=self.decomposition,
@@ -124,6 +125,10 @@ class Replicated:
             stream=stream,
             least=samples_of_pass(self.network),
         )
+        if self.options.batch == "whole":
+            given = zip(("inputs", "targets"), samples, strict=True)
+            self._batches.look({name: data for name, data in given if data is not None}, rows)
+        return batch
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""

@@ -9,6 +9,8 @@ from dataclasses import astuple
 import numpy as np
 import torch
 
+from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
@@ -90,6 +92,7 @@ class Trials:
         length, size = self._inner.euclidean_norms(correction, self._values)
         # Not in place: a correction that is tried again in a smaller ball is pulled anew.
         step = torch.add(correction, self._values, alpha=-pull * length / (size or 1.0))
+        self._objective.vector.still(step)
         self._inner.clip(step, radius)
         return step
 
@@ -124,7 +127,7 @@ class Trials:
             The evaluation there.
         """
         with self._comm.events.timed("judge"):
-            self._values.add_(step)
+            self._values.add_(self._objective.vector.still(step))
             trial = self._objective.forward(batch.passes, keep_graph)
             # With autocast samples are rounded independently of each other; what is summed of them much less.
             rounding = self._epsilon / (batch.size**0.5 if self._is_lower else 1.0)
@@ -143,7 +146,7 @@ class Trials:
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, 7])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, table[:, 0].max()]
+                return [*astuple(judged), starting, retry, table[:, 0].max(), table[:, -1].max()]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -152,8 +155,13 @@ class Trials:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            *record, starting, state.retry, self.work = self._comm.agree([self._comm.events.work, *own], decide)
-            judged, state.starting = judged_of(record), bool(starting)
+            froze = self._objective.vector.lost_gradients
+            *record, starting, retry, self.work, any_froze = self._comm.agree(
+                [self._comm.events.work, *own, froze], decide
+            )
+            if any_froze:
+                raise SharedInvalidInput(FREEZES)
+            judged, state.starting, state.retry = judged_of(record), bool(starting), retry
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))
                 if self._last_step is not None:
@@ -180,7 +188,8 @@ class Trials:
         self._before.copy_(self._values)
         self._comm.events.work = 0.0
         try:
-            yield
+            with self._objective.vector.evaluated():
+                yield
         except BaseException:
             # Here and not in the blocks within: an interrupt may come at their ends, too.
             places.put_back()

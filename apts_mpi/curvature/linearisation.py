@@ -21,7 +21,7 @@ from apts_mpi.network.parameters import Entry
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
-from apts_mpi.tools.environment import random_state, set_random_state
+from apts_mpi.tools.environment import random_state, set_random_state, uncompiled
 from apts_mpi.tools.events import BACKWARD, FORWARD
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
@@ -116,6 +116,7 @@ class Linearisation:
             self._objective.replayed(part.stream),
             # The fused kernels of attention have neither forward mode nor second derivatives.
             sdpa_kernel(SDPBackend.MATH),
+            uncompiled(),
         ):
             yield
 
@@ -279,7 +280,7 @@ def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:
     A subclass, which a parametrised layer is of, and one with a hook may do anything.
     """
     hooks = [*segment._forward_pre_hooks.values(), *segment._forward_hooks.values()]
-    return type(segment) in BILINEAR and all(getattr(hook, "observes_only", False) for hook in hooks)
+    return type(segment) in BILINEAR and not hooks
 
 
 @contextmanager

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from apts_mpi.network.buffer_copies import copy_of, fits, has_moved, is_averaged
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.tools.tensors import Packed, packed, unpacked
+
+# The number of a module in ``network.modules()``, and the name of a buffer in it.
+Place = tuple[int, str]
+
+# Modules with the buffers that they had before a pass.
+Held = list[tuple[torch.nn.Module, dict[str, torch.Tensor | None]]]
 
 
 class Buffers:
     """Buffers of a network: every pass runs on copies of them; they move once, when a step is accepted.
 
-    The change of a floating-point buffer is the mean over all passes of all ranks, weighted by their samples; a
-    counter moves by one pass.
+    Copies are lazy, and only what a pass has changed, in place or by assignment, on some rank, is told to the others:
+    other buffers cost nothing and stay untouched. A floating-point or complex buffer becomes the mean over all passes
+    of all ranks, weighted by their samples. Integers and booleans, and buffers that take another shape or are made by
+    the pass, are those of rank 0's last pass.
 
     Parameters
     ----------
@@ -29,71 +40,134 @@ class Buffers:
 
     def __init__(self, network: torch.nn.Module, comm: Communicator, like: torch.Tensor) -> None:
         self._comm = comm
-        self._places = [
-            (module, name)
-            for module in network.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.numel()
-        ]
-        floating = [buffer for buffer in self._buffers() if buffer.is_floating_point()]
-        size = sum(buffer.numel() for buffer in floating)
-        self._change = Mirror(torch.zeros(size, dtype=like.dtype, device=like.device)) if size else None
-        self._counts: list[torch.Tensor] = []
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [getattr(module, name) for module, name in self._places]
-
-    def _install(self, buffers: list[torch.Tensor]) -> None:
-        for (module, name), buffer in zip(self._places, buffers, strict=True):
-            setattr(module, name, buffer)
+        self._modules = list(network.modules())
+        self._like = like[:0]
+        # Weighted sums of changes, one after the other, by the places that a pass has moved: most passes move the same.
+        self._changes: dict[tuple[Place, ...], torch.Tensor] = {}
+        self._others: dict[Place, torch.Tensor | None] = {}
 
     @contextmanager
-    def copied(self) -> Iterator[None]:
-        """Let the network use copies in the block.
+    def copied(self) -> Iterator[tuple[Held, dict[int, torch.Tensor]]]:
+        """Let the network use copies in the block, which are given by the identity of what they are copies of.
 
         Saving and restoring in place would not do: a graph that is kept refers to the buffers that it saw.
         """
-        originals = self._buffers()
-        self._install([buffer.clone() for buffer in originals])
+        held: Held = [(module, dict(module._buffers)) for module in self._modules]
+        copies: dict[int, torch.Tensor] = {}
         try:
-            yield
+            for module, originals in held:
+                for name, original in originals.items():
+                    if original is not None:
+                        if id(original) not in copies:
+                            copies[id(original)] = copy_of(original)
+                        module._buffers[name] = copies[id(original)]
+            yield held, copies
         finally:
-            self._install(originals)
+            for module, originals in held:
+                for name in [name for name in module._buffers if name not in originals]:
+                    del module._buffers[name]
+                for name, original in originals.items():
+                    module._buffers[name] = original
 
     def begin(self) -> None:
         """Before the passes of an evaluation."""
-        if self._change is not None:
-            self._change.tensor.zero_()
+        self._changes, self._others = {}, {}
 
     @contextmanager
     def noted(self, weight: float) -> Iterator[None]:
         """Like `copied`, for a pass with this share of all samples, whose change `accept` may want."""
-        originals = self._buffers()
-        with self.copied():
+        with self.copied() as (held, copies):
             yield
-            copies = self._buffers()
-        pairs = list(zip(copies, originals, strict=True))
-        self._counts = [copy for copy in copies if not copy.is_floating_point()]
-        if self._change is not None:
-            changes = [(copy - buffer).flatten() for copy, buffer in pairs if buffer.is_floating_point()]
-            self._change.tensor.add_(torch.cat(changes), alpha=weight)
+            with torch.no_grad():
+                self._note(held, copies, weight)
 
+    def _note(self, held: Held, copies: dict[int, torch.Tensor], weight: float) -> None:
+        """Take note of what the pass that is over has changed."""
+        averaged: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        for number, (module, before) in enumerate(held):
+            for name in {**before, **module._buffers}:
+                original, now = before.get(name), module._buffers.get(name)
+                if not has_moved(original, None if original is None else copies[id(original)], now):
+                    continue
+                if original is not None and now is not None and is_averaged(original, now):
+                    averaged[number, name] = original, now
+                else:
+                    self._others[number, name] = None if now is None else now.detach()
+        if averaged:
+            originals, present = zip(*averaged.values(), strict=True)
+            change = self._flat(present) - _base(self._flat(originals))
+            known = self._changes.get(tuple(averaged))
+            if known is None:
+                known = self._changes[tuple(averaged)] = torch.zeros_like(change, dtype=self._like.dtype)
+            known.add_(change, alpha=weight)
+
+    def _flat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Their real numbers, one after the other."""
+        real = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors)
+        return torch.cat([tensor.detach().reshape(-1).to(self._like.device) for tensor in real])
+
+    @torch.no_grad()
     def accept(self, *also: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Move the buffers by the change of the last evaluation, and copy the second of each two tensors to the first.
 
         All in one call, which an interrupt does not divide. Collective.
         """
-        if self._change is not None:
-            self._comm.sum(self._change)
-        counts, start, new = iter(self._counts), 0, []
-        for buffer in self._buffers():
-            if not buffer.is_floating_point():
-                new.append(next(counts))
-                continue
-            assert self._change is not None  # there is one
-            change = self._change.tensor[start : start + buffer.numel()]
-            new.append(buffer + change.view(buffer.shape))
-            start += buffer.numel()
-        places = [*self._buffers(), *(place for place, _ in also)]
-        if places:
-            torch._foreach_copy_(places, [*new, *(values for _, values in also)])
+        moved, others = self._agree()
+        pairs = self._means(moved)
+        for (number, name), value in others.items():
+            buffers = self._modules[number]._buffers
+            present = buffers.get(name)
+            if present is not None and value is not None and fits(present, value):
+                pairs.append((present, value))
+            else:
+                buffers[name] = value
+        # Of a buffer with two names the same comes twice.
+        unique = {id(place): (place, value) for place, value in [*pairs, *also]}
+        if unique:
+            places, values = zip(*unique.values(), strict=True)
+            torch._foreach_copy_(list(places), list(values))
+
+    def _agree(self) -> tuple[list[Place], dict[Place, torch.Tensor | None]]:
+        """The places whose mean is to be taken, and what others are to have: the same on all ranks. Collective."""
+        moved = {place for places in self._changes for place in places}
+        if self._comm.size == 1:
+            return sorted(moved), self._others
+        given: dict[Place, Packed] = {}
+        if self._comm.rank == 0:
+            given = {place: packed(value) for place, value in self._others.items()}
+        found: list[Any] = self._comm.collect((sorted(moved), given))
+        others = {place: unpacked(value, self._like.device) for place, value in found[0][1].items()}
+        return sorted({place for places, _ in found for place in places} - set(others)), others
+
+    def _means(self, places: Sequence[Place]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The buffers in these places, and what they become. Collective."""
+        if not places:
+            return []
+        buffers = [self._modules[number]._buffers[name] for number, name in places]
+        present = [buffer for buffer in buffers if buffer is not None]
+        sizes = [buffer.numel() * (2 if buffer.is_complex() else 1) for buffer in present]
+        total = self._like.new_zeros(sum(sizes))
+        parts = dict(zip(places, total.split(sizes), strict=True))
+        for of_pass, change in self._changes.items():
+            own = [parts[place].numel() if place in parts else self._size(place) for place in of_pass]
+            for place, part in zip(of_pass, change.split(own), strict=True):
+                if place in parts:
+                    parts[place] += part
+        self._comm.sum(Mirror(total))
+        means = (_base(self._flat(present)) + total).split(sizes)
+        return [(buffer, _shaped(mean, buffer)) for buffer, mean in zip(present, means, strict=True)]
+
+    def _size(self, place: Place) -> int:
+        buffer = self._modules[place[0]]._buffers[place[1]]
+        assert buffer is not None  # what was averaged
+        return buffer.numel() * (2 if buffer.is_complex() else 1)
+
+
+def _base(values: torch.Tensor) -> torch.Tensor:
+    """What changes are counted from: the values, and zero where inf or nan would swallow any change."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _shaped(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``Buffers._flat``, of one tensor."""
+    return torch.view_as_complex(values.view(*like.shape, 2)) if like.is_complex() else values.view(like.shape)

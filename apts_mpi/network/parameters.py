@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.transport import ADMITTED_DTYPES
+
+# What is said of a network of which `FlatParameters.lost_gradients`.
+FREEZES = "network: its forward pass changes requires_grad of a parameter; freeze and unfreeze between steps"
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,60 @@ class FlatParameters:
         for entry, parameter in trained:
             view = self.values[entry.start : entry.stop].view(parameter.shape)
             view.copy_(parameter.detach())
-            parameter.data = view
+            # The same memory with a storage of its own: saving some of the parameters saves no others.
+            parameter.data = torch.from_dlpack(view)
         self._gradient_views = tuple(
             self.gradients[entry.start : entry.stop].view(parameter.shape)
             for entry, parameter in zip(self.entries, self.parameters, strict=True)
         )
+        self._frozen: list[tuple[int, int]] = []
+        self._frozen_parameters: list[torch.nn.Parameter] = []
         self.alias_gradients()
+
+    def freeze(self, frozen: Sequence[bool]) -> None:
+        """From now on leave these parameters where they are, see `still`; all others move."""
+        chosen = list(itertools.compress(zip(self.entries, self.parameters, strict=True), frozen))
+        self._frozen_parameters = [parameter for _, parameter in chosen]
+        self._frozen = []
+        for entry, _ in chosen:
+            follows = self._frozen and self._frozen[-1][1] == entry.start
+            start = self._frozen.pop()[0] if follows else entry.start
+            self._frozen.append((start, entry.stop))
+
+    def still(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Take what would move frozen parameters out of a direction, in place.
+
+        Parameters
+        ----------
+        values : Tensor
+            Its elements from ``start`` on.
+        start
+            Place of its first element in the flat vector.
+        """
+        for first, last in self._frozen:
+            # Minus zero added to any number leaves its bits, plus zero makes another one of minus zero.
+            values[max(first - start, 0) : max(last - start, 0)] = -0.0
+        return values
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Let all parts of a solver differentiate by all parameters in the block, also by frozen ones."""
+        for parameter in self._frozen_parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        except RuntimeError as error:
+            if self.lost_gradients:
+                raise InvalidInput(FREEZES) from error
+            raise
+        finally:
+            for parameter in self._frozen_parameters:
+                parameter.requires_grad_(False)
+
+    @property
+    def lost_gradients(self) -> bool:
+        """Whether a parameter was frozen within `evaluated`, by the network itself."""
+        return not all(parameter.requires_grad for parameter in self.parameters)
 
     def alias_gradients(self) -> None:
         """Make the parameters' ``grad`` views of `gradients`; ``network.zero_grad()`` takes them away."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from apts_mpi.tools.environment import uncompiled
 
 # Layers that an ``nn.MultiheadAttention`` holds and does not call.
 UNCALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)
@@ -52,7 +53,7 @@ class LayerRecord:
 
 
 class LayerRecorder:
-    """Records calls of chosen layers, by hooks that do nothing outside of `recording`.
+    """Records calls of chosen layers, by hooks that are on them in `recording` alone.
 
     Calls with anything but one tensor, or that return anything else, are not recorded; nor are those that a network
     differentiates by ``torch.func``, whose tensors mean nothing outside. Of ``nn.MultiheadAttention``, which calls no
@@ -65,34 +66,43 @@ class LayerRecorder:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._records: list[LayerRecord] | None = None
+        self._records: list[LayerRecord] = []
         self._multiplied: list[tuple[nn.Module, str]] = []
-        # The hooks stay with the network; they must not keep this object alive.
-        hook = _Hook(weakref.ref(self))
+        self._called: list[nn.Module] = []
         for module in modules:
             if isinstance(module, nn.MultiheadAttention):
                 self._multiplied.append((module, "in_proj_weight"))
             elif isinstance(module, UNCALLED):
                 self._multiplied.append((module, "weight"))
             else:
-                # The first of the hooks: others may return something else than the layer did.
-                module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                self._called.append(module)
 
     @contextmanager
     def recording(self) -> Iterator[list[LayerRecord]]:
         """Record all calls in the block that take part in a graph."""
         records = self._records = []
-        try:
-            with _products_seen_by(self._see_product) if self._multiplied else nullcontext():
-                yield records
-        finally:
-            self._records = None
+        with ExitStack() as stack:
+            if self._called or self._multiplied:
+                # A compiled graph would be cut at each layer, or keep the hooks.
+                stack.enter_context(uncompiled())
+            for module in self._called:
+                # The first of the hooks: others may return something else than the layer did.
+                hook = module.register_forward_hook(self._see_call, prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            if self._multiplied:
+                stack.enter_context(_products_seen_by(self._see_product))
+            yield records
         for record in records:
             record.gradient = None  # of a derivative that the network itself took
 
+    def _see_call(
+        self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: torch.Tensor
+    ) -> None:
+        self.see(module, (*given, *named.values()), outputs)
+
     def see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
         """A layer was called with ``given``, by position or by keyword."""
-        if self._records is None or len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
+        if len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
             return
         if _whole(outputs).requires_grad and _whole(outputs).numel() == outputs.numel():
             inputs = given[0].detach()
@@ -127,26 +137,6 @@ def _products_seen_by(see: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], 
         yield
     finally:
         functional.linear = linear
-
-
-class _Hook:
-    """Tells a recorder, while there is one, of the calls of a layer.
-
-    Attributes
-    ----------
-    observes_only : bool
-        See `apts_mpi.curvature.linearisation.is_bilinear`.
-    """
-
-    observes_only = True
-
-    def __init__(self, recorder: weakref.ref[LayerRecorder]) -> None:
-        self._recorder = recorder
-
-    def __call__(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], outputs: torch.Tensor) -> None:
-        alive = self._recorder()
-        if alive is not None:
-            alive.see(module, (*given, *named.values()), outputs)
 
 
 def _is_plain(value: object) -> bool:

@@ -52,6 +52,8 @@ class SegmentedNetwork:
         What `share` is a share of; those of `measure`, unless these are segments of a larger network.
     autocast : torch.dtype or None
         As given.
+    ran : callable
+        Called when `run` has run a segment.
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
@@ -67,6 +69,7 @@ class SegmentedNetwork:
         self._counts: list[float] | None = None
         self.multiplications = 0.0
         self.autocast = autocast
+        self.ran: Callable[[], None] = lambda: None
         others = {parameter.dtype for parameter in network.parameters()} - {torch.float32}
         if autocast is not None and others:
             raise InvalidInput(
@@ -89,6 +92,7 @@ class SegmentedNetwork:
                 f"network: {type(segment).__name__} overwrites its inputs; use operations that are not in place (relu "
                 "for relu_, x + y for x += y) on what it is given"
             )
+        self.ran()
         return outputs
 
     def _run(self, segment: torch.nn.Module, activations: Bundle) -> Bundle:
@@ -121,12 +125,14 @@ class SegmentedNetwork:
             for module in segment.modules()
             if (part or len(self) > 1) and _is_matrix(getattr(module, "weight", None))
         ]
-        if handles:
-            with torch.no_grad():
-                for segment in self.segments:
-                    inputs = segment(inputs)
-        for handle in handles:
-            handle.remove()
+        try:
+            if handles:
+                with torch.no_grad():
+                    for segment in self.segments:
+                        inputs = segment(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
         self._counts = counts if sum(counts) else [1.0] * len(counts)
         self.multiplications = sum(self._counts)
 

@@ -89,8 +89,13 @@ class Piece(NamedTuple):
         return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size)
 
 
-def check_call(has_batch: bool) -> None:
-    """Raise `InvalidInput` where no step can be made: before the first batch, and where torch takes no gradients."""
+def check_call(has_batch: bool, done: float | None) -> None:
+    """Raise `InvalidInput` where no step can be made.
+
+    That is before the first batch, where torch takes no gradients, and for a ``done`` that is no share of a run.
+    """
+    if done is not None and not (isinstance(done, float | int) and 0.0 <= done <= 1.0):
+        raise InvalidInput(f"done: {done!r} is no share of a run; give a number from 0 to 1, or None")
     if not has_batch:
         raise InvalidInput("step: there is no batch yet to go on with; give inputs and targets to the first step")
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
@@ -102,12 +107,6 @@ def check_call(has_batch: bool) -> None:
             "step: torch's anomaly detection is on, under which it has no tangents of several directions at once; "
             "switch it off: what is not finite is named in the result's reason"
         )
-
-
-def check_done(done: float | None) -> None:
-    """Raise `InvalidInput` unless ``done`` is a share of a run."""
-    if done is not None and not (isinstance(done, float | int) and 0.0 <= done <= 1.0):
-        raise InvalidInput(f"done: {done!r} is no share of a run; give a number from 0 to 1, or None")
 
 
 def check_rows(rows: torch.Tensor, count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,8 @@ from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
+from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.sameness import check_same_tensors
 from apts_mpi.tools.environment import kept_generators, random_state
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
@@ -77,18 +77,6 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
     value = check_repeated(evaluate, device, comm)
     if whole:
         check_same_loss(value, draws, device, comm, objective.epsilon)
-
-
-def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None, comm: Communicator) -> None:
-    """See that all ranks were given the same batch, as far as each was given it. Collective.
-
-    Raises
-    ------
-    SharedInvalidInput
-        Naming the first rank that was given another one.
-    """
-    remedy = "give all ranks the same, or choose batch shard and give each its own"
-    check_same_tensors({name: (data, rows) for name, data in own.items()}, comm, "batch", remedy)
 
 
 def some_rows(count: int, rows: torch.Tensor | None, samples: int, key: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -188,9 +188,11 @@ class Objective:
             if self.keep_gradients:
                 for cache in caches:
                     cache.gradient = gradients[cache.subdomain.start : cache.subdomain.stop].clone()
-            if index == len(passes) - 1:
+            last = index == len(passes) - 1
+            if last:
                 self.reduction.begin()
-            (loss * part.weight).backward()
+            with self.reduction.listening() if last else nullcontext():
+                (loss * part.weight).backward()
             for record in caches[0].records if caches else ():
                 record.complete(part.weight)
             for cache in caches:
@@ -198,6 +200,7 @@ class Objective:
             self.events.count_work(part.samples, 1.0, BACKWARD)
         run.losses = []
         self.reduction.finish().wait()
+        self.vector.still(self.reduction.total)
 
     def _complete(self, cache: Cache, loss: torch.Tensor, weight: float) -> None:
         cache.value = loss.double()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,10 +43,7 @@ class GradientReduction:
         self._bucket_of: list[int] = [0] * len(vector.entries)
         self._pending: Pending | None = None
         self._fill_buckets(vector)
-        # The hooks stay with the network; they must not keep this object and its buffers alive.
-        this = weakref.ref(self)
-        for index, parameter in enumerate(vector.parameters):
-            parameter.register_post_accumulate_grad_hook(lambda _, index=index: _tell(this, index))
+        self._parameters = vector.parameters
 
     def _fill_buckets(self, vector: FlatParameters) -> None:
         stop = vector.values.numel()
@@ -57,6 +56,28 @@ class GradientReduction:
                 self._buckets.append((start, stop))
                 self._sizes.append(members)
                 stop, members = start, 0
+
+    @contextmanager
+    def listening(self, ready: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Send buckets while backward passes in the block run, and call ``ready`` for each parameter that they reach.
+
+        The hooks for that do not stay with the network, which may be copied, saved and compiled between steps.
+        """
+
+        def told(index: int) -> None:
+            self.ready(index)
+            ready()
+
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(_call, told, index))
+            for index, parameter in enumerate(self._parameters)
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def begin(self) -> None:
         """Before the last backward pass of an evaluation."""
@@ -91,7 +112,5 @@ class GradientReduction:
         self._next += 1
 
 
-def _tell(reduction: weakref.ref[GradientReduction], index: int) -> None:
-    alive = reduction()
-    if alive is not None:
-        alive.ready(index)
+def _call(told: Callable[[int], None], index: int, _: torch.Tensor) -> None:
+    told(index)

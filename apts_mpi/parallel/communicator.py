@@ -18,6 +18,7 @@ from apts_mpi.parallel.transport import Bytes, Mirror
 from apts_mpi.parallel.waiting import WAITING
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
+from apts_mpi.tools.tensors import packed, unpacked
 
 # Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
 CLOCK, TURN = 900, 901
@@ -172,12 +173,20 @@ class Communicator:
         pending.wait()
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank rank 0's contents of ``tensors``, of any dtype; for set-up. Collective."""
-        given = sum(tensor.nbytes for tensor in tensors) if self.rank == 0 else 0
+        """Give every rank rank 0's contents of ``tensors``, of any dtype and layout; for set-up. Collective.
+
+        On rank 0 they stay untouched.
+        """
+        given = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if self.rank == 0 else 0
         with self._collective("share", given):
-            contents = self._mpi.bcast([tensor.cpu().numpy() for tensor in tensors] if self.rank == 0 else None)
-        for tensor, content in zip(tensors, contents, strict=True):
-            tensor.copy_(torch.from_numpy(content))
+            contents = self._mpi.bcast(list(map(packed, tensors)) if self.rank == 0 else None)
+        if self.rank > 0:
+            for tensor, content in zip(tensors, contents, strict=True):
+                other = unpacked(content, tensor.device)
+                assert other is not None  # as on rank 0
+                # An expanded tensor cannot be written to.
+                if tensor.layout is not torch.strided or not torch.equal(tensor, other):
+                    tensor.copy_(other)
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""

@@ -194,6 +194,11 @@ class AdditiveSchwarz:
         """Have `rows` ready to be computed at the present parameters, for the caches of each pass there."""
         self.rows = [self._make_rows(self._objective, of_pass) for of_pass in caches]
 
+    def reuse(self, correction: torch.Tensor, caches: Sequence[Sequence[Cache]]) -> None:
+        """Take a saved correction for that of the present point, which has these caches."""
+        self.assembled.copy_(correction)
+        self.open_rows(caches)
+
     def _solve(
         self,
         cache: Cache,
@@ -207,7 +212,7 @@ class AdditiveSchwarz:
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
         start = local.block.clone()
         self.solvers[subdomain.index].solve(local, radius, self._norm)
-        displacement = local.block - start
+        displacement = self._objective.vector.still(local.block - start, subdomain.start)
         local.block.copy_(start)
         if self._stack is not None:
             size = len(displacement)

@@ -21,8 +21,10 @@ from apts_mpi.network.partition import subdomains_at
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
+from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
 from apts_mpi.objective.passes import Loss
+from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
@@ -111,6 +113,7 @@ class Staged:
         # What is left open may be another thing for each stage.
         check_same_network({part: given, "list of stages": list(map(str, self.stages))}, asked_for, self.comm)
         names = self._limit_patience()
+        self.watch, self._batches = NetworkWatch(vector, self.comm, own), SameBatches(self.comm)
         team = self.comm.group(own)
         self.replica = self.comm.group(team.rank)
         self.inner = InnerProducts(options.trust_region.norm, self.comm, leaders)
@@ -186,12 +189,15 @@ class Staged:
             stream=stream,
         )
         with self.comm.shared_errors():
-            self.objective.vector.check_alias()
             if min(part.samples for part in batch.passes) < self._least:
                 raise InvalidInput(
                     f"batch_size: {batch.size} samples leave a micro-batch with one, of which batch normalisation "
                     f"takes no statistics; give at least {self.smallest_batch}, or fewer --micro-batches"
                 )
+        if self.options.batch == "whole":
+            needed = {"inputs": self.objective.pipeline.is_first, "targets": self.objective.pipeline.is_last}
+            given = zip(needed, samples, strict=True)
+            self._batches.look({name: data for name, data in given if needed[name] and data is not None}, rows)
         return batch
 
     def check_loss(self, batch: Batch) -> None:

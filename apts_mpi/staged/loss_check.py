@@ -8,8 +8,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.loss_check import SHARED, check_loss, check_same_batch, some_rows
+from apts_mpi.objective.loss_check import SHARED, check_loss, some_rows
 from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
+from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.tools.environment import kept_generators, random_state

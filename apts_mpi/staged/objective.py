@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,16 +117,8 @@ class StagedObjective(Objective):
         self._recompute = options.pipeline.recompute
         self._measured = False
         self.enters_tuple = False
-        self._drive_progress()
-
-    def _drive_progress(self) -> None:
-        """Let MPI move data between the segments of a stage and the parameters of its backward pass."""
-        # The hooks stay with the network; they must not keep this object and its buffers alive.
-        this = weakref.ref(self.pipeline)
-        for segment in self.segmented.segments:
-            segment.register_forward_hook(lambda *_: _progress(this))
-        for parameter in self.vector.parameters:
-            parameter.register_post_accumulate_grad_hook(lambda _: _progress(this))
+        # MPI moves data between the segments of a stage.
+        segmented.ran = pipeline.progress
 
     def ends_before_loss(self, subdomain: Subdomain) -> bool:
         """See `Objective`."""
@@ -160,7 +152,9 @@ class StagedObjective(Objective):
     def _run(self, passes: Sequence[Pass], actions: Sequence[Action], run: StagedRun, keep_graph: bool) -> StagedRun:
         if actions[0].direction == "forward":
             self.buffers.begin()
-        with preserved_random_state(self._device):
+        # And between the parameters of a backward pass.
+        listening = self.reduction.listening(self.pipeline.progress)
+        with preserved_random_state(self._device), listening if keep_graph else nullcontext():
             self.pipeline.run(
                 actions,
                 [part.samples for part in passes],
@@ -258,6 +252,7 @@ class StagedObjective(Objective):
             outputs = inputs[index] if entering is None else entering
             for segment in self.segmented.segments:
                 outputs = segment(outputs)
+                self.pipeline.progress()
             if self.pipeline.is_last:
                 consume(index, outputs)
             return outputs
@@ -301,9 +296,4 @@ class StagedObjective(Objective):
             merged.append(cache)
         run.caches, run.done = [merged], []
         pending.wait("the sum of the gradient over replicas")
-
-
-def _progress(pipeline: weakref.ref[Pipeline]) -> None:
-    alive = pipeline()
-    if alive is not None:
-        alive.progress()
+        self.vector.still(self.reduction.total)

@@ -34,6 +34,7 @@ class StagedGaussNewtonRows(GaussNewtonRows):
             entered[index] = activations
             for segment in segments:
                 activations = segment(activations)
+                pipeline.progress()
             if pipeline.is_last:
                 assert isinstance(activations, torch.Tensor)
                 by_outputs = roots(objective.loss, activations, parts[index].targets).transpose(0, 1)

@@ -7,9 +7,10 @@ import platform
 import random
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"  # used from its source tree
     return found
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """In the block what ``torch.compile`` has compiled runs as it was written."""
+    # Where its module was not imported nothing is compiled, and to import it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def seconds() -> float:

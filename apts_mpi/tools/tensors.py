@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+# A tensor as one message has it: its dtype, shape and bytes; or as it is, where it is not strided.
+Packed = Any
 
 # Numbers of a piece.
 PIECE = 1 << 22
@@ -41,3 +45,20 @@ def checksum(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> int:
         # As bytes: numpy has not all dtypes.
         result = zlib.crc32(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, result)
     return result
+
+
+def packed(tensor: torch.Tensor | None) -> Packed:
+    """The tensor, of any dtype and layout, as a message has it; see `unpacked`."""
+    if tensor is None or tensor.layout is not torch.strided:
+        return tensor if tensor is None else tensor.detach().cpu()
+    own = tensor.detach().resolve_conj().cpu().contiguous()
+    return own.dtype, tuple(own.shape), own.reshape(-1).view(torch.uint8).numpy()
+
+
+def unpacked(given: Packed, device: torch.device) -> torch.Tensor | None:
+    """The inverse of `packed`."""
+    if given is None or isinstance(given, torch.Tensor):
+        return given if given is None else given.to(device)
+    dtype, shape, content = given
+    # Not the message's own memory, which may be read-only.
+    return torch.tensor(content, dtype=torch.uint8).view(dtype).reshape(shape).to(device)

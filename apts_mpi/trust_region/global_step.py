@@ -160,7 +160,7 @@ class GlobalStep:
         else:
             model = ProductModel(self._products(passes), self._precondition(), self._agree, self._inner.dots)
         step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
-        self._inner.clip(step, radius)
+        self._inner.clip(self._objective.vector.still(step), radius)
         # Rank 0's for all: a model magnifies the different rounding errors of the ranks' sums.
         self._comm.share_tensors([step])
         return step, model.predict(gradient, step)
@@ -172,7 +172,7 @@ class GlobalStep:
         def product(direction: torch.Tensor) -> torch.Tensor:
             total = of_rank(direction)
             self._comm.sum(Mirror(total))
-            return total
+            return self._objective.vector.still(total)
 
         return product
 
@@ -184,7 +184,7 @@ class GlobalStep:
 
         def precondition(residual: torch.Tensor) -> torch.Tensor:
             preconditioner.precondition(residual, solved)
-            return solved.tensor
+            return self._objective.vector.still(solved.tensor)
 
         return precondition
 

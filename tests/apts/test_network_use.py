@@ -42,8 +42,10 @@ def test_parameters_are_views_of_the_flat_vector(world):
     assert not torch.equal(solver.holding.objective.vector.values, before)
     assert torch.equal(flat(network.parameters()), solver.holding.objective.vector.values)
     assert list(network.state_dict()) == names
-    base = solver.holding.objective.vector.values.untyped_storage().data_ptr()
-    assert all(parameter.untyped_storage().data_ptr() == base for parameter in network.parameters())
+    base = solver.holding.objective.vector.values.data_ptr()
+    sizes = [parameter.numel() * parameter.element_size() for parameter in network.parameters()]
+    places = [base + sum(sizes[:index]) for index in range(len(sizes))]
+    assert [parameter.data_ptr() for parameter in network.parameters()] == places
     solver.holding.objective.vector.values.zero_()
     assert (network[0].weight == 0.0).all()
 
@@ -254,7 +256,7 @@ def test_forward_function_leaves_nothing_inexact(world):
 
 @pytest.mark.mpi
 def test_second_solver_on_the_same_network(world):
-    """The first one's hooks are there still, and must do nothing."""
+    """The first one must do nothing any more."""
     network = classifier()
     first = make_solver(world, options(initial_radius=0.1), network)
     first.step(classified())

@@ -1,0 +1,61 @@
+"""Whether all ranks are given the same batches, where each is given the whole: seen in a few samples of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.sameness import check_same_tensors
+from apts_mpi.tools.tensors import checksum
+
+# Samples of a batch that are compared, evenly spread, and numbers up to which all of its samples are.
+FEW, SMALL = 8, 1 << 12
+
+
+def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None, comm: Communicator) -> None:
+    """See that all ranks were given the same batch, as far as each was given it. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        Naming the first rank that was given another one.
+    """
+    remedy = "give all ranks the same, or choose batch shard and give each its own"
+    check_same_tensors({name: (data, rows) for name, data in own.items()}, comm, "batch", remedy)
+
+
+class SameBatches:
+    """Compares every batch at small cost, and all of one where that shows a difference.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        # Ranks whose processors round otherwise have other bits in every batch.
+        self._only_rounding = False
+
+    def look(self, own: Mapping[str, torch.Tensor], rows: torch.Tensor | None) -> None:
+        """See `check_same_batch`. Collective."""
+        if self._comm.size == 1 or self._only_rounding:
+            return
+        found = self._comm.collect({name: _signature(data, rows) for name, data in own.items()})
+        for name in {name for given in found for name in given}:
+            if len({given[name] for given in found if name in given}) > 1:
+                check_same_batch(own, rows, self._comm)
+                self._only_rounding = True
+                return
+
+
+def _signature(data: torch.Tensor, rows: torch.Tensor | None) -> tuple[object, ...]:
+    """Shape, type and a checksum of some samples."""
+    count = len(data if rows is None else rows)
+    chosen = torch.linspace(0, count - 1, FEW).long() if count and data[:1].numel() * count > SMALL else None
+    if rows is not None:
+        chosen = rows if chosen is None else rows[chosen.to(rows.device)]
+    return count, tuple(data.shape[1:]), str(data.dtype), checksum(data, chosen)
