@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -22,6 +23,9 @@ from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import BEGIN, LastStep
+
+# Without a handler of the user's, warnings go to stderr.
+_LOG = logging.getLogger("apts_mpi")
 
 
 class Trials:
@@ -44,6 +48,8 @@ class Trials:
     ----------
     work : float
         Of the present iteration as of the last trial, on the rank with most, see ``apts_mpi.tools.events.Events.work``.
+    notes : list of str
+        Of the present iteration, what ranks did for the first time in the place of what they could not do.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Trials:
         # Of the evaluations.
         self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps
         self.work = 0.0
+        self.notes: list[str] = []
 
     def first_radius(self, batch: Batch) -> float:
         """The length of the Cauchy step, where the gradient is known. Collective."""
@@ -141,7 +148,7 @@ class Trials:
                 )
                 if self._last_step is not None and not judged.skipped:
                     judged = state.judged_by_next(judged, self._inner.sum_of_table(table[:, 7]), self._options)
-                return [*astuple(judged), table[:, 0].max()]
+                return [*astuple(judged), table[:, 0].max(), table[:, -1].max()]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -150,7 +157,10 @@ class Trials:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            events = self._comm.events
+            *record, self.work, news = self._comm.agree([events.work, *own, len(events.notes.fresh)], decide)
+            if news:
+                self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)
             judged = judged_of(record)
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))
@@ -160,6 +170,13 @@ class Trials:
                 self._values.copy_(self._before)
             state.move(judged, self._options)
         return judged, trial
+
+    def told(self) -> tuple[str, ...]:
+        """The notes of the iteration, which rank 0 logs."""
+        if self._comm.rank == 0:
+            for note in self.notes:
+                _LOG.warning("%s", note)
+        return tuple(self.notes)
 
     @contextmanager
     def iteration(self, forget: Callable[[], None]) -> Iterator[None]:
@@ -177,6 +194,7 @@ class Trials:
         places, random = Places(self._objective.network), random_state(device)
         self._before.copy_(self._values)
         self._comm.events.work = 0.0
+        self.notes = []
         try:
             yield
         except BaseException:

@@ -61,12 +61,16 @@ class TangentCurvature:
         The ranks, which all have all columns.
     samples
         The share of the options.
+    approximates
+        See `apts_mpi.curvature.linearisation.Linearisation`.
     """
 
     own = slice(None)
 
-    def __init__(self, objective: Objective, comm: Communicator, samples: float | None) -> None:
-        self._linearisation = Linearisation(objective)
+    def __init__(
+        self, objective: Objective, comm: Communicator, samples: float | None, approximates: bool = False
+    ) -> None:
+        self._linearisation = Linearisation(objective, approximates)
         self._comm = comm
         self._samples = samples
         self._tried = False

@@ -79,6 +79,7 @@ class Staged:
     ) -> None:
         self.network = network
         asked_for = options
+        self._is_coarse_asked = options.coarse.model != "auto"
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
@@ -133,7 +134,7 @@ class Staged:
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
-            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
+            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
@@ -162,7 +163,8 @@ class Staged:
         return names
 
     def _curvature(self) -> StageCurvature:
-        return StageCurvature(self.objective, self.comm, self.decomposition.leads, self.options.coarse.samples)
+        samples = self.options.coarse.samples
+        return StageCurvature(self.objective, self.comm, self.decomposition.leads, samples, not self._is_coarse_asked)
 
     @property
     def parameters(self) -> int:
