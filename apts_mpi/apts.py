@@ -76,7 +76,7 @@ class APTS:
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
-        self._trials = Trials(holding.objective, holding.inner, self.comm, self.options, holding.last_step)
+        self._trials = Trials(holding)
         self._versions = holding.objective.vector.versions()
         self._loss_is_checked, self._saved = False, Saved()
         self._forget()

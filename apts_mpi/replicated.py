@@ -126,9 +126,9 @@ class Replicated:
             least=samples_of_pass(self.network),
         )
 
-    def check_loss(self, batch: Batch) -> None:
+    def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
+        check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""

@@ -196,11 +196,11 @@ class Staged:
                 )
         return batch
 
-    def check_loss(self, batch: Batch) -> None:
+    def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
         whole = self.options.batch == "whole"
         given = batch.size if whole else sum(part.samples for part in batch.passes)
-        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole)
+        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole, doubted)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""
