@@ -181,8 +181,8 @@ def test_what_auto_stands_for():
     assert composed(local={"iterations": 2}) == ("kfac", "inexact", "shard")
     assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shared")
     assert composed(forward=call) == ("gauss-newton", "exact", "full")
-    assert composed(classifier(width=100), forward=call) == ("adam", "exact", "shared")  # too large for a dense matrix
-    assert composed(classifier(batch_norm=True), forward=call) == ("adam", "exact", "shared")
+    assert composed(classifier(width=100), forward=call) == ("kfac", "exact", "shared")  # too large for a dense matrix
+    assert composed(classifier(batch_norm=True), forward=call) == ("kfac", "exact", "shared")
     assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")
 
 
