@@ -18,7 +18,7 @@ from apts_mpi.curvature.differences import by_differences, check_close
 from apts_mpi.curvature.transposes import by_transposes, has_functions_of_users
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
-from apts_mpi.network.parameters import Entry
+from apts_mpi.network.parameters import Entry, shaped_like
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
@@ -310,7 +310,7 @@ def _directions(
         inside = column.values[start - column.start : stop - column.start]
         whole = (start, stop) == (entry.start, entry.stop)
         found.append(inside if whole else nn.functional.pad(inside, (start - entry.start, entry.stop - stop)))
-    return torch.stack(found).view(-1, *parameter.shape)
+    return shaped_like(torch.stack(found), parameter)
 
 
 def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:

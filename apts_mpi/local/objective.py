@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
+from apts_mpi.network.parameters import real_flat
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache
@@ -197,7 +198,7 @@ class LocalObjective:
             tensors, self._parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         # Embeddings may give sparse ones.
-        return torch.cat([(part.to_dense() if part.is_sparse else part).flatten() for part in parts])
+        return torch.cat([real_flat(part.to_dense() if part.is_sparse else part) for part in parts])
 
     def gauss_newton_rows(self) -> torch.Tensor:
         """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start).
