@@ -15,7 +15,6 @@ from apts_mpi.holding import Holding
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state

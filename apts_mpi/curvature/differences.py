@@ -53,7 +53,7 @@ def by_differences(
 
 
 def check_close(derivatives: torch.Tensor, differences: torch.Tensor) -> None:
-    """Raise `RuntimeError` unless derivatives are what differences are: a backward pass of a user's may hide something."""
+    """Raise `RuntimeError` unless derivatives are what differences are: a backward pass of a user's may hide some."""
     tolerance = torch.finfo(derivatives.dtype).eps ** (1.0 / 3.0)
     scale = max(float(derivatives.norm()), float(differences.norm()))
     if float((derivatives - differences).norm()) > tolerance * scale:

@@ -104,8 +104,8 @@ class FlatParameters:
                 )
             if parameter.is_complex() and entry.start % 2:
                 raise InvalidInput(
-                    f"network: complex parameter {entry.name} comes after {entry.start} real numbers, of which torch has "
-                    "no complex view; put it before the parameters of odd size"
+                    f"network: complex parameter {entry.name} comes after {entry.start} real numbers, so that "
+                    "torch has no complex view of its place; put it before the parameters of odd size"
                 )
         self.network = network
         self.values = torch.empty(self.entries[-1].stop, dtype=_real_dtype(first), device=first.device)

@@ -28,9 +28,7 @@ MOST, FEWEST = 64, 4
 SHARED = 1 << 30
 
 
-def check_objective(
-    objective: Objective, batch: Batch, comm: Communicator, whole: bool, doubted: bool = False
-) -> None:
+def check_objective(objective: Objective, batch: Batch, comm: Communicator, whole: bool, doubted: bool = False) -> None:
     """Try the loss on a few samples at the present parameters, and leave no trace. Collective.
 
     It has to be a mean over the samples and the same the second time. Of a batch that every rank was given as a whole,

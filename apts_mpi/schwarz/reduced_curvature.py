@@ -43,8 +43,8 @@ class ReducedCurvature(Protocol):
         """
 
 
-# Numbers that tangents of the outputs have along a column, at most: as many as 512 targets have of 4,096 classes. With a
-# vocabulary of 32,000 the curvature on 512 targets takes as long as eight gradients, and this as one.
+# Numbers that tangents of the outputs have along a column, at most: as many as 512 targets have of 4,096 classes. With
+# a vocabulary of 32,000 the curvature on 512 targets takes as long as eight gradients, and this as one.
 MOST_OUTPUTS = 2**21
 
 
