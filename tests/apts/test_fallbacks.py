@@ -257,3 +257,13 @@ def test_statistics_of_what_is_run_again_count_once(world, reentrant, solver):
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again.double(), plain.double(), rtol=1e-2, atol=2e-3)
     assert found[1][2] == 1
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, opaque_loss])
+@pytest.mark.parametrize("name", ["once differentiable", "reentrant checkpoint"])
+def test_dense_blocks_need_no_second_derivatives(name, loss):
+    """The automatic local solver of a network that a function calls."""
+    solver = APTS(network_of(name), loss, comm=MPI.COMM_SELF, forward=lambda network, inputs: network(inputs))
+    assert solver.options.local.solver == "gauss-newton"
+    results = steps(solver, 4)
+    assert results[-1].schwarz.trial_loss < 0.95 * results[0].schwarz.loss
