@@ -234,10 +234,6 @@ def test_which_losses_are_quadratic(loss, quadratic):
     ("arguments", "message"),
     [
         ({"forward": call, "variant": "inexact"}, "schwarz.variant: 'inexact' .* choose exact"),
-        (
-            {"forward": call, "local": {"solver": "kfac"}},
-            "local.solver: 'kfac' .* choose gauss-newton, tr, .*sgd or adam",
-        ),
         ({"partition": "index", "subdomains": 5, "local": {"solver": "kfac"}}, "'kfac' needs whole layers"),
         ({"network": classifier(batch_norm=True), "local": {"solver": "gauss-newton"}}, "batch normalisation ties"),
         ({"decomposition": "data", "variant": "inexact"}, "schwarz.variant: 'inexact' .*decomposition data .* exact"),
