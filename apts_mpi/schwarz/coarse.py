@@ -66,11 +66,11 @@ class CoarseLevel:
         Norms over all parameters.
     size
         Number of all parameters.
-    is_asked
-        Whether the model was asked for: where it cannot be formed, that is an error, and else the plain sum is taken.
 
     Attributes
     ----------
+    is_asked : bool
+        Whether the model was asked for: where it cannot be formed, that is an error, and else the plain sum is taken.
     step : Tensor, shape (n,)
         The step of the last `recombine`.
     last_step, last_correction : Tensor, shape (n,)
@@ -94,10 +94,9 @@ class CoarseLevel:
         curvature: ReducedCurvature,
         inner: InnerProducts,
         size: int,
-        is_asked: bool = True,
     ) -> None:
         self._options = options
-        self._is_asked = is_asked
+        self.is_asked = True
         self._has_model = True
         assert options.norm != "auto"  # composed
         self._norm: Literal["2", "scaled"] = options.norm
@@ -143,7 +142,7 @@ class CoarseLevel:
             try:
                 self.model = self.curvature.form(batch, self._columns, products)
             except SharedInvalidInput as error:
-                if self._is_asked:
+                if self.is_asked:
                     raise
                 self._has_model = False
                 self._comm.events.notes.add(f"coarse.model auto: corrections are summed up from now on ({error})")
@@ -278,7 +277,7 @@ def make_coarse_level(
     """The coarse level of the options; see `CoarseLevel`."""
     if options.coarse.model == "none":
         return None
-    return CoarseLevel(
+    level = CoarseLevel(
         options.coarse,
         parts=decomposition.owned_parts(),
         like=like,
@@ -286,5 +285,6 @@ def make_coarse_level(
         curvature=make_curvature(),
         inner=inner,
         size=size,
-        is_asked=is_asked,
     )
+    level.is_asked = is_asked
+    return level
