@@ -76,7 +76,7 @@ class APTS:
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
-        self._trials = Trials(holding.objective, holding.inner, self.comm, self.options, holding.last_step)
+        self._trials = Trials(holding)
         self._loss_is_checked, self._saved = False, Saved()
         self._forget()
 
@@ -190,7 +190,8 @@ class APTS:
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
         evaluations = self._trials.work * self.comm.size / self.batch.size
-        result = StepResult(self.state.iteration + 1, schwarz, global_step, evaluations, seconds() - started)
+        notes = self._trials.told()
+        result = StepResult(self.state.iteration + 1, schwarz, global_step, evaluations, seconds() - started, notes)
         self.state.count(result)
         return result
 

@@ -70,7 +70,7 @@ def compose(
     name = options.local.solver
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
-        name = "gauss-newton" if dense else "kfac" if split.whole and not called else "adam"
+        name = "gauss-newton" if dense else "kfac" if split.whole else "adam"
     solver = solver_class(name)
     noisy = options.noise == "batches"
     schwarz = _compose_schwarz(options, name, solver, split)
@@ -183,11 +183,6 @@ def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver], noisy: boo
 
 
 def _check_whole_layers(name: str, solver: type[LocalSolver], split: Split) -> None:
-    if solver.whole_layers and split.called:
-        raise InvalidInput(
-            f"local.solver: {name!r} needs layers that are called once with the samples, but this network is called by "
-            "a function of its own; choose gauss-newton, tr, lsr1, steihaug, sgd or adam"
-        )
     if solver.whole_layers and not split.whole:
         raise InvalidInput(
             f"local.solver: {name!r} needs whole layers, but subdomains cut them; choose --schwarz.partition layer, or "

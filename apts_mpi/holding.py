@@ -68,8 +68,11 @@ class Holding(Protocol):
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """The batch as this rank sees it, with random numbers keyed by ``stream``. Collective."""
 
-    def check_loss(self, batch: Batch) -> None:
-        """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective."""
+    def check_loss(self, batch: Batch, doubted: bool = False) -> None:
+        """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective.
+
+        It is evaluated several times, and where it is ``doubted`` many times.
+        """
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """Arrays and metadata of a checkpoint, with a correction that is to be used again. Collective."""

@@ -59,6 +59,7 @@ class Replicated:
         self.network = network
         self.comm = guarded(comm, options.stall_timeout)
         called = forward is not None
+        self._is_coarse_asked = options.coarse.model != "auto"
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
             vector = FlatParameters(network)
@@ -89,7 +90,7 @@ class Replicated:
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
-            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
+            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
@@ -101,7 +102,7 @@ class Replicated:
         rows = solver_class(options.local.solver).dense and options.schwarz.local_data == "full"
         if rows and options.batch == "whole" and samples == 1.0:
             return RowCurvature(lambda: self.schwarz.rows, self.comm)
-        return TangentCurvature(self.objective, self.comm, samples)
+        return TangentCurvature(self.objective, self.comm, samples, not self._is_coarse_asked)
 
     @property
     def parameters(self) -> int:
@@ -130,9 +131,9 @@ class Replicated:
             self._batches.look({name: data for name, data in given if data is not None}, rows)
         return batch
 
-    def check_loss(self, batch: Batch) -> None:
+    def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
+        check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""

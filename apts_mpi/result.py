@@ -33,6 +33,8 @@ class StepResult:
         the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.
     seconds
         Wall time of this iteration on this rank.
+    notes
+        What was done for the first time in the place of what could not be done, a sentence each; rank 0 logs them.
     """
 
     iteration: int
@@ -40,6 +42,7 @@ class StepResult:
     global_step: Judged | None
     gradient_evaluations: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -10,20 +12,23 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.holding import Holding
 from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
-from apts_mpi.options import APTSOptions
-from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
-from apts_mpi.trust_region.inner_products import InnerProducts
-from apts_mpi.trust_region.next_batch import BEGIN, LastStep
+from apts_mpi.trust_region.next_batch import BEGIN
+
+# A ratio that a model of the loss seldom has, however long the step: losses that do not belong together have it.
+LEAST_RHO, LARGEST_RHO = -1.0, 3.0
+
+# Without a handler of the user's, warnings go to stderr.
+_LOG = logging.getLogger("apts_mpi")
 
 
 class Trials:
@@ -31,36 +36,26 @@ class Trials:
 
     Parameters
     ----------
-    objective
-        The global objective.
-    inner
-        Inner products over all parameters.
-    comm
-        All ranks.
-    options
-        Of the whole solver.
-    last_step
-        The last accepted step, where the next batch judges the radius.
+    holding
+        What the rank holds: the objective, inner products over all parameters, and the options.
 
     Attributes
     ----------
     work : float
         Of the present iteration as of the last trial, on the rank with most, see ``apts_mpi.tools.events.Events.work``.
+    notes : list of str
+        Of the present iteration, what ranks did for the first time in the place of what they could not do.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        inner: InnerProducts,
-        comm: Communicator,
-        options: APTSOptions,
-        last_step: LastStep | None = None,
-    ) -> None:
-        self._objective = objective
-        self._inner = inner
-        self._comm = comm
+    def __init__(self, holding: Holding) -> None:
+        options = holding.options
+        self._objective = objective = holding.objective
+        self._inner = holding.inner
+        self._comm = holding.comm
         self._options = options.trust_region
-        self._last_step = last_step
+        self._last_step = holding.last_step
+        self._check_loss = holding.check_loss
+        self._doubts = 0
         self._values = objective.vector.values
         # The last point that was judged.
         self._before = self._values.clone()
@@ -68,6 +63,7 @@ class Trials:
         # Of the evaluations.
         self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps
         self.work = 0.0
+        self.notes: list[str] = []
 
     def first_radius(self, batch: Batch) -> float:
         """The length of the Cauchy step, where the gradient is known. Collective."""
@@ -146,7 +142,7 @@ class Trials:
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, 7])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, table[:, 0].max(), table[:, -1].max()]
+                return [*astuple(judged), starting, retry, table[:, 0].max(), *table[:, -2:].max(axis=0)]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -155,12 +151,13 @@ class Trials:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            froze = self._objective.vector.lost_gradients
-            *record, starting, retry, self.work, any_froze = self._comm.agree(
-                [self._comm.events.work, *own, froze], decide
-            )
+            events, froze = self._comm.events, self._objective.vector.lost_gradients
+            own += [froze, len(events.notes.fresh)]
+            *record, starting, retry, self.work, any_froze, news = self._comm.agree([events.work, *own], decide)
             if any_froze:
                 raise SharedInvalidInput(FREEZES)
+            if news:
+                self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)
             judged, state.starting, state.retry = judged_of(record), bool(starting), retry
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))
@@ -169,7 +166,27 @@ class Trials:
             else:
                 self._values.copy_(self._before)
             state.move(judged, self._options)
+        self._doubt(judged, batch)
         return judged, trial
+
+    def _doubt(self, judged: Judged, batch: Batch) -> None:
+        """See whether the loss still is the same the second time, where rho is of no model's making. Collective.
+
+        A network may begin to draw random numbers, or to count, after the first batch. Most such steps have another
+        cause: one of two, of four, of eight is looked into.
+        """
+        if judged.skipped or not math.isfinite(judged.rho) or LEAST_RHO <= judged.rho <= LARGEST_RHO:
+            return
+        self._doubts += 1
+        if self._doubts & (self._doubts - 1) == 0:
+            self._check_loss(batch, doubted=True)
+
+    def told(self) -> tuple[str, ...]:
+        """The notes of the iteration, which rank 0 logs."""
+        if self._comm.rank == 0:
+            for note in self.notes:
+                _LOG.warning("%s", note)
+        return tuple(self.notes)
 
     @contextmanager
     def iteration(self, forget: Callable[[], None]) -> Iterator[None]:
@@ -187,6 +204,7 @@ class Trials:
         places, random = Places(self._objective.network), random_state(device)
         self._before.copy_(self._values)
         self._comm.events.work = 0.0
+        self.notes = []
         try:
             with self._objective.vector.evaluated():
                 yield

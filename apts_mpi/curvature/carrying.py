@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from apts_mpi.curvature.transposes import has_functions_of_users, transposed, waves_like
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
-from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.tools.environment import random_state, set_random_state
 
 Form = Callable[..., Any]
@@ -95,7 +94,7 @@ class CarriedSegments:
             Its parameters that move, by name.
         """
         # A function that calls the network may differentiate it, which no tangents can be carried through.
-        if not self._known.get(index, True) or isinstance(segment, CalledNetwork):
+        if not self._known.get(index, True) or getattr(segment, "may_differentiate", False):
             return None
         state = random_state(_device(activations))
         try:

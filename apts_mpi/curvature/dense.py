@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
+from apts_mpi.curvature.differences import by_differences, check_close
+from apts_mpi.curvature.transposes import has_functions_of_users
 from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, with_differentiable
 from apts_mpi.objective.passes import Loss
@@ -113,7 +115,7 @@ class BlockJacobian:
         rows = []
         for places in torch.arange(len(values), device=values.device).split(OUTPUTS_AT_ONCE):
             units = nn.functional.one_hot(places, len(values)).to(values.dtype)
-            with named_failures(*WITHOUT_ROWS):
+            try:
                 parts = torch.autograd.grad(
                     values,
                     self._parameters,
@@ -122,9 +124,27 @@ class BlockJacobian:
                     retain_graph=True,
                     allow_unused=True,
                 )
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+                with named_failures(*WITHOUT_ROWS), torch.enable_grad():
+                    rows = [self._by_plain_pass(value) for value in values]
+                break
             rows.append(_side_by_side(parts, self._parameters, len(units)))
         self.cost = FORWARD + len(values) * BACKWARD
         return torch.cat(rows).unflatten(0, (len(outputs), -1))
+
+    def _by_plain_pass(self, value: torch.Tensor) -> torch.Tensor:
+        """Derivatives of one number, shape (1, size), by what reentrant checkpoints know alone."""
+        kept = [parameter.grad for parameter in self._parameters]
+        try:
+            for parameter in self._parameters:
+                parameter.grad = None
+            torch.autograd.backward(value, retain_graph=True)
+            return _side_by_side([parameter.grad for parameter in self._parameters], self._parameters, 1)
+        finally:
+            for parameter, gradient in zip(self._parameters, kept, strict=True):
+                parameter.grad = gradient
 
 
 def _joined(derivatives: dict[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor:
@@ -201,14 +221,29 @@ def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 def _hessians(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
     samples, size = len(outputs), outputs[0].numel()
+    units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+    directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
     curved = None
+
+    def slope_at(points: Sequence[torch.Tensor]) -> torch.Tensor:
+        with torch.enable_grad():
+            point = points[0].detach().requires_grad_()
+            return torch.autograd.grad(loss(point, targets), point)[0]
+
     with torch.enable_grad():
         point = outputs.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(point, targets), point, create_graph=True)
-        if slope.requires_grad:
-            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-            directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
-            (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
+        value = loss(point, targets)
+        try:
+            (slope,) = torch.autograd.grad(value, point, create_graph=True)
+            if slope.requires_grad:
+                (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
+            if has_functions_of_users([loss(point, targets)]):
+                known = torch.zeros_like(directions) if curved is None else curved
+                check_close(known, by_differences(slope_at, [point.detach()], [directions])[1][0])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+            curved = by_differences(slope_at, [point.detach()], [directions])[1][0]
     if curved is None:  # a loss linear in the outputs
         return outputs.new_zeros(samples, size, size)
     return curved.reshape(size, samples, size).transpose(0, 1)

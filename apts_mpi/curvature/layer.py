@@ -70,11 +70,17 @@ class Curvature(Protocol):
 
 
 def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
-    """Inverse of a positive semi-definite matrix plus ``damping`` times its mean eigenvalue, by Cholesky."""
+    """Inverse of a positive semi-definite matrix plus ``damping`` times its mean eigenvalue, by Cholesky.
+
+    Of its diagonal alone where rounding leaves no other, without waiting for the device.
+    """
     damped = matrix.clone()
     damped.diagonal().add_((damping * matrix.diagonal().mean()).clamp_min(TINY))
-    factor, _ = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_inverse(factor)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    inverse = torch.cholesky_inverse(factor)
+    found = (failed == 0) & inverse.isfinite().all()
+    alone = damped.diagonal().nan_to_num().clamp_min(TINY).reciprocal().diag()
+    return torch.where(found, inverse, alone)
 
 
 def damped_reciprocal(diagonal: torch.Tensor, damping: float) -> torch.Tensor:

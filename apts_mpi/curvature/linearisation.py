@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature import closed_forms  # noqa: F401 (for the forms that it registers)
 from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, columns_of, value_of
-from apts_mpi.curvature.transposes import by_transposes
+from apts_mpi.curvature.differences import by_differences, check_close
+from apts_mpi.curvature.transposes import by_transposes, has_functions_of_users
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
-from apts_mpi.network.parameters import Entry
+from apts_mpi.network.parameters import Entry, shaped_like
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
@@ -36,6 +37,9 @@ WITHOUT_TANGENTS = (
     "coarse.model: 'gauss-newton' differentiates the network and the loss twice",
     "choose --coarse none, or a network and a loss of operations that have second derivatives",
 )
+
+# Work of a segment by each way to differentiate it, once and for each column: forwards, backwards, by differences.
+COSTS = ((FORWARD, FORWARD), (FORWARD + BACKWARD, BACKWARD), (FORWARD, 2.0 * FORWARD))
 
 T = TypeVar("T")
 
@@ -68,9 +72,12 @@ class Linearisation:
     ----------
     objective
         Of the network: its segments, parameters and loss.
+    approximates
+        Whether a segment, or a loss, that cannot be differentiated twice may have differences of its values in the
+        place of derivatives. That is noted in the events.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, approximates: bool = False) -> None:
         _import_what_torch_imports_late()
         self._objective = objective
         self._segmented = segmented = objective.segmented
@@ -78,7 +85,9 @@ class Linearisation:
         self._events = objective.events
         vector = objective.vector
         self._by_forms = CarriedSegments()
-        self._without_forward_mode: set[int] = set()
+        self._approximates = approximates
+        # Of each segment, the first of its ways to be differentiated that has not failed.
+        self._ways: dict[int, int] = {}
         entries = {id(parameter): entry for parameter, entry in zip(vector.parameters, vector.entries, strict=True)}
         self._own: list[dict[str, Entry]] = [
             {name: entries[id(value)] for name, value in segment.named_parameters() if id(value) in entries}
@@ -125,13 +134,38 @@ class Linearisation:
         return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
 
     def _curved(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """H times each tangent, by differentiating the gradient of the loss alone."""
+        """H times each tangent, by differentiating the gradient of the loss alone, or by differences of it."""
+
+        def slope_at(points: Sequence[torch.Tensor], create_graph: bool = False) -> torch.Tensor:
+            with torch.enable_grad():
+                point = points[0] if create_graph else points[0].detach().requires_grad_()
+                return torch.autograd.grad(self._loss(point, targets), point, create_graph=create_graph)[0]
+
+        def by_difference() -> torch.Tensor:
+            return by_differences(slope_at, [outputs.detach()], [tangents])[1][0]
+
         with torch.enable_grad():
             point = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self._loss(point, targets), point, create_graph=True)
-            if not slope.requires_grad:  # a loss linear in the outputs
-                return torch.zeros_like(tangents)
-            return torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
+            try:
+                slope, curved = slope_at([point], create_graph=True), torch.zeros_like(tangents)
+                if slope.requires_grad:  # else the loss is linear in the outputs
+                    curved = torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
+                if has_functions_of_users([self._loss(point, targets)]):
+                    check_close(curved, by_difference())
+                return curved
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                if not self._approximates:
+                    raise
+                self._tell("the loss", error)
+        return by_difference()
+
+    def _tell(self, what: str, error: Exception) -> None:
+        reason = str(error).strip().partition("\n")[0]
+        self._events.notes.add(
+            f"coarse.model auto: {what} has no second derivatives ({reason}); differences are taken in their place"
+        )
 
     def tangents(
         self, inputs: Bundle, columns: Sequence[Column], entering: tuple[torch.Tensor, ...] = ()
@@ -162,7 +196,7 @@ class Linearisation:
         outputs = self._by_forms.run(index, segment, carried, parameters)
         if outputs is None:
             outputs = self._by_autograd(index, carried, parameters)
-        once, each = (FORWARD + BACKWARD, BACKWARD) if index in self._without_forward_mode else (FORWARD, FORWARD)
+        once, each = COSTS[self._ways.get(index, 0)]
         count = len(columns_of(differentiable(carried))) + len(columns_of(parameters.values()))
         samples = len(tensors_of(carried)[0])
         self._events.count_work(samples, self._segmented.share(index, index), once + each * count)
@@ -229,23 +263,29 @@ class Linearisation:
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
             return by_transposes(run, point, tangents)
 
-        # For activation functions and the like forward mode would do as well, but its first use imports for seconds.
-        if next(segment.parameters(), None) is None:
-            return backwards()
-        return self._either(index, forwards, backwards, tensors_of(plain)[0].device)
+        def differences() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+            return by_differences(run, point, tangents)
 
-    def _either(self, index: int, forwards: Callable[[], T], backwards: Callable[[], T], device: torch.device) -> T:
-        """Differentiate a segment in forward mode, or, where there is none, backwards."""
-        if index not in self._without_forward_mode:
-            state = random_state(device)
+        # For activation functions and the like forward mode would do as well, but its first use imports for seconds.
+        ways = {0: forwards, 1: backwards} if next(segment.parameters(), None) is not None else {1: backwards}
+        if self._approximates:
+            ways[2] = differences
+        return self._first_of(ways, index, tensors_of(plain)[0].device)
+
+    def _first_of(self, ways: dict[int, Callable[[], T]], index: int, device: torch.device) -> T:
+        """Differentiate a segment in the first way that it has: in forward mode, backwards, or by differences."""
+        state, last = random_state(device), max(ways)
+        for way in range(max(min(ways), self._ways.get(index, 0)), last):
             try:
-                return forwards()
+                return ways[way]()
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, NotImplementedError, ValueError):  # if for another reason, it comes again
-                self._without_forward_mode.add(index)
+            except (RuntimeError, NotImplementedError, ValueError) as error:  # if for another reason, it comes again
+                self._ways[index] = way + 1
                 set_random_state(state, device)
-        return backwards()
+                if way > 0:
+                    self._tell(type(self._segmented.segments[index]).__name__, error)
+        return ways[last]()
 
 
 def _import_what_torch_imports_late() -> None:
@@ -271,7 +311,7 @@ def _directions(
         inside = column.values[start - column.start : stop - column.start]
         whole = (start, stop) == (entry.start, entry.stop)
         found.append(inside if whole else nn.functional.pad(inside, (start - entry.start, entry.stop - stop)))
-    return torch.stack(found).view(-1, *parameter.shape)
+    return shaped_like(torch.stack(found), parameter)
 
 
 def is_bilinear(segment: nn.Module) -> TypeGuard[Bilinear]:

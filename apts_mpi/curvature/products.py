@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature.transposes import transposed
 from apts_mpi.errors import named_failures
+from apts_mpi.network.parameters import real_flat
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss, Pass
 from apts_mpi.tools.events import BACKWARD, FORWARD
@@ -80,7 +81,7 @@ class HessianProducts:
         self._parameters = parameters
         with named_failures(*WITHOUT_PRODUCTS):
             slopes = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-        self._slope = torch.cat([slope.flatten() for slope in slopes])
+        self._slope = torch.cat([real_flat(slope) for slope in slopes])
 
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
         """The Hessian times ``direction``, both in the order of the parameters."""
@@ -111,7 +112,7 @@ class GaussNewtonProducts:
         self._weights = torch.zeros_like(outputs, requires_grad=True)
         with named_failures(*WITHOUT_PRODUCTS):
             parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
-        self._pulled = torch.cat([part.flatten() for part in parts])
+        self._pulled = torch.cat([real_flat(part) for part in parts])
         self._curved = LossHessian(outputs, targets, loss)
 
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
@@ -144,4 +145,4 @@ class LossHessian:
 def _times(values: torch.Tensor, variables: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """The transposed derivative of ``values`` times ``weights``, flat."""
     with named_failures(*WITHOUT_PRODUCTS):
-        return torch.cat([part.flatten() for part in transposed([values], variables, [weights])]).detach()
+        return torch.cat([real_flat(part) for part in transposed([values], variables, [weights])]).detach()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
+from apts_mpi.network.parameters import real_flat
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache
@@ -180,11 +181,24 @@ class LocalObjective:
         if not moving:
             return torch.zeros_like(self._accumulated)
         tensors, weights = zip(*moving, strict=True)
+        if self._objective.knows_plain_passes_alone is not True:
+            try:
+                return self._derivatives(tensors, weights)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # if for another reason, it comes again
+                self._objective.knows_plain_passes_alone = True
+        self._objective.vector.alias_gradients()
+        self._accumulated.zero_()
+        torch.autograd.backward(tensors, weights, retain_graph=True)
+        return self._accumulated.clone()
+
+    def _derivatives(self, tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
         parts = torch.autograd.grad(
             tensors, self._parameters, weights, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         # Embeddings may give sparse ones.
-        return torch.cat([(part.to_dense() if part.is_sparse else part).flatten() for part in parts])
+        return torch.cat([real_flat(part.to_dense() if part.is_sparse else part) for part in parts])
 
     def gauss_newton_rows(self) -> torch.Tensor:
         """R with ``R^T R`` the Gauss-Newton matrix of this rank's samples, (samples * outputs, stop - start).
@@ -241,10 +255,28 @@ class LocalObjective:
         for cache in self._parts:
             value = self._value_of(cache, self._outputs(cache))
             if backward:
-                torch.autograd.backward(value, inputs=self._parameters)
+                self._backward(value)
             values.append(value.detach().double())
         self._count(FORWARD + BACKWARD if backward else FORWARD)
         return torch.stack(values).sum()
+
+    def _backward(self, value: torch.Tensor) -> None:
+        """Add the gradient of a value to that of the touched parameters; its graph is used up."""
+        objective = self._objective
+        if not objective.knows_plain_passes_alone:
+            before = self._accumulated.clone() if objective.knows_plain_passes_alone is None else None
+            try:
+                torch.autograd.backward(value, inputs=self._parameters, retain_graph=before is not None)
+                objective.knows_plain_passes_alone = False
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # if for another reason, it comes again
+                if before is None:
+                    raise
+                self._accumulated.copy_(before)
+                objective.knows_plain_passes_alone = True
+        torch.autograd.backward(value)
 
     def _outputs(self, cache: Cache) -> Bundle:
         """What the objective's last segment returns, with the masks of the global evaluation."""

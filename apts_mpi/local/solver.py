@@ -235,10 +235,11 @@ class LocalSolver(ABC):
 
 
 def ensure_descent(gradient: torch.Tensor, displacement: torch.Tensor, radius: float, kind: NormKind) -> torch.Tensor:
-    """``displacement``, or the steepest descent where it does not go down.
+    """``displacement``, or the steepest descent where it does not go down, or is not finite.
 
     Directions with memory may point uphill after the batch or the point changed. Displacements that each go down have
     a sum with a positive predicted reduction, so that a shrinking radius ends in an accepted step.
     """
-    uphill = torch.dot(gradient, displacement) >= 0.0
-    return torch.where(uphill, steepest_descent(gradient, radius, kind), displacement)
+    slope = torch.dot(gradient, displacement)
+    downhill = (slope < 0.0) & slope.isfinite()
+    return torch.where(downhill, displacement, steepest_descent(gradient, radius, kind))

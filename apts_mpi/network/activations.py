@@ -62,7 +62,11 @@ def gradient_of(bundle: Bundle) -> Bundle:
 def inner_product(bundle: Bundle, others: Bundle, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Sum of the products of the differentiable tensors, shape (), summed in ``dtype``."""
     pairs = zip(differentiable(bundle), tensors_of(others), strict=True)
-    return torch.stack([(tensor * other).sum(dtype=dtype) for tensor, other in pairs]).sum()
+    return torch.stack([(_real(tensor) * _real(other)).sum(dtype=dtype) for tensor, other in pairs]).sum()
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @dataclass(frozen=True)

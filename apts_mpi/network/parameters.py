@@ -38,9 +38,27 @@ def trained_parameters(network: torch.nn.Module) -> list[tuple[Entry, torch.nn.P
     start = 0
     for name, parameter in network.named_parameters():
         if _is_trained(parameter):
-            found.append((Entry(name, start, start + parameter.numel()), parameter))
-            start += parameter.numel()
+            size = parameter.numel() * (2 if parameter.is_complex() else 1)
+            found.append((Entry(name, start, start + size), parameter))
+            start += size
     return found
+
+
+def _real_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
+
+
+def real_flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor in a row: of a complex one real and imaginary parts in turn."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
+
+
+def shaped_like(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What `real_flat` made of a tensor like this one, as a view; it may have further dimensions in front."""
+    front = flat.shape[:-1]
+    if like.is_complex():
+        return torch.view_as_complex(flat.view(*front, *like.shape, 2))
+    return flat.view(*front, *like.shape)
 
 
 class FlatParameters:
@@ -49,7 +67,8 @@ class FlatParameters:
     Parameters
     ----------
     network
-        Its trainable parameters, all float32 or all float64 on one device, become views.
+        Its trainable parameters, all float32 or all float64 on one device, become views; complex ones of that precision
+        have real and imaginary parts in turn.
 
     Attributes
     ----------
@@ -78,27 +97,32 @@ class FlatParameters:
         self.parameters = tuple(parameter for _, parameter in trained)
         first = self.parameters[0]
         for entry, parameter in trained:
-            if parameter.dtype not in ADMITTED_DTYPES:
+            if _real_dtype(parameter) not in ADMITTED_DTYPES:
                 raise InvalidInput(
                     f"network: parameter {entry.name} has dtype {parameter.dtype}, which MPI cannot reduce; "
                     "convert the network with network.float() or network.double()"
                 )
-            if parameter.dtype != first.dtype or parameter.device != first.device:
+            if _real_dtype(parameter) != _real_dtype(first) or parameter.device != first.device:
                 raise InvalidInput(
                     f"network: parameter {entry.name} is {parameter.dtype} on {parameter.device}, "
                     f"{self.entries[0].name} is {first.dtype} on {first.device}; convert the network to one dtype "
                     "and device"
                 )
+            if parameter.is_complex() and entry.start % 2:
+                raise InvalidInput(
+                    f"network: complex parameter {entry.name} comes after {entry.start} real numbers, so that "
+                    "torch has no complex view of its place; put it before the parameters of odd size"
+                )
         self.network = network
-        self.values = torch.empty(self.entries[-1].stop, dtype=first.dtype, device=first.device)
+        self.values = torch.empty(self.entries[-1].stop, dtype=_real_dtype(first), device=first.device)
         self.gradients = torch.zeros_like(self.values)
         for entry, parameter in trained:
-            view = self.values[entry.start : entry.stop].view(parameter.shape)
+            view = shaped_like(self.values[entry.start : entry.stop], parameter)
             view.copy_(parameter.detach())
             # The same memory with a storage of its own: saving some of the parameters saves no others.
             parameter.data = torch.from_dlpack(view)
         self._gradient_views = tuple(
-            self.gradients[entry.start : entry.stop].view(parameter.shape)
+            shaped_like(self.gradients[entry.start : entry.stop], parameter)
             for entry, parameter in zip(self.entries, self.parameters, strict=True)
         )
         self._frozen: list[tuple[int, int]] = []

@@ -183,7 +183,14 @@ class CalledNetwork(torch.nn.Module):
 
     That may ask for gradients of the inputs it is given, and differentiate with ``torch.autograd.grad`` also where no
     graph is to be made.
+
+    Attributes
+    ----------
+    may_differentiate : bool
+        Whether it may take derivatives itself, which tensors that are none of torch's own cannot follow.
     """
+
+    may_differentiate = True
 
     def __init__(self, network: torch.nn.Module, forward: Forward) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ MOST, FEWEST = 64, 4
 SHARED = 1 << 30
 
 
-def check_objective(objective: Objective, batch: Batch, comm: Communicator, whole: bool) -> None:
+def check_objective(objective: Objective, batch: Batch, comm: Communicator, whole: bool, doubted: bool = False) -> None:
     """Try the loss on a few samples at the present parameters, and leave no trace. Collective.
 
     It has to be a mean over the samples and the same the second time. Of a batch that every rank was given as a whole,
@@ -44,6 +44,8 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
         The ranks.
     whole
         Whether every rank was given the whole batch.
+    doubted
+        See `check_repeated`.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
             draws = not torch.equal(before, random_state(device))
         return value_of(loss, outputs)
 
-    value = check_repeated(evaluate, device, comm)
+    value = check_repeated(evaluate, device, comm, doubted)
     if whole:
         check_same_loss(value, draws, device, comm, objective.epsilon)
 

@@ -51,6 +51,11 @@ class Objective:
         Its ``total`` is the gradient of the last `backward`.
     events : Events
         Where work is counted.
+    outputs_of_sample : int
+        Numbers that the network returns for a sample, once it was evaluated.
+    knows_plain_passes_alone : bool or None
+        Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
+        None until that was tried.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class Objective:
         self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
         self.keep_gradients = keep_gradients
+        self.outputs_of_sample = 1
+        self.knows_plain_passes_alone: bool | None = None
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
         self._device = vector.values.device
@@ -133,6 +140,8 @@ class Objective:
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[torch.Tensor, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)
+        if isinstance(outputs, torch.Tensor):
+            self.outputs_of_sample = outputs.numel() // part.samples
         return self.loss(outputs, part.targets), caches
 
     def run_segments(self, part: Pass, activations: Bundle, cached: bool) -> tuple[Bundle, list[Cache]]:
@@ -191,7 +200,8 @@ class Objective:
             last = index == len(passes) - 1
             if last:
                 self.reduction.begin()
-            with self.reduction.listening() if last else nullcontext():
+            # What is run again in a backward pass (checkpointing) has been noted before.
+            with self.buffers.copied(), self.reduction.listening() if last else nullcontext():
                 (loss * part.weight).backward()
             for record in caches[0].records if caches else ():
                 record.complete(part.weight)

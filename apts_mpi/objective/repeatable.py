@@ -16,7 +16,10 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import host, kept_generators, preserved_random_state, seed_stream
 from apts_mpi.tools.tensors import checksum
 
-# Evaluations more where a generator is drawn from that nobody seeds: what it decides may come out alike twice.
+# Evaluations: what alternates between two, or changes at every other call, is not to come out alike.
+TIMES = 4
+
+# And more where a generator is drawn from that nobody seeds: what it decides may come out alike each time.
 REPEATS = 50
 
 # By how much a loss may differ that is evaluated again, as a power of the machine number. On one host the same sums
@@ -61,8 +64,10 @@ def value_of(loss: torch.Tensor, outputs: Any) -> Value:
     return Value(float(loss.detach()), largest if math.isfinite(largest) else 0.0, epsilon)
 
 
-def check_repeated(evaluate: Callable[[], Value | None], device: torch.device, comm: Communicator) -> Value | None:
-    """Evaluate twice, or more often, and see that nothing changes. Collective.
+def check_repeated(
+    evaluate: Callable[[], Value | None], device: torch.device, comm: Communicator, doubted: bool = False
+) -> Value | None:
+    """Evaluate several times, or many times, and see that nothing changes. Collective.
 
     Parameters
     ----------
@@ -72,6 +77,8 @@ def check_repeated(evaluate: Callable[[], Value | None], device: torch.device, c
         Whose generator that is.
     comm
         The ranks.
+    doubted
+        Whether there is cause to evaluate many times.
 
     Returns
     -------
@@ -84,22 +91,23 @@ def check_repeated(evaluate: Callable[[], Value | None], device: torch.device, c
         If it is another one later.
     """
     with kept_generators(device) as moved:
-        values = [evaluate(), evaluate()]
+        values = [evaluate() for _ in range(TIMES)]
         (is_drawn,) = comm.agree([moved()], lambda table: [table.max()])
-        if is_drawn:
+        if is_drawn or doubted:
             values += [evaluate() for _ in range(REPEATS)]
     with comm.shared_errors():
         first, *others = values
         for other in others:
             if first is not None and other is not None:
-                _compare(first, other, first.tolerance(ONE_HOST if device.type == "cpu" else ELSEWHERE))
+                tolerance = first.tolerance(ONE_HOST if device.type == "cpu" else ELSEWHERE)
+                _compare(first, other, tolerance, "one batch" if doubted else "the first batch")
     return values[0]
 
 
-def _compare(first: Value, other: Value, tolerance: float) -> None:
+def _compare(first: Value, other: Value, tolerance: float, batch: str) -> None:
     if not _agree(first.loss, other.loss, tolerance):
         raise InvalidInput(
-            f"loss: that of the first batch is {first.loss:.9g} once and {other.loss:.9g} another time, with the same "
+            f"loss: that of {batch} is {first.loss:.9g} once and {other.loss:.9g} another time, with the same "
             "parameters and the same state of torch's generator: the network or the loss draws random numbers by other "
             "means (Python's random, numpy, a generator of its own), or keeps something from one call to the next; "
             "draw with torch's generator of the device, and keep things in buffers"

@@ -79,8 +79,8 @@ class LocalOptions:
         limited-memory SR1 model, whose pairs last from one iteration to the next. ``steihaug``: trust region with
         conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
         moments last from one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
-        ``auto``: gauss-newton where the network is called for more than its outputs and the blocks are
-        small, kfac where subdomains are whole layers, else adam. MODULE:CLASS: one of your own, see
+        ``auto``: gauss-newton where the network is called by a function and the blocks are small, kfac where subdomains
+        are whole layers, else adam. MODULE:CLASS: one of your own, see
         `apts_mpi.local.LocalSolver`.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
@@ -133,7 +133,8 @@ class CoarseOptions:
     ----------
     model
         ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
-        ``auto``: gauss-newton, but none with noise batches.
+        ``auto``: gauss-newton, but none with noise batches; and where the network or the loss cannot be differentiated
+        twice, differences of their values in the place of derivatives, or the plain sum, which is said once.
     space
         The span: ``subdomains``, of what ``columns`` names; or MODULE:CLASS for one of your own, see
         `apts_mpi.schwarz.CoarseSpace`.

@@ -38,7 +38,7 @@ class Problem:
         How the problem is called in reports.
     network : torch.nn.Module
         The network N, on the CPU, with at least one trainable parameter. Its floating-point tensors and those
-        of the data share one dtype, float32 or float64.
+        of the data share one dtype, float32 or float64; complex parameters have that of their parts.
     loss : callable
         ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
     train : (Tensor, Tensor)
@@ -113,10 +113,12 @@ def _parameter_dtype(network: nn.Module) -> torch.dtype:
     trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, "network", type(network).__name__, "it has no parameter that requires a gradient")
     dtype = next(iter(dtypes.values()))
+    dtype = dtype.to_real() if dtype.is_complex else dtype
     for name, found in dtypes.items():
         option = f"dtype of the network's {name}"
-        require(found in _DTYPES, option, found, "convert the network to torch.float32 or torch.float64")
-        require(found == dtype, option, found, f"other parameters are {dtype}; convert the network to one dtype")
+        real = found.to_real() if found.is_complex else found
+        require(real in _DTYPES, option, found, "convert the network to torch.float32 or torch.float64")
+        require(real == dtype, option, found, f"other parameters are {dtype}; convert the network to one precision")
     return dtype
 
 

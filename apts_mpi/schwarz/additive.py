@@ -156,7 +156,9 @@ class AdditiveSchwarz:
         tried = batch.size <= self._largest_batch
         if useful:
             self._largest_batch = max(batch.size, self._largest_batch)
-        with self._events.timed("local solves"), nullcontext() if tried else self._comm.shared_refusals():
+        refusals = nullcontext() if tried else self._comm.shared_refusals()
+        # What is run again in a backward pass (checkpointing) must not move statistics.
+        with self._events.timed("local solves"), self._objective.buffers.copied(), refusals:
             for weight, of_pass, rows in zip(batch.shares, caches, self.rows, strict=True):
                 if useful and self._is_measuring:
                     self._measure(of_pass, weight, gradient)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from apts_mpi.curvature.linearisation import Column
-from apts_mpi.errors import shortened
+from apts_mpi.errors import SharedInvalidInput, shortened
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
 from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
@@ -69,6 +69,8 @@ class CoarseLevel:
 
     Attributes
     ----------
+    is_asked : bool
+        Whether the model was asked for: where it cannot be formed, that is an error, and else the plain sum is taken.
     step : Tensor, shape (n,)
         The step of the last `recombine`.
     last_step, last_correction : Tensor, shape (n,)
@@ -94,6 +96,8 @@ class CoarseLevel:
         size: int,
     ) -> None:
         self._options = options
+        self.is_asked = True
+        self._has_model = True
         assert options.norm != "auto"  # composed
         self._norm: Literal["2", "scaled"] = options.norm
         with comm.shared_errors():  # a class of the user's may not be there
@@ -127,13 +131,21 @@ class CoarseLevel:
         Raises
         ------
         SharedInvalidInput
-            The first time, where the network or the loss cannot be differentiated so.
+            The first time, where the network or the loss cannot be differentiated so, and that was asked for.
         """
         with self._comm.events.timed("coarse"):
             self._state = CoarseState(self._parts, corrections, gradient, self.last_step, self.last_correction)
+            if not self._has_model:
+                return
             self._columns = self._make_columns(self._state)
             products = torch.cat([inner_products(self._columns), self._slope(gradient)[None]])
-            self.model = self.curvature.form(batch, self._columns, products)
+            try:
+                self.model = self.curvature.form(batch, self._columns, products)
+            except SharedInvalidInput as error:
+                if self.is_asked:
+                    raise
+                self._has_model = False
+                self._comm.events.notes.add(f"coarse.model auto: corrections are summed up from now on ({error})")
 
     def _make_columns(self, state: CoarseState) -> Sequence[Column]:
         if self._options.space == SUBDOMAINS:
@@ -148,20 +160,38 @@ class CoarseLevel:
         """Inner products of the gradient with the columns, shape (m,), float64."""
         return torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns]).double()
 
-    def recombine(self, radius: float) -> float:
+    def recombine(self, radius: float) -> float | None:
         """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective.
 
-        Not a number, with a step of zero, where the model is not finite; that is judged a rejection.
+        Without a model, or one that is finite, the step is the plain sum of the corrections, and the reduction None.
         """
         with self._comm.events.timed("coarse"):
+            if not self._has_model:
+                return self._sum_up(radius)
             told = self._tell(lambda: self._minimise(radius))
             self._combine(told)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             # Where rank 0 has all columns, it alone waits for its device to say how long the step is.
             length = self._inner.norm(self.step) if told else 0.0
             *coefficients, predicted = self._comm.decide(lambda: self._cut(length, radius))
+            if math.isnan(predicted):
+                self._comm.events.notes.add(
+                    "coarse.model: the curvature between the corrections is not finite (a root of 0 in the network or "
+                    "the loss?); they are summed up in such an iteration"
+                )
+                return self._sum_up(radius)
             self._combine(coefficients)
         return predicted
+
+    def _sum_up(self, radius: float) -> None:
+        """Put the sum of the corrections, cut to the ball, into `step`: of subdomains of data their mean."""
+        assert self._state is not None  # prepared
+        corrections = self._state.corrections
+        self.step.zero_()
+        for column in corrections:
+            alike = sum((other.start, other.stop) == (column.start, column.stop) for other in corrections)
+            self.step[column.start : column.stop].add_(column.values, alpha=1.0 / alike)
+        self._inner.clip(self.step, radius)
 
     def _tell(self, decide: Callable[[], Sequence[float]]) -> Sequence[float]:
         """What rank 0 decides, on all ranks that have to combine it for the step to be measured; empty elsewhere."""
@@ -242,11 +272,12 @@ def make_coarse_level(
     make_curvature: Callable[[], ReducedCurvature],
     inner: InnerProducts,
     size: int,
+    is_asked: bool,
 ) -> CoarseLevel | None:
     """The coarse level of the options; see `CoarseLevel`."""
     if options.coarse.model == "none":
         return None
-    return CoarseLevel(
+    level = CoarseLevel(
         options.coarse,
         parts=decomposition.owned_parts(),
         like=like,
@@ -255,3 +286,5 @@ def make_coarse_level(
         inner=inner,
         size=size,
     )
+    level.is_asked = is_asked
+    return level

@@ -43,11 +43,21 @@ class ReducedCurvature(Protocol):
         """
 
 
-def share_of_samples(samples: float | None, batch: Batch) -> float:
-    """Share of a batch on which curvature is measured: that of the options, or one that holds enough targets."""
+# Numbers that tangents of the outputs have along a column, at most: as many as 512 targets have of 4,096 classes. With
+# a vocabulary of 32,000 the curvature on 512 targets takes as long as eight gradients, and this as one.
+MOST_OUTPUTS = 2**21
+
+
+def share_of_samples(samples: float | None, batch: Batch, outputs: int = 1) -> float:
+    """Share of a batch on which curvature is measured: that of the options, or one that holds enough targets.
+
+    ``outputs`` is how many numbers the network returns for a sample; a share of the usual size has no more than
+    ``MOST_OUTPUTS``.
+    """
     if samples is not None:
         return samples
-    return min(1.0, ENOUGH_TARGETS / (batch.size * batch.passes[0].targets[0].numel()))
+    enough = ENOUGH_TARGETS / (batch.size * batch.passes[0].targets[0].numel())
+    return min(1.0, enough, MOST_OUTPUTS / (batch.size * outputs))
 
 
 class TangentCurvature:
@@ -61,12 +71,17 @@ class TangentCurvature:
         The ranks, which all have all columns.
     samples
         The share of the options.
+    approximates
+        See `apts_mpi.curvature.linearisation.Linearisation`.
     """
 
     own = slice(None)
 
-    def __init__(self, objective: Objective, comm: Communicator, samples: float | None) -> None:
-        self._linearisation = Linearisation(objective)
+    def __init__(
+        self, objective: Objective, comm: Communicator, samples: float | None, approximates: bool = False
+    ) -> None:
+        self._objective = objective
+        self._linearisation = Linearisation(objective, approximates)
         self._comm = comm
         self._samples = samples
         self._tried = False
@@ -95,7 +110,7 @@ class TangentCurvature:
         """This rank's part, shape (m, m), float64."""
         count, device = len(columns), columns[0].values.device
         curvature = torch.zeros(count, count, dtype=torch.float64, device=device)
-        share = share_of_samples(self._samples, batch)
+        share = share_of_samples(self._samples, batch, self._objective.outputs_of_sample)
         for part in batch.passes:
             thinned = part.thinned(share)
             if thinned is not None:

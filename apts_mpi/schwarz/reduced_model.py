@@ -26,8 +26,8 @@ class ReducedModel:
 
     @property
     def is_finite(self) -> bool:
-        """Whether slope and curvature are numbers."""
-        return bool(np.isfinite(self.slope).all() and np.isfinite(self.curvature).all())
+        """Whether slope, curvature and inner products are numbers."""
+        return all(bool(np.isfinite(part).all()) for part in (self.slope, self.curvature, self.gram))
 
     def reduction(self, coefficients: np.ndarray) -> float:
         """Predicted reduction of a step."""

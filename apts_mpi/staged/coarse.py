@@ -32,12 +32,21 @@ class StageCurvature:
         Whether this rank speaks for its stage, as one of the replicas.
     samples
         Share of the samples in the options.
+    approximates
+        See `apts_mpi.curvature.linearisation.Linearisation`.
     """
 
     own = slice(0)
 
-    def __init__(self, objective: StagedObjective, comm: Communicator, leads: bool, samples: float | None) -> None:
-        self._linearisation = Linearisation(objective)
+    def __init__(
+        self,
+        objective: StagedObjective,
+        comm: Communicator,
+        leads: bool,
+        samples: float | None,
+        approximates: bool = False,
+    ) -> None:
+        self._linearisation = Linearisation(objective, approximates)
         _import_what_forward_mode_imports_late(objective.segmented.segments)
         self._objective = objective
         self._pipeline = objective.pipeline

@@ -81,6 +81,7 @@ class Staged:
     ) -> None:
         self.network = network
         asked_for = options
+        self._is_coarse_asked = options.coarse.model != "auto"
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
             check_staged(options)
@@ -136,7 +137,7 @@ class Staged:
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
-            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size
+            options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
@@ -165,7 +166,8 @@ class Staged:
         return names
 
     def _curvature(self) -> StageCurvature:
-        return StageCurvature(self.objective, self.comm, self.decomposition.leads, self.options.coarse.samples)
+        samples = self.options.coarse.samples
+        return StageCurvature(self.objective, self.comm, self.decomposition.leads, samples, not self._is_coarse_asked)
 
     @property
     def parameters(self) -> int:
@@ -200,11 +202,11 @@ class Staged:
             self._batches.look({name: data for name, data in given if needed[name] and data is not None}, rows)
         return batch
 
-    def check_loss(self, batch: Batch) -> None:
+    def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
         whole = self.options.batch == "whole"
         given = batch.size if whole else sum(part.samples for part in batch.passes)
-        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole)
+        check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole, doubted)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""

@@ -17,13 +17,19 @@ from apts_mpi.tools.environment import kept_generators, random_state
 
 
 def check_staged_objective(
-    objective: StagedObjective, batch: Batch, count: int, replica: int, comm: Communicator, whole: bool
+    objective: StagedObjective,
+    batch: Batch,
+    count: int,
+    replica: int,
+    comm: Communicator,
+    whole: bool,
+    doubted: bool = False,
 ) -> None:
     """`apts_mpi.objective.loss_check.check_objective` where each rank has a stage. Collective.
 
     Parameters
     ----------
-    objective, batch, whole
+    objective, batch, whole, doubted
         As there; the first stage has inputs and the last one targets.
     count
         Number of samples that the ranks of this replica were given.
@@ -69,7 +75,7 @@ def check_staged_objective(
                 value = value_of(objective.loss(outputs, targets[few]), outputs)
         return value
 
-    value = check_repeated(evaluate, device, comm)
+    value = check_repeated(evaluate, device, comm, doubted)
     if whole:
         (drawn,) = comm.agree([draws], lambda table: [table.max()])
         check_same_loss(value, bool(drawn), device, comm, objective.epsilon)

@@ -215,13 +215,14 @@ class StagedObjective(Objective):
         assert flight.leaving is not None
         if index == len(passes) - 1:
             self.reduction.begin()
-        if gradients is None:
-            assert isinstance(flight.leaving, torch.Tensor)
-            (flight.leaving * part.weight).backward()
-        else:
-            pairs = zip(differentiable(flight.leaving), tensors_of(gradients), strict=True)
-            reached = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
-            torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+        with self.buffers.copied():  # what is run again (checkpointing) has been noted before
+            if gradients is None:
+                assert isinstance(flight.leaving, torch.Tensor)
+                (flight.leaving * part.weight).backward()
+            else:
+                pairs = zip(differentiable(flight.leaving), tensors_of(gradients), strict=True)
+                reached = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+                torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
         run.done.append(self._completed(part, flight, sum(part.weight for part in passes)))
         return None if self.pipeline.is_first else gradient_of(flight.entering)
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from apts_mpi.tools.environment import seconds
+from apts_mpi.tools.notes import Notes
 
 # A backward pass costs about twice its forward pass; together they are one gradient evaluation.
 FORWARD = 1.0 / 3.0
@@ -117,11 +118,14 @@ class Events:
         evaluations.
     spans : Spans or None
         Where beginnings and ends are kept as well.
+    notes : Notes
+        What was done in the place of what could not be.
     """
 
     def __init__(self) -> None:
         self.work = 0.0
         self.spans: Spans | None = None
+        self.notes = Notes()
         self.clear()
 
     def clear(self) -> None:

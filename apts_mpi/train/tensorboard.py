@@ -14,6 +14,9 @@ from apts_mpi.tools.environment import host, wall_time
 # Where a value stands on the horizontal axis, and what is the same for all.
 AXES = {"iteration", "epoch"}
 
+# Sentences.
+NOTES = "notes"
+
 # Of the format of event files.
 VERSION = "brain.Event:2"
 
@@ -96,6 +99,6 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
     for name, value in values.items():
         if isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{name}/")
-        elif name not in AXES and value is not None:
+        elif name not in AXES and name != NOTES and value is not None:
             found.append((prefix + name, float(value)))
     return found

@@ -227,6 +227,8 @@ class Training:
             values |= result.schwarz.record()
             if result.global_step is not None:
                 values["global_step"] = result.global_step.record()
+            if result.notes:
+                values["notes"] = list(result.notes)
         else:
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
         progress.tries += 1

@@ -159,11 +159,12 @@ class GlobalStep:
             model: LSR1 | ProductModel = self.memory
         else:
             model = ProductModel(self._products(passes), self._precondition(), self._agree, self._inner.dots)
-        step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
-        self._inner.clip(self._objective.vector.still(step), radius)
-        # Rank 0's for all: a model magnifies the different rounding errors of the ranks' sums.
-        self._comm.share_tensors([step])
-        return step, model.predict(gradient, step)
+        with self._objective.buffers.copied():  # what is run again in a backward pass must not move statistics
+            step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
+            self._inner.clip(self._objective.vector.still(step), radius)
+            # Rank 0's for all: a model magnifies the different rounding errors of the ranks' sums.
+            self._comm.share_tensors([step])
+            return step, model.predict(gradient, step)
 
     def _products(self, passes: Sequence[Pass]) -> Product:
         """Products with the curvature of the batch at the present point, summed over passes and ranks."""

@@ -269,7 +269,7 @@ def test_what_cannot_be_differentiated_is_a_named_error(world):
         return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), Module(8, CLASSES)).double()
 
     with pytest.raises(InvalidInput, match=r"coarse.model: 'gauss-newton' .* choose --coarse none"):
-        train(world, network())
+        train(world, network(), coarse=CoarseOptions(model="gauss-newton"))
     _, results = train(world, network(), coarse=CoarseOptions(model="none"), steps=1)
     assert results[0].accepted
 
@@ -296,7 +296,10 @@ class OpaqueHead(nn.Module):
 def test_a_backward_pass_without_derivative_shows_when_it_has_an_effect():
     """Behind weights that are zero at first nothing flows back."""
     with pytest.raises(InvalidInput, match=r"coarse.model: .*a backward pass .* cannot be differentiated"):
-        train(MPI.COMM_SELF, nn.Sequential(OpaqueHead()).double(), steps=3)
+        asked = CoarseOptions(model="gauss-newton")
+        train(MPI.COMM_SELF, nn.Sequential(OpaqueHead()).double(), steps=3, coarse=asked)
+    _, results = train(MPI.COMM_SELF, nn.Sequential(OpaqueHead()).double(), steps=3)
+    assert results[-1].accepted and any("differences" in note for result in results for note in result.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -134,3 +134,44 @@ def test_tolerances():
     assert 20 * value.epsilon < value.tolerance(ONE_HOST) < 1e-4 < value.tolerance(ELSEWHERE) < 2e-3
     assert value_of(torch.tensor(2.0), outputs.bfloat16()).epsilon == torch.finfo(torch.bfloat16).eps
     assert value_of(torch.tensor(2.0), torch.tensor([math.inf])).largest == 0.0
+
+
+class Varying(torch.nn.Module):
+    """Scores that are other ones at some calls, by means that torch does not seed."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.linear, self.factor, self.calls = torch.nn.Linear(10, 3), factor, 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.linear(inputs) * self.factor(self.calls)
+
+
+GENERATOR = random.Random(3)
+
+VARYING = {
+    "every second pair of calls": lambda calls: 1.0 + calls // 2 % 2,
+    "every third call": lambda calls: 1.0 + (calls % 3 == 0),
+    "from some call on": lambda calls: 1.0 if calls < 40 else 1.0 + GENERATOR.random(),
+    "seldom": lambda calls: 3.0 if GENERATOR.random() < 0.1 else 1.0,
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", VARYING)
+@pytest.mark.parametrize("staged", [False, True])
+def test_scores_that_vary_are_named(world, name, staged):
+    """Also where the first evaluations come out alike: the steps that follow are like none that a model predicts."""
+    if staged and world.size > 2:
+        pytest.skip("a module for each of two stages")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Tanh(), Varying(VARYING[name])).double()
+    if staged:
+        chosen = APTSOptions(layout="staged", stall_timeout=60.0)
+        solver = StagedAPTS(network, cross_entropy, comm=world, options=chosen)
+    else:
+        solver = APTS(network, cross_entropy, comm=world)
+    with pytest.raises(SharedInvalidInput, match=r"loss: that of (the first|one) batch is .* once and .* another time"):
+        for _ in range(40):
+            solver.step(classified())

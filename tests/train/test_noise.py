@@ -14,17 +14,18 @@ from apts_mpi.train.options import TrainingOptions
 
 def problem(**changes):
     data = torch.zeros(1000, 10, dtype=torch.float64), torch.zeros(1000, dtype=torch.int64)
-    known = {"name": "zeros", "batch_size": 100, "epochs": 3, **changes}
+    known = {"name": "zeros", "batch_size": 10, "epochs": 2, **changes}
     return Problem(network=networks.classifier(), loss=networks.cross_entropy, train=data, test=None, **known)
 
 
 @pytest.mark.parametrize(
     ("options", "noise"),
     [
-        ({}, "none"),  # 30 steps
-        ({"epochs": MANY_STEPS // 10}, "batches"),
-        ({"epochs": MANY_STEPS // 10 - 1}, "none"),
+        ({}, "none"),  # 200 steps
+        ({"epochs": MANY_STEPS // 100 + 1}, "batches"),
+        ({"epochs": MANY_STEPS // 100}, "none"),
         ({"epochs": 3, "batch_size": 10}, "batches"),
+        ({"epochs": 1000, "batch_size": 11}, "none"),  # 90 batches, which are no small parts
         ({"epochs": 1000, "batch_size": 1000}, "none"),  # all samples in each batch
         ({"epochs": 1000, "batch_size": 5000}, "none"),
         ({"epochs": 1000, "noise": "none"}, "none"),
@@ -51,7 +52,7 @@ def test_problem_that_calls_its_network_itself_has_none():
     [
         ({"epochs": 4}, 0.2),
         ({"epochs": 2}, 0.1 * math.sqrt(2.0)),
-        ({}, 0.1 * math.sqrt(3.0)),
+        ({}, 0.1 * math.sqrt(2.0)),
         ({"epochs": 100}, LARGEST_PULL),
         ({"epochs": 4, "max_iterations": 7}, 0.2),
         ({"epochs": 4, "max_seconds": 7.0}, None),
