@@ -16,13 +16,14 @@ from apts_mpi.curvature import closed_forms  # noqa: F401 (for the forms that it
 from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, columns_of, value_of
 from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
+from apts_mpi.network.activations import Bundle, at_point, differentiable, with_differentiable, with_tensors
 from apts_mpi.network.parameters import Entry
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree, count_samples, map_tensors, tensors_of
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -100,12 +101,13 @@ class Linearisation:
         """
         with self.drawing(part), named_failures(*WITHOUT_TANGENTS):
             outputs, tangents = self.tangents(part.inputs, columns)
-            if not isinstance(outputs, torch.Tensor):
+            if not tangents:
                 raise InvalidInput(
-                    f"coarse.model: 'gauss-newton' needs a network that returns one tensor, not a "
-                    f"{type(outputs).__name__}; choose --coarse none"
+                    f"coarse.model: 'gauss-newton' needs a network that returns tensors, and this one returns a "
+                    f"{type(outputs).__name__} in which there are none; return them in a tuple, a mapping or a "
+                    "dataclass, or choose --coarse none"
                 )
-            return self.between(outputs, part.targets, tangents[0])
+            return self.between(outputs, part.targets, tangents)
 
     @contextmanager
     def drawing(self, part: Pass) -> Iterator[None]:
@@ -119,18 +121,33 @@ class Linearisation:
         ):
             yield
 
-    def between(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """The loss's Hessian between tangents of the outputs, shape (m, m), float64."""
-        return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
+    def between(self, outputs: Bundle, targets: Tree, tangents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss's Hessian between tangents of the differentiable outputs, shape (m, m), float64."""
+        count = len(tangents[0])
+        total = tangents[0].new_zeros(count, count, dtype=torch.float64)
+        for tangent, curved in zip(tangents, self._curved(outputs, targets, tangents), strict=True):
+            if curved is not None:
+                total += tangent.reshape(count, -1).double() @ curved.reshape(count, -1).double().T
+        return total
 
-    def _curved(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """H times each tangent, by differentiating the gradient of the loss alone."""
+    def _curved(
+        self, outputs: Bundle, targets: Tree, tangents: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """H times each tangent, by differentiating the gradient of the loss alone; None stands for zeros.
+
+        H is that of all outputs together: a loss may multiply one with another.
+        """
         with torch.enable_grad():
-            point = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self._loss(point, targets), point, create_graph=True)
-            if not slope.requires_grad:  # a loss linear in the outputs
-                return torch.zeros_like(tangents)
-            return torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
+            point, variables = at_point(outputs)
+            slopes = torch.autograd.grad(self._loss(point, targets), variables, create_graph=True, allow_unused=True)
+            # Without the outputs that the loss does not read, and those in which it is linear.
+            pairs = [
+                pair for pair in zip(slopes, tangents, strict=True) if pair[0] is not None and pair[0].requires_grad
+            ]
+            if not pairs:
+                return [None] * len(variables)
+            bent, along_them = zip(*pairs, strict=True)
+            return torch.autograd.grad(bent, variables, along_them, is_grads_batched=True, allow_unused=True)
 
     def tangents(
         self, inputs: Bundle, columns: Sequence[Column], entering: tuple[torch.Tensor, ...] = ()
@@ -163,7 +180,7 @@ class Linearisation:
             outputs = self._by_autograd(index, carried, parameters)
         once, each = (FORWARD + BACKWARD, BACKWARD) if index in self._without_forward_mode else (FORWARD, FORWARD)
         count = len(columns_of(differentiable(carried))) + len(columns_of(parameters.values()))
-        samples = len(tensors_of(carried)[0])
+        samples = count_samples(carried)
         self._events.count_work(samples, self._segmented.share(index, index), once + each * count)
         return outputs
 
@@ -212,18 +229,21 @@ class Linearisation:
             given = with_differentiable(plain, values[:inputs]) if inputs else plain
             return functional_call(segment, dict(zip(names, values[inputs:], strict=True)), (given,))
 
-        def parts(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+        returned: list[Bundle] = []
+
+        def parts(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
             outputs = run(values)
-            return differentiable(outputs), outputs
+            returned[:] = [outputs]
+            return differentiable(outputs), tensors_of(outputs)
 
         def forwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-            def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+            def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
                 found: Any = jvp(parts, point, directions, has_aux=True)
                 return found[1:]
 
             places: Any = (0, None)  # the outputs are the same for all
-            moved, outputs = vmap(of_column, out_dims=places, randomness="same")(*tangents)
-            return outputs, moved
+            moved, values = vmap(of_column, out_dims=places, randomness="same")(*tangents)
+            return with_tensors(returned[0], values), moved
 
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
             return by_transposes(run, point, tangents)

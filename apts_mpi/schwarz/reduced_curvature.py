@@ -16,6 +16,7 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.options import ENOUGH_TARGETS
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.reduced_model import ReducedModel
+from apts_mpi.tools.trees import numbers_of_sample
 
 
 class ReducedCurvature(Protocol):
@@ -47,7 +48,7 @@ def share_of_samples(samples: float | None, batch: Batch) -> float:
     """Share of a batch on which curvature is measured: that of the options, or one that holds enough targets."""
     if samples is not None:
         return samples
-    return min(1.0, ENOUGH_TARGETS / (batch.size * batch.passes[0].targets[0].numel()))
+    return min(1.0, ENOUGH_TARGETS / (batch.size * numbers_of_sample(batch.passes[0].targets)))
 
 
 class TangentCurvature:
