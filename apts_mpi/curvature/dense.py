@@ -238,7 +238,7 @@ def side_by_side(outputs: Bundle, places: Sequence[int]) -> torch.Tensor:
     return torch.cat([tensors[place].reshape(len(tensors[place]), -1) for place in places], dim=1)
 
 
-def roots(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
+def roots(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
     """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o).
 
     The outputs of a sample are those in some ``places``, side by side.
@@ -260,13 +260,16 @@ def _hessians(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int])
         shaped = {place: part.view_as(tensors[place]) for place, part in zip(places, parts, strict=True)}
         at = with_differentiable(outputs, [shaped.get(place, tensor) for place, tensor in enumerate(tensors)])
         value = loss(at, targets)
-        (slope,) = torch.autograd.grad(value, point, create_graph=True, allow_unused=True, materialize_grads=True)
         samples, size = point.shape
-        if not slope.requires_grad:  # a loss linear in the outputs
-            return point.new_zeros(samples, size, size)
-        units = torch.eye(size, dtype=point.dtype, device=point.device)
-        directions = units[:, None].expand(size, samples, size)
-        (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, materialize_grads=True)
+        curved = None
+        if value.requires_grad:  # not of a loss that reads none of them
+            (slope,) = torch.autograd.grad(value, point, create_graph=True)
+            if slope.requires_grad:
+                units = torch.eye(size, dtype=point.dtype, device=point.device)
+                directions = units[:, None].expand(size, samples, size)
+                (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
+    if curved is None:  # a loss linear in the outputs
+        return point.new_zeros(samples, size, size)
     return curved.transpose(0, 1)
 
 
