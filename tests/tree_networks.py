@@ -57,6 +57,13 @@ def coupled(outputs, targets):
     return apart + (outputs.value[:, None] * outputs.classes).sin().mean() + 0.1 * outputs.extent
 
 
+def convex(outputs, targets):
+    """Coupled, and convex in the outputs, as rows of a square root have to be."""
+    both = torch.cat([outputs.classes, outputs.value[:, None]], dim=1)
+    apart = squared_error(outputs.value, targets["value"]) + outputs.extent
+    return cross_entropy(both, targets["classes"]) + apart
+
+
 def coupled_in_mapping(outputs, targets):
     """The same of outputs in a mapping."""
     return coupled(Found(**outputs), targets)

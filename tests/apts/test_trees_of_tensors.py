@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from networks import cross_entropy, flat, make_solver, numbers, options, squared_error
+from networks import cross_entropy, flat, make_solver, numbers, options
 from torch import nn
-from tree_networks import Found, coupled, coupled_in_mapping, make_two_inputs, two_inputs
+from tree_networks import Found, convex, coupled, coupled_in_mapping, make_two_inputs, two_inputs
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions
 from apts_mpi.curvature.linearisation import Column, Linearisation
@@ -73,12 +73,6 @@ def test_the_reduced_matrix_is_that_of_the_joint_hessian(loss):
     torch.testing.assert_close(found, matrix.T @ dense @ matrix, rtol=1e-10, atol=1e-12)
     products = GaussNewtonProducts(network(**batch[0]), batch[1], loss, list(network.parameters()))
     torch.testing.assert_close(products(matrix[:, 0]), dense @ matrix[:, 0], rtol=1e-10, atol=1e-12)
-
-
-def convex(outputs, targets):
-    """Coupled, and convex in the outputs, as rows of a square root have to be."""
-    both = torch.cat([outputs.classes, outputs.value[:, None]], dim=1)
-    return torch.logsumexp(both, dim=1).mean() + squared_error(outputs.value, targets["value"]) + outputs.extent
 
 
 def test_rows_of_dense_blocks_are_those_of_the_joint_hessian():
