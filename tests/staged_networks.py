@@ -6,7 +6,7 @@ import torch
 from mpi4py import MPI
 from networks import cross_entropy, numbers
 from torch import nn
-from tree_networks import Found, convex, two_inputs
+from tree_networks import convex, trees, two_inputs
 
 import apts_mpi.replicated
 from apts_mpi import APTS, CoarseOptions, LocalOptions, PipelineOptions, StagedAPTS
@@ -104,36 +104,6 @@ def tuples(dtype=torch.bfloat16):
 def double_tuples():
     """The same with float64 alone, for sums whose order differs between layouts."""
     return tuples(torch.float64)
-
-
-class Joined(nn.Module):
-    """Takes two inputs by their names."""
-
-    def __init__(self):
-        super().__init__()
-        self.image, self.features = nn.Linear(6, 8), nn.Linear(3, 8)
-
-    def forward(self, image, features):
-        return torch.tanh(self.image(image.flatten(1)) + self.features(features))
-
-
-class Heads(nn.Module):
-    """Returns several outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.classes, self.value = nn.Linear(8, 3), nn.Linear(8, 1)
-
-    def forward(self, hidden):
-        scores = self.classes(hidden)
-        value, extent = self.value(hidden)[:, 0], self.value.weight.square().mean()
-        return Found(classes=scores, value=value, extent=extent, largest=scores.argmax(dim=1), seen=hidden.detach())
-
-
-def trees():
-    """Nine linear layers and two heads, with mappings for inputs and targets and a dataclass for outputs."""
-    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(7)]
-    return nn.Sequential(Joined(), *layers, Heads())
 
 
 def images(samples, seed, pixels):
