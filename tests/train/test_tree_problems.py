@@ -50,7 +50,7 @@ def test_metrics_are_those_of_the_whole_data(world, trained, directory):
     if world.rank == 0:
         with Checkpoint(resolve(directory / "run" / "checkpoints")) as checkpoint:
             names = dict(made.network.named_parameters())
-            state = {name: torch.from_numpy(np.array(checkpoint.read(f"network/{name}"))) for name in names}
+            state = {name: torch.from_numpy(np.array(checkpoint.read(f"parameters/{name}"))) for name in names}
         made.network.load_state_dict(state)
         with torch.no_grad():
             inputs, targets = made.test
@@ -61,9 +61,9 @@ def test_metrics_are_those_of_the_whole_data(world, trained, directory):
 
 @pytest.mark.mpi
 def test_a_stopped_run_goes_on_to_the_same_end(world, trained, directory):
-    trained("--problem=tree_networks:problem", *SHARED, "--run-dir=whole")
+    trained("--problem=tree_networks:problem", *SHARED, "--run-dir=whole", "--max-iterations=8")
     trained("--problem=tree_networks:problem", *SHARED, "--run-dir=cut", "--max-iterations=4")
-    trained("--problem=tree_networks:problem", *SHARED, "--run-dir=cut", "--resume=cut/checkpoints")
+    trained("--problem=tree_networks:problem", "--resume", "--run-dir=cut", "--max-iterations=8")
     if world.rank == 0:
         assert arrays(directory / "cut") == arrays(directory / "whole")
 
