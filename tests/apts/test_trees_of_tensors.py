@@ -1,6 +1,7 @@
 """Batches, targets and outputs that are trees of tensors, by every local solver, on any number of ranks."""
 
 import collections
+import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from networks import cross_entropy, flat, make_solver, numbers, options
 from torch import nn
 from tree_networks import Found, convex, coupled, coupled_in_mapping, make_two_inputs, two_inputs
 
-from apts_mpi import APTS, APTSOptions, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions
+from apts_mpi import APTS, APTSOptions, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions, StagedAPTS
 from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.curvature.products import GaussNewtonProducts
 from apts_mpi.curvature.rows import GaussNewtonRows
@@ -260,3 +261,27 @@ def test_dense_gauss_newton_refuses_a_curved_output_without_samples():
 def test_a_cache_counts_its_samples():
     inputs, targets = two_inputs(5)
     assert Cache(None, inputs, torch.empty(0), targets).samples == 5
+
+
+class Mapped(nn.Linear):
+    def forward(self, inputs):
+        return {"hidden": super().forward(inputs)}
+
+
+class Unmapped(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs["hidden"])
+
+
+@pytest.mark.mpi(min_size=2)
+def test_mappings_flow_within_a_rank_and_not_between_stages(world):
+    network = nn.Sequential(Mapped(3, 8), Unmapped(8, 3)).double()
+    inputs, targets = two_inputs()
+    batch = inputs["features"], targets["classes"]
+    comm = world.Split(int(world.rank < 2), world.rank)
+    if world.rank < 2:
+        make_solver(comm, options(subdomains=2), copy.deepcopy(network)).step(batch)
+        solver = StagedAPTS(network, cross_entropy, comm=comm, options=APTSOptions(layout="staged", stall_timeout=20.0))
+        with pytest.raises(Exception, match="a dict leaves the stage, and only tensors|stage 0"):
+            solver.step(batch)
+    comm.Free()
