@@ -41,7 +41,7 @@ class APTS:
     options
         The configuration; the attribute has what its ``auto`` values stand for.
     forward
-        Function of (network, inputs) that returns the outputs, such as derivatives. None is ``network(inputs)``.
+        Function of (network, inputs) that returns the outputs. None: ``network(inputs)``; of a mapping ``(**inputs)``.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class APTS:
         Parameters
         ----------
         batch
-            Inputs and targets, with the samples in the first dimension: the whole batch on every rank, or this rank's
+            Trees of inputs and targets, samples in the first dimension: the whole batch on every rank, or this rank's
             own shard (``options.batch``). None: that of the step before, of which nothing known is computed again.
         rows : Tensor of int, optional
             The samples of ``batch`` that count, in this order, the same on every rank: a rank copies its own part only.

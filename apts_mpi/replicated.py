@@ -127,7 +127,7 @@ class Replicated:
             least=samples_of_pass(self.network),
         )
         if self.options.batch == "whole":
-            given = zip(("inputs", "targets"), samples, strict=True)
+            given = zip(("inputs", "targets"), batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if data is not None}, rows)
         return batch
 

@@ -6,6 +6,7 @@ import torch
 from mpi4py import MPI
 from networks import cross_entropy, numbers
 from torch import nn
+from tree_networks import convex, trees, two_inputs
 
 import apts_mpi.replicated
 from apts_mpi import APTS, CoarseOptions, LocalOptions, PipelineOptions, StagedAPTS
@@ -123,6 +124,7 @@ NETWORKS = {
     "resnet": (resnet, (images(21, 1, 36), images(17, 2, 36)), cross_entropy),
     "tuples": (tuples, (images(21, 1, 10), images(17, 2, 10)), cross_entropy),
     "double tuples": (double_tuples, (images(21, 1, 10), images(17, 2, 10)), cross_entropy),
+    "trees": (trees, (two_inputs(37, 1), two_inputs(23, 2)), convex),
     "gpt": (gpt, (tokens(21, 1), tokens(17, 2)), token_cross_entropy),
 }
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 from apts_mpi.curvature.transposes import has_functions_of_users, transposed, waves_like
-from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
+from apts_mpi.network.activations import Bundle, differentiable, with_differentiable
 from apts_mpi.tools.environment import random_state, set_random_state
+from apts_mpi.tools.trees import map_tensors, tensors_of
 
 Form = Callable[..., Any]
 

@@ -10,11 +10,12 @@ from torch.func import functional_call, jacrev, vjp, vmap
 
 from apts_mpi.curvature.differences import by_differences, check_close
 from apts_mpi.curvature.transposes import has_functions_of_users
-from apts_mpi.errors import named_failures
-from apts_mpi.network.activations import Bundle, differentiable, map_tensors, with_differentiable
+from apts_mpi.errors import InvalidInput, named_failures
+from apts_mpi.network.activations import Bundle, at_point, detached, differentiable, with_differentiable, with_tensors
 from apts_mpi.objective.passes import Loss
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree, count_samples, map_tensors, tensors_of
 
 # A dense matrix of this size takes 128 MB and a few seconds to factorise.
 LARGEST_DENSE = 4096
@@ -62,42 +63,57 @@ class BlockJacobian:
         self._parameters = parameters
         self._loss = loss
 
-    def rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def rows(self, inputs: Bundle, targets: Tree) -> torch.Tensor:
         """R with ``R^T R = J^T H J``, the Gauss-Newton matrix of the mean loss; shape (samples * outputs, size).
+
+        The outputs of a sample are those of all tensors that the loss reads. A tensor without samples in its first
+        dimension, such as an auxiliary loss that is added, has no curvature.
 
         Parameters
         ----------
-        inputs, targets : Tensor
+        inputs, targets : tree of Tensor
             What enters the first segment, and the targets. Random masks are those of torch's random state.
         """
+        device = tensors_of(inputs)[0].device
         with torch.no_grad():
-            before = random_state(inputs.device)
+            before = random_state(device)
             outputs = self._chain(inputs)
-            random = not torch.equal(before, random_state(inputs.device))
-            set_random_state(before, inputs.device)
-            jacobian = self._of_samples(inputs, outputs.reshape(len(outputs), -1), random)
+            random = not torch.equal(before, random_state(device))
+            places = read_outputs(self._loss, outputs, targets)
+            if not places:
+                size = sum(parameter.numel() for parameter in self._parameters)
+                return self._parameters[0].new_zeros(count_samples(targets), size)
+            set_random_state(before, device)
+            jacobian = self._of_samples(inputs, side_by_side(outputs, places), places, random)
             if jacobian is None:
-                set_random_state(before, inputs.device)
-                jacobian = self._of_outputs(inputs)
-        return (roots(self._loss, outputs, targets) @ jacobian).flatten(0, 1)
+                set_random_state(before, device)
+                jacobian = self._of_outputs(inputs, places)
+        return (roots(self._loss, outputs, targets, places) @ jacobian).flatten(0, 1)
 
-    def _of_samples(self, inputs: torch.Tensor, outputs: torch.Tensor, random: bool) -> torch.Tensor | None:
+    def _of_samples(
+        self, inputs: Bundle, outputs: torch.Tensor, places: Sequence[int], random: bool
+    ) -> torch.Tensor | None:
         """Derivatives of the outputs, shape (samples, outputs, size), sample by sample; None where that fails."""
         values = {name: value.detach() for name, value in zip(self._names, self._parameters, strict=True)}
+        given = tensors_of(inputs)
 
         def outputs_of_sample(
-            values: dict[str, torch.Tensor], sample: torch.Tensor
+            values: dict[str, torch.Tensor], *sample: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            outputs = functional_call(self._chain, values, (sample[None],)).flatten()
+            batch = with_tensors(inputs, [tensor[None] for tensor in sample])
+            outputs = side_by_side(functional_call(self._chain, values, (batch,)), places).flatten()
             return outputs, outputs
 
         # All samples at once draw the masks that the batch draws, chunks of them would not.
         chunk = None if random else SAMPLES_AT_ONCE
         of_samples = vmap(
-            jacrev(outputs_of_sample, has_aux=True), in_dims=(None, 0), randomness="different", chunk_size=chunk
+            jacrev(outputs_of_sample, has_aux=True),
+            in_dims=(None, *[0] * len(given)),
+            randomness="different",
+            chunk_size=chunk,
         )
         try:
-            derivatives, own = of_samples(values, inputs)
+            derivatives, own = of_samples(values, *given)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
@@ -107,14 +123,14 @@ class BlockJacobian:
         self.cost = FORWARD + BACKWARD
         return _joined(derivatives, self._names)
 
-    def _of_outputs(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _of_outputs(self, inputs: Bundle, places: Sequence[int]) -> torch.Tensor:
         """The same, output by output."""
         with torch.enable_grad():
-            outputs = self._chain(inputs)
+            outputs = side_by_side(self._chain(inputs), places)
             values = outputs.flatten()
         rows = []
-        for places in torch.arange(len(values), device=values.device).split(OUTPUTS_AT_ONCE):
-            units = nn.functional.one_hot(places, len(values)).to(values.dtype)
+        for numbers in torch.arange(len(values), device=values.device).split(OUTPUTS_AT_ONCE):
+            units = nn.functional.one_hot(numbers, len(values)).to(values.dtype)
             try:
                 parts = torch.autograd.grad(
                     values,
@@ -208,9 +224,46 @@ def of_rows(rows: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torc
     return basis, triangle[:, :-1].T, triangle[:, -1].contiguous()
 
 
-def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
-    hessians = _hessians(loss, outputs, targets)
+def read_outputs(loss: Loss, outputs: Bundle, targets: Tree) -> list[int]:
+    """Places, among the differentiable outputs, of those with samples in their first dimension that the loss reads.
+
+    Of all with samples where it reads none of them.
+
+    Raises
+    ------
+    InvalidInput
+        If the loss is curved in one without samples, such as tokens of all samples in one dimension.
+    """
+    samples = count_samples(targets)
+    with torch.enable_grad():
+        point, variables = at_point(outputs)
+        value = loss(point, targets)
+        slopes = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
+    counted, read = [], []
+    for place, (tensor, slope) in enumerate(zip(variables, slopes, strict=True)):
+        if tensor.dim() and len(tensor) == samples:
+            counted.append(place)
+            read += [] if slope is None else [place]
+        elif slope is not None and slope.requires_grad:
+            raise InvalidInput(
+                f"{WITHOUT_ROWS[0]}, and the loss of {samples} samples reads an output of shape {tuple(tensor.shape)}; "
+                f"{WITHOUT_ROWS[1]}"
+            )
+    return read or counted
+
+
+def side_by_side(outputs: Bundle, places: Sequence[int]) -> torch.Tensor:
+    """Some of the differentiable outputs as one tensor of shape (samples, o)."""
+    tensors = differentiable(outputs)
+    return torch.cat([tensors[place].reshape(len(tensors[place]), -1) for place in places], dim=1)
+
+
+def roots(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
+    """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o).
+
+    The outputs of a sample are those in some ``places``, side by side.
+    """
+    hessians = _hessians(loss, outputs, targets, places)
     # What is not finite leads to a rejected step; it has no eigenvalues.
     values, vectors = torch.linalg.eigh(hessians.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
     # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
@@ -218,39 +271,52 @@ def roots(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
 
 
-def _hessians(loss: Loss, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _hessians(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
     """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
-    samples, size = len(outputs), outputs[0].numel()
-    units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-    directions = units[:, None].expand(size, samples, size).reshape(size, *outputs.shape)
-    curved = None
+    tensors = differentiable(outputs)
+    start = side_by_side(detached(outputs), places)
+    samples, size = start.shape
+    units = torch.eye(size, dtype=start.dtype, device=start.device)
+    directions = units[:, None].expand(size, samples, size)
+
+    def value_at(point: torch.Tensor) -> torch.Tensor:
+        parts = point.split([tensors[place][0].numel() for place in places], dim=1)
+        shaped = {place: part.view_as(tensors[place]) for place, part in zip(places, parts, strict=True)}
+        given = [shaped.get(place, tensor) for place, tensor in enumerate(tensors)]
+        return loss(with_differentiable(outputs, given), targets)
 
     def slope_at(points: Sequence[torch.Tensor]) -> torch.Tensor:
         with torch.enable_grad():
             point = points[0].detach().requires_grad_()
-            return torch.autograd.grad(loss(point, targets), point)[0]
+            return torch.autograd.grad(value_at(point), point)[0]
 
+    curved = None
     with torch.enable_grad():
-        point = outputs.detach().requires_grad_()
-        value = loss(point, targets)
+        point = start.requires_grad_()
+        value = value_at(point)
         try:
-            (slope,) = torch.autograd.grad(value, point, create_graph=True)
-            if slope.requires_grad:
-                (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
-            if has_functions_of_users([loss(point, targets)]):
-                known = torch.zeros_like(directions) if curved is None else curved
-                check_close(known, by_differences(slope_at, [point.detach()], [directions])[1][0])
+            if value.requires_grad:  # not of a loss that reads none of them
+                (slope,) = torch.autograd.grad(value, point, create_graph=True)
+                if slope.requires_grad:
+                    (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
+                if has_functions_of_users([value_at(point)]):
+                    known = torch.zeros_like(directions) if curved is None else curved
+                    check_close(known, by_differences(slope_at, [point.detach()], [directions])[1][0])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
             curved = by_differences(slope_at, [point.detach()], [directions])[1][0]
     if curved is None:  # a loss linear in the outputs
-        return outputs.new_zeros(samples, size, size)
-    return curved.reshape(size, samples, size).transpose(0, 1)
+        return point.new_zeros(samples, size, size)
+    return curved.transpose(0, 1)
 
 
 def pull_rows(
-    segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], inputs: Bundle, rows: Sequence[torch.Tensor]
+    segments: Sequence[nn.Module],
+    parameters: Sequence[torch.Tensor],
+    inputs: Bundle,
+    rows: Sequence[torch.Tensor],
+    places: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Take rows of derivatives back through segments: from those by their outputs to those by what is before.
 
@@ -261,8 +327,8 @@ def pull_rows(
     inputs
         What enters the first segment.
     rows
-        For each differentiable tensor that leaves the last segment, the derivatives of k numbers a sample by it, shape
-        (k, samples, ...).
+        For each differentiable tensor that leaves the last segment, or for those in some ``places``, the derivatives
+        of k numbers a sample by it, shape (k, samples, ...).
 
     Returns
     -------
@@ -275,16 +341,21 @@ def pull_rows(
     names = [found[id(value)] for value in parameters]
     values = {name: value.detach() for name, value in zip(names, parameters, strict=True)}
 
-    def of_sample(sample: Bundle, *rows: torch.Tensor) -> tuple:
+    given = tensors_of(inputs)
+
+    def of_sample(*of_one: torch.Tensor) -> tuple:
+        sample, rows = with_tensors(inputs, of_one[: len(given)]), of_one[len(given) :]
+
         def outputs(values: dict[str, torch.Tensor], *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
             batch = map_tensors(lambda tensor: tensor[None], with_differentiable(sample, parts))
-            leaving = functional_call(chain, values, (batch,))
-            return tuple(tensor[0] for tensor in differentiable(leaving))
+            leaving = differentiable(functional_call(chain, values, (batch,)))
+            chosen = leaving if places is None else [leaving[place] for place in places]
+            return tuple(tensor[0] for tensor in chosen)
 
         pull: Callable[..., tuple] = vjp(outputs, values, *differentiable(sample))[1]
         return vmap(lambda *of_row: pull(of_row))(*rows)
 
-    in_dims = (0, *[1] * len(rows))
+    in_dims = (*[0] * len(given), *[1] * len(rows))
     with named_failures(*WITHOUT_ROWS):
-        derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(inputs, *rows)
+        derivatives, *by_inputs = vmap(of_sample, in_dims=in_dims, chunk_size=SAMPLES_AT_ONCE)(*given, *rows)
     return _joined(derivatives, names).flatten(0, 1), tuple(part.transpose(0, 1) for part in by_inputs)

@@ -17,13 +17,14 @@ from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, column
 from apts_mpi.curvature.differences import by_differences, check_close
 from apts_mpi.curvature.transposes import by_transposes, has_functions_of_users
 from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of, with_differentiable
+from apts_mpi.network.activations import Bundle, at_point, differentiable, with_differentiable, with_tensors
 from apts_mpi.network.parameters import Entry, shaped_like
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.tools.environment import random_state, set_random_state, uncompiled
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree, count_samples, map_tensors, tensors_of
 
 # Linear in their inputs and linear in their parameters: a tangent goes through the layer itself.
 BILINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -109,12 +110,13 @@ class Linearisation:
         """
         with self.drawing(part), named_failures(*WITHOUT_TANGENTS):
             outputs, tangents = self.tangents(part.inputs, columns)
-            if not isinstance(outputs, torch.Tensor):
+            if not tangents:
                 raise InvalidInput(
-                    f"coarse.model: 'gauss-newton' needs a network that returns one tensor, not a "
-                    f"{type(outputs).__name__}; choose --coarse none"
+                    f"coarse.model: 'gauss-newton' needs a network that returns tensors, and this one returns a "
+                    f"{type(outputs).__name__} in which there are none; return them in a tuple, a mapping or a "
+                    "dataclass, or choose --coarse none"
                 )
-            return self.between(outputs, part.targets, tangents[0])
+            return self.between(outputs, part.targets, tangents)
 
     @contextmanager
     def drawing(self, part: Pass) -> Iterator[None]:
@@ -129,29 +131,39 @@ class Linearisation:
         ):
             yield
 
-    def between(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """The loss's Hessian between tangents of the outputs, shape (m, m), float64."""
-        return tangents.flatten(1).double() @ self._curved(outputs, targets, tangents).flatten(1).double().T
+    def between(self, outputs: Bundle, targets: Tree, tangents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss's Hessian between tangents of the differentiable outputs, shape (m, m), float64."""
+        count = len(tangents[0])
+        total = tangents[0].new_zeros(count, count, dtype=torch.float64)
+        for tangent, curved in zip(tangents, self._curved(outputs, targets, tangents), strict=True):
+            if curved is not None:
+                total += tangent.reshape(count, -1).double() @ curved.reshape(count, -1).double().T
+        return total
 
-    def _curved(self, outputs: Any, targets: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
-        """H times each tangent, by differentiating the gradient of the loss alone, or by differences of it."""
+    def _curved(
+        self, outputs: Bundle, targets: Tree, tangents: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """H times each tangent, by differentiating the gradient of the loss alone, or by differences of it.
 
-        def slope_at(points: Sequence[torch.Tensor], create_graph: bool = False) -> torch.Tensor:
+        None stands for zeros. H is that of all outputs together: a loss may multiply one with another.
+        """
+
+        def slopes_at(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             with torch.enable_grad():
-                point = points[0] if create_graph else points[0].detach().requires_grad_()
-                return torch.autograd.grad(self._loss(point, targets), point, create_graph=create_graph)[0]
+                point, variables = at_point(with_differentiable(outputs, values))
+                return torch.autograd.grad(self._loss(point, targets), variables, materialize_grads=True)
 
-        def by_difference() -> torch.Tensor:
-            return by_differences(slope_at, [outputs.detach()], [tangents])[1][0]
+        def by_difference() -> Sequence[torch.Tensor]:
+            return by_differences(slopes_at, [value.detach() for value in differentiable(outputs)], tangents)[1]
 
         with torch.enable_grad():
-            point = outputs.detach().requires_grad_()
+            point, variables = at_point(outputs)
+            value = self._loss(point, targets)
             try:
-                slope, curved = slope_at([point], create_graph=True), torch.zeros_like(tangents)
-                if slope.requires_grad:  # else the loss is linear in the outputs
-                    curved = torch.autograd.grad(slope, point, tangents, is_grads_batched=True)[0]
+                curved = _by_second_derivatives(value, variables, tangents)
                 if has_functions_of_users([self._loss(point, targets)]):
-                    check_close(curved, by_difference())
+                    for own, other in zip(curved, by_difference(), strict=True):
+                        check_close(torch.zeros_like(other) if own is None else own, other)
                 return curved
             except torch.OutOfMemoryError:
                 raise
@@ -198,7 +210,7 @@ class Linearisation:
             outputs = self._by_autograd(index, carried, parameters)
         once, each = COSTS[self._ways.get(index, 0)]
         count = len(columns_of(differentiable(carried))) + len(columns_of(parameters.values()))
-        samples = len(tensors_of(carried)[0])
+        samples = count_samples(carried)
         self._events.count_work(samples, self._segmented.share(index, index), once + each * count)
         return outputs
 
@@ -247,18 +259,21 @@ class Linearisation:
             given = with_differentiable(plain, values[:inputs]) if inputs else plain
             return functional_call(segment, dict(zip(names, values[inputs:], strict=True)), (given,))
 
-        def parts(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+        returned: list[Bundle] = []
+
+        def parts(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
             outputs = run(values)
-            return differentiable(outputs), outputs
+            returned[:] = [outputs]
+            return differentiable(outputs), tensors_of(outputs)
 
         def forwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
-            def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], Bundle]:
+            def of_column(*directions: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
                 found: Any = jvp(parts, point, directions, has_aux=True)
                 return found[1:]
 
             places: Any = (0, None)  # the outputs are the same for all
-            moved, outputs = vmap(of_column, out_dims=places, randomness="same")(*tangents)
-            return outputs, moved
+            moved, values = vmap(of_column, out_dims=places, randomness="same")(*tangents)
+            return with_tensors(returned[0], values), moved
 
         def backwards() -> tuple[Bundle, tuple[torch.Tensor, ...]]:
             return by_transposes(run, point, tangents)
@@ -286,6 +301,19 @@ class Linearisation:
                 if way > 0:
                     self._tell(type(self._segmented.segments[index]).__name__, error)
         return ways[last]()
+
+
+def _by_second_derivatives(
+    value: torch.Tensor, variables: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """The Hessian of ``value`` by variables times each of their tangents together; None stands for zeros."""
+    slopes = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
+    # Without the outputs that the loss does not read, and those in which it is linear.
+    pairs = [pair for pair in zip(slopes, tangents, strict=True) if pair[0] is not None and pair[0].requires_grad]
+    if not pairs:
+        return [None] * len(variables)
+    bent, along_them = zip(*pairs, strict=True)
+    return torch.autograd.grad(bent, variables, along_them, is_grads_batched=True, allow_unused=True)
 
 
 def _import_what_torch_imports_late() -> None:

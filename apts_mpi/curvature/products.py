@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature.transposes import transposed
 from apts_mpi.errors import named_failures
+from apts_mpi.network.activations import Bundle, at_point, differentiable
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss, Pass
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 ProductKind = Literal["gauss-newton", "hessian"]
@@ -96,9 +98,9 @@ class GaussNewtonProducts:
 
     Parameters
     ----------
-    outputs : Tensor
+    outputs : tree of Tensor
         The network's outputs with their graph.
-    targets : Tensor
+    targets : tree of Tensor
         What they are compared with.
     loss
         The loss.
@@ -106,19 +108,21 @@ class GaussNewtonProducts:
         The tensors to differentiate by.
     """
 
-    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
-        self._outputs = outputs
+    def __init__(self, outputs: Bundle, targets: Tree, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
+        self._outputs = differentiable(outputs)
         self._parameters = parameters
-        self._weights = torch.zeros_like(outputs, requires_grad=True)
+        self._weights = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
         with named_failures(*WITHOUT_PRODUCTS):
-            parts = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, materialize_grads=True)
+            parts = transposed(self._outputs, parameters, self._weights, create_graph=True)
         self._pulled = torch.cat([real_flat(part) for part in parts])
         self._curved = LossHessian(outputs, targets, loss)
 
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
         """The matrix times ``direction``, both in the order of the parameters."""
-        tangent = _times(self._pulled, [self._weights], direction).view_as(self._outputs)
-        return _times(self._outputs, self._parameters, self._curved(tangent))
+        with named_failures(*WITHOUT_PRODUCTS):
+            tangents = transposed([self._pulled], self._weights, [direction])
+            parts = transposed(self._outputs, self._parameters, self._curved(tangents))
+        return torch.cat([part.flatten() for part in parts]).detach()
 
 
 class LossHessian:
@@ -126,20 +130,23 @@ class LossHessian:
 
     Parameters
     ----------
-    outputs, targets : Tensor
+    outputs, targets : tree of Tensor
         Where, and what the outputs are compared with.
     loss
         The loss.
     """
 
-    def __init__(self, outputs: Any, targets: torch.Tensor, loss: Loss) -> None:
-        self._point = outputs.detach().requires_grad_()
-        with named_failures(*WITHOUT_PRODUCTS):
-            (self._slope,) = torch.autograd.grad(loss(self._point, targets), self._point, create_graph=True)
+    def __init__(self, outputs: Bundle, targets: Tree, loss: Loss) -> None:
+        point, self._variables = at_point(outputs)
+        with torch.enable_grad(), named_failures(*WITHOUT_PRODUCTS):
+            self._slopes = torch.autograd.grad(
+                loss(point, targets), self._variables, create_graph=True, materialize_grads=True
+            )
 
-    def __call__(self, tangent: torch.Tensor) -> torch.Tensor:
-        """The Hessian times ``tangent``, both of the shape of the outputs."""
-        return _times(self._slope, [self._point], tangent).view_as(tangent)
+    def __call__(self, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The Hessian times tangents of the differentiable outputs, of their shapes both."""
+        with named_failures(*WITHOUT_PRODUCTS):
+            return tuple(part.detach() for part in transposed(self._slopes, self._variables, tangents))
 
 
 def _times(values: torch.Tensor, variables: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:

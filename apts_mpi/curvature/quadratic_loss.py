@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,7 +29,8 @@ def is_quadratic(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> 
         values = [loss(point + length * direction, targets) for length in (-1.0, 0.0, 1.0)]
         return float(values[0] - 2.0 * values[1] + values[2])
 
-    with preserved_random_state(torch.device("cpu")), torch.no_grad():
+    with preserved_random_state(torch.device("cpu")), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as of a name for an index, of a loss that takes mappings
         try:
             first, *others = (bend(point) for point in (*points, 10.0 * points[0]))
         except Exception:  # whatever a loss raises that is given what it does not take

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from apts_mpi.curvature.dense import BlockJacobian
+from apts_mpi.curvature.dense import BlockJacobian, read_outputs, side_by_side
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache
+from apts_mpi.tools.trees import take
 
 
 class GaussNewtonRows:
@@ -51,8 +52,12 @@ class GaussNewtonRows:
         if self._rows is not None:
             return len(self._rows)
         with torch.no_grad(), self._objective.replayed(self._cache.random_state):
-            outputs = nn.Sequential(*self._segments())(self._cache.inputs[:1])
-        return len(self._cache.targets) * outputs.numel()
+            # Two, as a loss may use squeeze().
+            inputs, targets = (take(samples, slice(2)) for samples in (self._cache.inputs, self._cache.targets))
+            outputs = nn.Sequential(*self._segments())(inputs)
+            places = read_outputs(self._objective.loss, outputs, targets)
+        of_sample = side_by_side(outputs, places).shape[1] if places else 1
+        return self._cache.samples * of_sample
 
     def _compute(self) -> torch.Tensor:
         objective, cache = self._objective, self._cache
@@ -61,7 +66,7 @@ class GaussNewtonRows:
         jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
         with objective.replayed(cache.random_state):
             rows = jacobian.rows(cache.inputs, cache.targets)
-        self._objective.events.count_work(len(cache.targets), segments.share(first, len(segments) - 1), jacobian.cost)
+        self._objective.events.count_work(cache.samples, segments.share(first, len(segments) - 1), jacobian.cost)
         return rows
 
     def _segments(self) -> Sequence[nn.Module]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.curvature.rows import GaussNewtonRows
-from apts_mpi.network.activations import Bundle, differentiable, inner_product, tensors_of
+from apts_mpi.network.activations import Bundle, at_point, differentiable, inner_product
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.objective import Objective
@@ -20,6 +19,7 @@ from apts_mpi.objective.passes import Cache
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import tensors_of
 
 
 class LocalObjective:
@@ -72,7 +72,7 @@ class LocalObjective:
         self._parts = cache.micro_batches or [cache]
         self._team = team
         self.weight = weight
-        self.samples = sum(len(part.targets) for part in self._parts)
+        self.samples = sum(part.samples for part in self._parts)
         self._rows = rows
         self._at_start = self.block if rows is None else self.block.clone()
         touched = vector.touching(subdomain.start, subdomain.stop)
@@ -148,7 +148,7 @@ class LocalObjective:
         found = [torch.zeros_like(self._accumulated) for _ in range(count)]
         first = 0
         for cache in self._parts:
-            last = first + len(cache.targets)
+            last = first + cache.samples
             with torch.enable_grad():
                 outputs = self._outputs(cache)
             slopes = self._slopes(cache, outputs)
@@ -170,13 +170,13 @@ class LocalObjective:
         if cache.output_gradient is not None:
             return tensors_of(self._objective.load(cache.output_gradient))
         with torch.enable_grad():
-            point = tree_map_only(torch.Tensor, _as_point, outputs)
+            point, variables = at_point(outputs)
             value = self._objective.loss(point, cache.targets) * cache.share
-        return torch.autograd.grad(value, _leaves(point), allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
 
     def _pulled(self, outputs: Any, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """The outputs' derivatives by the touched parameters, transposed, times ``weights``; keeps the graph."""
-        pairs = zip(_leaves(outputs), weights, strict=True)
+        pairs = zip(differentiable(outputs), weights, strict=True)
         moving = [(tensor, weight) for tensor, weight in pairs if tensor.requires_grad]
         if not moving:
             return torch.zeros_like(self._accumulated)
@@ -303,15 +303,6 @@ class LocalObjective:
         packed = Mirror(torch.cat([gradient, value.to(gradient.dtype).reshape(1)]).mul_(self.weight))
         self._team.sum(packed)
         return packed.tensor[:-1], packed.tensor[-1].double()
-
-
-def _leaves(outputs: Any) -> list[torch.Tensor]:
-    """The differentiable tensors of what a network returns, which may be nested."""
-    return list(differentiable(tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))))
-
-
-def _as_point(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
 
 
 def _with_signs(slope: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,16 @@
-"""What flows between modules: a tensor, or a tuple of tensors of any dtype."""
+"""What flows between modules: a tensor, or a tree of tensors of any dtype and of what else a module returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-Bundle = torch.Tensor | tuple[torch.Tensor, ...]
+from apts_mpi.tools.trees import Tree, map_tensors, tensors_of
 
-
-def tensors_of(bundle: Bundle) -> tuple[torch.Tensor, ...]:
-    """Its tensors."""
-    return (bundle,) if isinstance(bundle, torch.Tensor) else tuple(bundle)
+# The samples that enter a network, what one of its modules gives to the next, and what it returns.
+Bundle = Tree
 
 
 def differentiable(bundle: Bundle) -> tuple[torch.Tensor, ...]:
@@ -30,6 +28,18 @@ def with_differentiable(bundle: Bundle, parts: Sequence[torch.Tensor]) -> Bundle
     return map_tensors(lambda tensor: next(given) if _is_differentiable(tensor) else tensor, bundle)
 
 
+def with_tensors(bundle: Bundle, tensors: Sequence[torch.Tensor]) -> Bundle:
+    """The bundle with ``tensors`` in the places of its own."""
+    given = iter(tensors)
+    return map_tensors(lambda _: next(given), bundle)
+
+
+def at_point(bundle: Bundle) -> tuple[Bundle, tuple[torch.Tensor, ...]]:
+    """The same values as variables, and those of them that one can differentiate by."""
+    made = map_tensors(lambda tensor: tensor.detach().requires_grad_(_is_differentiable(tensor)), bundle)
+    return made, differentiable(made)
+
+
 def with_tangents(bundle: Bundle, tangents: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """A bundle and the tangents of its differentiable tensors as one tuple, see `without_tangents`."""
     return (*tensors_of(bundle), *tangents)
@@ -41,11 +51,6 @@ def without_tangents(joined: Bundle, is_tuple: bool) -> tuple[Bundle, tuple[torc
     counts = range(1, len(tensors) + 1)
     count = next(count for count in counts if count + len(differentiable(tensors[:count])) == len(tensors))
     return tensors[:count] if is_tuple else tensors[0], tensors[count:]
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], bundle: Bundle) -> Bundle:
-    """The bundle of what ``function`` makes of each tensor."""
-    return function(bundle) if isinstance(bundle, torch.Tensor) else tuple(map(function, bundle))
 
 
 def detached(bundle: Bundle) -> Bundle:
@@ -75,7 +80,7 @@ class Stored:
 
     Attributes
     ----------
-    kept : Tensor or tuple of Tensor
+    kept : tree of Tensor
         The values as they are kept.
     dtypes : tuple of torch.dtype
         What they are on `load`.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.activations import Bundle, differentiable, map_tensors, tensors_of
+from apts_mpi.network.activations import Bundle, detached, differentiable
 from apts_mpi.network.parameters import Entry, FlatParameters
 from apts_mpi.network.partition import Layer
 from apts_mpi.tools.environment import random_state, set_random_state
+from apts_mpi.tools.trees import map_tensors, tensors_of
 
-Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.nn.Module, Any], Any]
 
 
 def lower_precision(autocast: str) -> torch.dtype | None:
@@ -47,7 +49,7 @@ class SegmentedNetwork:
     Attributes
     ----------
     segments : tuple of nn.Module
-        Each takes what the one before returned: a tensor whose first dimension is the samples.
+        Each takes what the one before returned, as one argument; the first takes the samples, see `FirstSegment`.
     multiplications : float
         What `share` is a share of; those of `measure`, unless these are segments of a larger network.
     autocast : torch.dtype or None
@@ -57,7 +59,7 @@ class SegmentedNetwork:
     """
 
     def __init__(self, network: torch.nn.Module, forward: Forward | None, autocast: torch.dtype | None = None) -> None:
-        self.segments = tuple(_flatten(network)) if forward is None else (CalledNetwork(network, forward),)
+        self.segments = segments_of(network, forward)
         for name, module in network.named_modules():
             if getattr(module, "inplace", False) is True:
                 module.inplace = False
@@ -198,22 +200,72 @@ class CalledNetwork(torch.nn.Module):
         self._function = forward
         self._needs_graph = False
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        inputs = inputs.detach()
+    def forward(self, inputs: Bundle) -> Any:
+        inputs = detached(inputs)
         if torch.is_grad_enabled():
             return self._function(self.network, inputs)
         if not self._needs_graph:
-            state = random_state(inputs.device)
+            device = tensors_of(inputs)[0].device
+            state = random_state(device)
             try:
                 return self._function(self.network, inputs)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # if for another reason, it comes again
                 self._needs_graph = True
-                set_random_state(state, inputs.device)
+                set_random_state(state, device)
         with torch.enable_grad():
             outputs = self._function(self.network, inputs)
-        return tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        return detached(outputs)
+
+
+class FirstSegment(torch.nn.Module):
+    """The module that is given the samples: a mapping of them as keyword arguments, anything else as one argument.
+
+    A mapping is one argument too where the module has no arguments of these names. A tuple never is several: which
+    argument each would be is for the user to say.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Bundle) -> Any:
+        if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs) and self._takes(**inputs):
+            return self.module(**inputs)
+        if not isinstance(inputs, torch.Tensor) and not self._takes(inputs):
+            raise InvalidInput(f"network: {type(self.module).__name__} has {self._why_not(inputs)}")
+        return self.module(inputs)
+
+    def _takes(self, *args: Any, **kwargs: Any) -> bool:
+        try:
+            inspect.signature(self.module.forward).bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    def _why_not(self, inputs: Bundle) -> str:
+        arguments = f"the arguments {inspect.signature(self.module.forward)}"
+        if isinstance(inputs, Mapping):
+            return f"{arguments}, and the inputs are {', '.join(map(str, inputs))}; give them these names"
+        return (
+            f"{arguments}, and the inputs are one {type(inputs).__name__}; give a mapping with these names, or "
+            "forward=lambda network, inputs: network(*inputs)"
+        )
+
+
+def segments_of(network: torch.nn.Module, forward: Forward | None) -> tuple[torch.nn.Module, ...]:
+    """The modules that a network runs one after another, see `SegmentedNetwork`."""
+    if forward is not None:
+        return (CalledNetwork(network, forward),)
+    first, *others = _flatten(network)
+    return (first if _takes_one_tensor(first) else FirstSegment(first), *others)
+
+
+def _takes_one_tensor(module: torch.nn.Module) -> bool:
+    """Whether a module is of torch's own, with one argument."""
+    is_of_torch = type(module).__module__.startswith("torch.nn.modules.")
+    return is_of_torch and len(inspect.signature(module.forward).parameters) == 1
 
 
 def _flatten(module: torch.nn.Module) -> list[torch.nn.Module]:

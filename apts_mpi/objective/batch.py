@@ -15,9 +15,10 @@ from apts_mpi.network.teams import Teams
 from apts_mpi.objective.passes import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.tools.trees import Tree, as_samples, count_samples, take
 
-# Inputs and targets, with the samples in the first dimension; None where another stage has them.
-Samples = tuple[torch.Tensor | None, torch.Tensor | None]
+# Trees of inputs and of targets, with the samples in the first dimension; None where another stage has them.
+Samples = tuple[Tree | None, Tree | None]
 
 # Numbers of the samples that count, in this order; None: all.
 Rows = torch.Tensor | None
@@ -30,7 +31,7 @@ class Batch:
     Attributes
     ----------
     samples
-        What the user gave.
+        What the user gave, as tensors.
     rows : Tensor of int or None
         Which of them count, in this order; None: all.
     passes : list of Pass
@@ -51,25 +52,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of a tensor that count.
+    """The samples of a tree that count.
 
     Attributes
     ----------
-    data : Tensor
+    data : tree of Tensor
         Samples in the first dimension.
     rows : Tensor of int or None
         Which of them, in this order; None: all.
     """
 
-    data: torch.Tensor
+    data: Tree
     rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.data if self.rows is None else self.rows)
+        return count_samples(self.data) if self.rows is None else len(self.rows)
 
-    def part(self, start: int, stop: int) -> torch.Tensor:
+    def part(self, start: int, stop: int) -> Tree:
         """A range of them: a copy of no more than that, or a view."""
-        return self.data[start:stop] if self.rows is None else self.data[self.rows[start:stop]]
+        return take(self.data, slice(start, stop) if self.rows is None else self.rows[start:stop])
 
 
 class Piece(NamedTuple):
@@ -116,6 +117,17 @@ def check_rows(rows: torch.Tensor, count: int) -> None:
     if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
         wrong = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
         raise InvalidInput(f"rows: there is no sample {wrong} among {count}; number them from 0")
+
+
+def as_batch(samples: Samples) -> Samples:
+    """Inputs and targets with arrays as tensors, see `apts_mpi.tools.trees.as_samples`."""
+    if not isinstance(samples, tuple | list) or len(samples) != 2:
+        raise InvalidInput(f"batch: {type(samples).__name__} is not allowed; give a tuple (inputs, targets)")
+    inputs, targets = samples
+    return (
+        None if inputs is None else as_samples(inputs, "inputs"),
+        None if targets is None else as_samples(targets, "targets"),
+    )
 
 
 def check_counts(inputs: int, targets: int) -> None:
@@ -170,13 +182,13 @@ def cut_batch(
     whole_passes = {"full": [carried], "shared": [tuple(decomposition.subdomains)]}
     groups = whole_passes.get(local_data) or [(subdomain,) for subdomain in carried]
     with comm.shared_errors():
-        inputs, targets = samples
+        inputs, targets = samples = as_batch(samples)
         if inputs is None or targets is None:
             raise InvalidInput("batch: it has no inputs or no targets; give both, samples in the first dimension")
-        check_counts(len(inputs), len(targets))
+        check_counts(count_samples(inputs), count_samples(targets))
         if rows is not None:
-            check_rows(rows, len(inputs))
-        count = len(inputs if rows is None else rows)
+            check_rows(rows, count_samples(inputs))
+        count = count_samples(inputs) if rows is None else len(rows)
         if whole:
             ranges = teams.shards(comm.rank, count, local_data)
         else:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
@@ -20,6 +19,7 @@ from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss
 from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import kept_generators, random_state
+from apts_mpi.tools.trees import Tree, count_samples, map_tensors, take, tensors_of
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
 MOST, FEWEST = 64, 4
@@ -54,17 +54,17 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
     """
     inputs, targets = batch.samples
     assert inputs is not None and targets is not None  # as the batch was cut
-    part, device, rows = batch.passes[0], inputs.device, batch.rows
+    part, device, rows = batch.passes[0], tensors_of(inputs)[0].device, batch.rows
     if whole:
         check_same_batch({"inputs": inputs, "targets": targets}, rows, comm)
-    few = some_rows(len(inputs), rows, part.samples, comm.rank)
+    few = some_rows(count_samples(inputs), rows, part.samples, comm.rank)
     with comm.shared_refusals(), kept_generators(device), objective.replayed(), torch.enable_grad():
-        sample = replace(part, inputs=inputs[few], targets=targets[few])
+        sample = replace(part, inputs=take(inputs, few), targets=take(targets, few))
         outputs, _ = objective.run_segments(sample, sample.inputs, cached=False)
         check_loss(objective.loss, outputs, sample.targets)
     if whole:
-        few = some_rows(len(inputs), rows, min(comm.collect(part.samples)), SHARED)
-    sample = replace(part, inputs=inputs[few], targets=targets[few], stream=(SHARED,))
+        few = some_rows(count_samples(inputs), rows, min(comm.collect(part.samples)), SHARED)
+    sample = replace(part, inputs=take(inputs, few), targets=take(targets, few), stream=(SHARED,))
     draws = False
 
     def evaluate() -> Value:
@@ -90,7 +90,7 @@ def some_rows(count: int, rows: torch.Tensor | None, samples: int, key: int) -> 
     return few if rows is None else rows[few.to(rows.device)]
 
 
-def check_loss(loss: Loss, outputs: Any, targets: torch.Tensor) -> None:
+def check_loss(loss: Loss, outputs: Any, targets: Tree) -> None:
     """Compare the loss of some samples with the mean of the losses of parts of them, in value and in gradient.
 
     The gradient shows what equal losses hide, such as those of a network whose last layer is zero. Not compared is a
@@ -102,7 +102,7 @@ def check_loss(loss: Loss, outputs: Any, targets: torch.Tensor) -> None:
     loss
         Function of (outputs, targets).
     outputs
-        What the network returned for the samples, with its graph: a tensor, or nested lists, tuples and dictionaries.
+        What the network returned for the samples, with its graph.
     targets
         Of the samples.
 
@@ -113,10 +113,8 @@ def check_loss(loss: Loss, outputs: Any, targets: torch.Tensor) -> None:
     """
     whole = loss(outputs, targets)
     _check_kind(whole)
-    count = len(targets)
-    points = [
-        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad and leaf.numel()
-    ]
+    count = count_samples(targets)
+    points = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad and tensor.numel()]
     if count < FEWEST or not any(_has_rows(point, count) for point in points) or not torch.isfinite(whole):
         return
     if not torch.equal(whole, loss(outputs, targets)):  # it draws random numbers
@@ -147,13 +145,13 @@ def _check_kind(value: Any) -> None:
         )
 
 
-def _terms(loss: Loss, outputs: Any, targets: torch.Tensor, number: int) -> torch.Tensor:
+def _terms(loss: Loss, outputs: Any, targets: Tree, number: int) -> torch.Tensor:
     """The losses of ``number`` parts of the samples, each times its share of them."""
-    count = len(targets)
+    count = count_samples(targets)
     terms = []
     for start, stop in (split(count, number, index) for index in range(number)):
         rows = functools.partial(_rows, count, slice(start, stop))
-        part = loss(tree_map_only(torch.Tensor, rows, outputs), targets[start:stop])
+        part = loss(map_tensors(rows, outputs), take(targets, slice(start, stop)))
         terms.append(part * ((stop - start) / count))
     return torch.stack(terms)
 

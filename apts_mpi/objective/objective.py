@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from apts_mpi.network.activations import Bundle, detached, differentiable, gradient_of, inner_product, map_tensors
+from apts_mpi.network.activations import Bundle, detached, differentiable, gradient_of, inner_product
 from apts_mpi.network.buffers import Buffers
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
@@ -19,6 +19,7 @@ from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import map_tensors, take
 
 
 class Objective:
@@ -121,7 +122,7 @@ class Objective:
         self.buffers.begin()
         with preserved_random_state(self._device):
             with self.replayed():
-                self.segmented.measure(passes[0].inputs[:8])
+                self.segmented.measure(take(passes[0].inputs, slice(8)))
             for part in passes:
                 with (
                     torch.set_grad_enabled(keep_graph),

@@ -13,8 +13,10 @@ from apts_mpi.network.activations import Bundle
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.parallel.transport import on_device
+from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
 
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+# Of the outputs, which may be anything that a network returns, and a tree of targets.
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass
@@ -25,13 +27,13 @@ class Cache:
     ----------
     subdomain : Subdomain
         Whose cache it is.
-    inputs : Tensor or tuple of Tensor
+    inputs : tree of Tensor
         Activations that enter the subdomain's first segment.
     random_state : Tensor
         State of the random stream there, so that a local evaluation draws the same dropout masks.
-    targets : Tensor
+    targets : tree of Tensor
         Targets of the pass.
-    outputs : Tensor, tuple of Tensor, or None
+    outputs : tree of Tensor, or None
         Output of the subdomain's last segment; None where the local objective uses the true loss.
     output_gradient : Tensor, tuple of Tensor, or None
         Gradient of the pass's loss with respect to `outputs`.
@@ -50,7 +52,7 @@ class Cache:
     subdomain: Subdomain
     inputs: Any
     random_state: torch.Tensor
-    targets: torch.Tensor
+    targets: Tree
     outputs: Bundle | None = None
     output_gradient: Any = None
     value: torch.Tensor | None = None
@@ -59,6 +61,11 @@ class Cache:
     share: float = 1.0
     micro_batches: list[Cache] = field(default_factory=list)
 
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return count_samples(self.targets)
+
 
 @dataclass
 class Pass:
@@ -66,7 +73,7 @@ class Pass:
 
     Attributes
     ----------
-    inputs, targets : Tensor
+    inputs, targets : tree of Tensor
         The samples.
     weight : float
         Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
@@ -78,8 +85,8 @@ class Pass:
         Where these samples begin in the shard that the team shares, and the number of its samples.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    inputs: Tree
+    targets: Tree
     weight: float
     stream: tuple[int, ...]
     subdomains: tuple[Subdomain, ...]
@@ -89,18 +96,19 @@ class Pass:
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return self.inputs.shape[0]
+        return count_samples(self.inputs)
 
     def thinned(self, share: float) -> Pass | None:
         """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
         places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
         counts = (places * share).ceil()
-        chosen = on_device((counts[1:] > counts[:-1]).nonzero().squeeze(1), self.inputs.device)
+        chosen = (counts[1:] > counts[:-1]).nonzero().squeeze(1)
         if len(chosen) == 0:
             return None
         shard_weight = self.weight * self.shard_size / self.samples
         weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
-        return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen], weight=weight)
+        chosen = on_device(chosen, tensors_of(self.inputs)[0].device)
+        return replace(self, inputs=take(self.inputs, chosen), targets=take(self.targets, chosen), weight=weight)
 
 
 @dataclass

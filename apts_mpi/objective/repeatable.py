@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import host, kept_generators, preserved_random_state, seed_stream
 from apts_mpi.tools.tensors import checksum
+from apts_mpi.tools.trees import tensors_of
 
 # Evaluations: what alternates between two, or changes at every other call, is not to come out alike.
 TIMES = 4
@@ -56,8 +56,8 @@ class Value:
 
 
 def value_of(loss: torch.Tensor, outputs: Any) -> Value:
-    """The value of a loss of these outputs: a tensor, or nested lists, tuples and dictionaries."""
-    leaves = [leaf.detach() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    """The value of a loss of these outputs."""
+    leaves = [tensor.detach() for tensor in tensors_of(outputs)]
     floating = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.numel()]
     largest = max((float(leaf.abs().max()) for leaf in floating), default=0.0)
     epsilon = max(torch.finfo(tensor.dtype).eps for tensor in (loss, *floating))

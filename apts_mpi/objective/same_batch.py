@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.sameness import check_same_tensors
+from apts_mpi.parallel.sameness import check_same_trees
 from apts_mpi.tools.tensors import checksum
+from apts_mpi.tools.trees import Tree, named_leaves
 
 # Samples of a batch that are compared, evenly spread, and numbers up to which all of its samples are.
 FEW, SMALL = 8, 1 << 12
 
 
-def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None, comm: Communicator) -> None:
+def check_same_batch(own: Mapping[str, Tree], rows: torch.Tensor | None, comm: Communicator) -> None:
     """See that all ranks were given the same batch, as far as each was given it. Collective.
 
     Raises
@@ -23,7 +24,7 @@ def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None,
         Naming the first rank that was given another one.
     """
     remedy = "give all ranks the same, or choose batch shard and give each its own"
-    check_same_tensors({name: (data, rows) for name, data in own.items()}, comm, "batch", remedy)
+    check_same_trees(own, rows, comm, "batch", remedy)
 
 
 class SameBatches:
@@ -40,16 +41,21 @@ class SameBatches:
         # Ranks whose processors round otherwise have other bits in every batch.
         self._only_rounding = False
 
-    def look(self, own: Mapping[str, torch.Tensor], rows: torch.Tensor | None) -> None:
+    def look(self, own: Mapping[str, Tree], rows: torch.Tensor | None) -> None:
         """See `check_same_batch`. Collective."""
         if self._comm.size == 1 or self._only_rounding:
             return
-        found = self._comm.collect({name: _signature(data, rows) for name, data in own.items()})
+        found = self._comm.collect({name: _signatures(tree, name, rows) for name, tree in own.items()})
         for name in {name for given in found for name in given}:
             if len({given[name] for given in found if name in given}) > 1:
                 check_same_batch(own, rows, self._comm)
                 self._only_rounding = True
                 return
+
+
+def _signatures(tree: Tree, name: str, rows: torch.Tensor | None) -> tuple[object, ...]:
+    """Of each tensor of a tree, with its place."""
+    return tuple((place, *_signature(data, rows)) for place, data in named_leaves(tree, name).items())
 
 
 def _signature(data: torch.Tensor, rows: torch.Tensor | None) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ import torch
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.tensors import checksum, pieces
+from apts_mpi.tools.trees import Tree, named_leaves
 
 # A tensor, and which of its rows count; None: all.
 Rows = tuple[torch.Tensor, torch.Tensor | None]
@@ -87,6 +88,22 @@ def check_same_tensors(own: Mapping[str, Rows], comm: Communicator, where: str, 
                 raise SharedInvalidInput(
                     f"{where}: rank {rank} has other {name} than rank {usual}, first in sample {sample}; {remedy}"
                 )
+
+
+def check_same_trees(
+    own: Mapping[str, Tree], rows: torch.Tensor | None, comm: Communicator, where: str, remedy: str
+) -> None:
+    """See that all ranks that give a name give the same tree of tensors with it, or ``rows`` of it. Collective.
+
+    Raises
+    ------
+    SharedInvalidInput
+        See `check_same_tensors`; or if one has other leaves in its tree.
+    """
+    leaves = {name: named_leaves(tree, name) for name, tree in own.items()}
+    check_same({f"tree of {name}": sorted(found) for name, found in leaves.items()}, comm, where, remedy)
+    tensors = {place: (leaf, rows) for found in leaves.values() for place, leaf in found.items()}
+    check_same_tensors(tensors, comm, where, remedy)
 
 
 def _names(found: Sequence[Mapping[str, int]]) -> list[str]:

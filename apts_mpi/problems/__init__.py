@@ -15,6 +15,7 @@ from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, t
 from apts_mpi.problems.finite import check_finite
 from apts_mpi.problems.problem import ALL, Problem, Wanted
 from apts_mpi.tools import environment
+from apts_mpi.tools.trees import count_samples, map_tensors, take
 
 __all__ = ["ALL", "Problem", "Wanted", "build", "names", "read_parts"]
 
@@ -115,13 +116,17 @@ def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem
     if not (wanted.inputs or wanted.targets):
         return problem
     inputs, targets = problem.train
+    count = count_samples(inputs)
     require(
-        1 <= train_samples <= len(inputs),
+        1 <= train_samples <= count,
         "--train-samples",
         train_samples,
-        f"{problem.name} has {len(inputs)} training samples; give 1 to {len(inputs)}",
+        f"{problem.name} has {count} training samples; give 1 to {count}",
     )
-    inputs, targets = inputs[:train_samples], targets[:train_samples]
+    inputs, targets = (take(part, slice(train_samples)) for part in problem.train)
     # Copies, so that the rest can be freed.
-    copies = inputs.clone() if wanted.inputs else inputs, targets.clone() if wanted.targets else targets
+    copies = (
+        map_tensors(torch.Tensor.clone, inputs) if wanted.inputs else inputs,
+        map_tensors(torch.Tensor.clone, targets) if wanted.targets else targets,
+    )
     return dataclasses.replace(problem, train=copies)

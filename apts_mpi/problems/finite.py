@@ -3,6 +3,7 @@
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem, Wanted
 from apts_mpi.tools.tensors import first_not_finite
+from apts_mpi.tools.trees import named_leaves
 
 
 def check_finite(problem: Problem, wanted: Wanted) -> None:
@@ -15,8 +16,11 @@ def check_finite(problem: Problem, wanted: Wanted) -> None:
     """
     data = {"training": problem.train} | ({} if problem.test is None else {"test": problem.test})
     for which, samples in data.items():
-        for what, tensor, is_there in zip(("inputs", "targets"), samples, (wanted.inputs, wanted.targets), strict=True):
-            place = first_not_finite(tensor) if is_there else None
+        inputs, targets = samples
+        trees = {"inputs": inputs} if wanted.inputs else {}
+        trees |= {"targets": targets} if wanted.targets else {}
+        for what, tensor in (pair for name, tree in trees.items() for pair in named_leaves(tree, name).items()):
+            place = first_not_finite(tensor)
             if place is not None:
                 sample, *within = place
                 where = f"has {float(tensor[place])} at {within}" if within else f"is {float(tensor[place])}"

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apts_mpi.errors import InvalidInput, require
+from apts_mpi.tools.trees import Tree, as_samples, count_samples, named_leaves
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -41,20 +43,21 @@ class Problem:
         of the data share one dtype, float32 or float64; complex parameters have that of their parts.
     loss : callable
         ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
-    train : (Tensor, Tensor)
-        Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
-    test : (Tensor, Tensor), optional
+    train : (tree of Tensor, tree of Tensor)
+        Inputs (M, ...) and targets (M, ...): tensors or numpy arrays in tuples, lists, mappings or dataclasses, nested
+        as one likes; the first dimension of each counts the samples.
+    test : (tree of Tensor, tree of Tensor), optional
         Held-out samples, shaped like ``train``.
     forward : callable, optional
-        ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``. It also accepts any
-        other callable in the place of the network.
+        ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``, or ``network(**inputs)`` of a
+        mapping. It also accepts any other callable in the place of the network.
     batch_size : int, optional
         Default number of samples in a batch; None means all of them.
     epochs : int
         Default number of passes through the training samples: of iterations, where the batch is full.
     accuracy : bool
-        The targets are int64 class indices and the last dimension of the outputs holds the scores of the
-        classes, so that an accuracy can be reported.
+        The targets are one tensor of int64 class indices and the outputs one whose last dimension holds the scores of
+        the classes, so that an accuracy can be reported.
     metrics : mapping of str to callable
         ``metric(network)`` returns a float, such as an error against an exact solution.
 
@@ -66,10 +69,10 @@ class Problem:
 
     name: str
     network: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None = None
-    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    loss: Callable[[Any, Any], Tensor]
+    train: tuple[Tree, Tree]
+    test: tuple[Tree, Tree] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
     batch_size: int | None = None
     epochs: int = 10
     accuracy: bool = False
@@ -95,9 +98,10 @@ class Problem:
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
         dtype = _parameter_dtype(self.network)
-        _check_samples("train", self.train, dtype, self.accuracy)
-        if self.test is not None:
-            _check_samples("test", self.test, dtype, self.accuracy)
+        for option in ("train", "test"):
+            if getattr(self, option) is not None or option == "train":
+                samples = _checked(option, getattr(self, option), dtype, self.accuracy)
+                object.__setattr__(self, option, samples)  # with arrays as tensors
 
 
 def _is_count(value: object) -> bool:
@@ -122,21 +126,22 @@ def _parameter_dtype(network: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _check_samples(option: str, samples: object, dtype: torch.dtype, accuracy: bool) -> None:
-    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(part, Tensor) for part in samples):
+def _checked(option: str, samples: object, dtype: torch.dtype, accuracy: bool) -> tuple[Tree, Tree]:
+    if not isinstance(samples, tuple) or len(samples) != 2:
         raise InvalidInput(f"{option}: {_describe(samples)} is not allowed; give a tuple of tensors (inputs, targets)")
-    inputs, targets = samples
-    _check_tensor(f"{option} inputs", inputs, dtype)
-    _check_tensor(f"{option} targets", targets, dtype)
-    counts = f"{len(inputs)} inputs and {len(targets)} targets"
-    require(len(inputs) == len(targets), option, counts, "give one target for each input")
+    inputs, targets = (
+        as_samples(part, f"{option} {name}") for part, name in zip(samples, ("inputs", "targets"), strict=True)
+    )
+    for part, name in ((inputs, "inputs"), (targets, "targets")):
+        for place, tensor in named_leaves(part, f"{option} {name}").items():
+            _check_tensor(place, tensor, dtype)
+    counts = f"{count_samples(inputs)} inputs and {count_samples(targets)} targets"
+    require(count_samples(inputs) == count_samples(targets), option, counts, "give one target for each input")
     if accuracy:
-        require(
-            targets.dtype == torch.int64,
-            f"dtype of {option} targets",
-            targets.dtype,
-            "accuracy needs class indices in torch.int64",
-        )
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        remedy = "accuracy needs one tensor of class indices in torch.int64"
+        require(kind == torch.int64, f"dtype of {option} targets", kind, remedy)
+    return inputs, targets
 
 
 def _describe(value: object) -> str:

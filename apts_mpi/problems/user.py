@@ -61,7 +61,8 @@ def _from_tuple(name: str, returned: object) -> Problem:
     train, test = data if is_split else (data, None)
     try:
         problem = Problem(name=name, network=network, loss=loss, train=train, test=test)
-        return dataclasses.replace(problem, accuracy=problem.train[1].dtype == torch.int64)
+        targets = problem.train[1]
+        return dataclasses.replace(problem, accuracy=isinstance(targets, torch.Tensor) and targets.dtype == torch.int64)
     except InvalidInput as error:
         raise InvalidInput(f"--problem {name}: the function returned a wrong tuple: {error}; {_EXPECTED}") from error
 

@@ -167,7 +167,8 @@ class CoarseLevel:
         """
         with self._comm.events.timed("coarse"):
             if not self._has_model:
-                return self._sum_up(radius)
+                self._sum_up(radius)
+                return None
             told = self._tell(lambda: self._minimise(radius))
             self._combine(told)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
@@ -179,7 +180,8 @@ class CoarseLevel:
                     "coarse.model: the curvature between the corrections is not finite (a root of 0 in the network or "
                     "the loss?); they are summed up in such an iteration"
                 )
-                return self._sum_up(radius)
+                self._sum_up(radius)
+                return None
             self._combine(coefficients)
         return predicted
 

@@ -16,6 +16,7 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.options import ENOUGH_TARGETS
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.reduced_model import ReducedModel
+from apts_mpi.tools.trees import numbers_of_sample
 
 
 class ReducedCurvature(Protocol):
@@ -56,7 +57,7 @@ def share_of_samples(samples: float | None, batch: Batch, outputs: int = 1) -> f
     """
     if samples is not None:
         return samples
-    enough = ENOUGH_TARGETS / (batch.size * batch.passes[0].targets[0].numel())
+    enough = ENOUGH_TARGETS / (batch.size * numbers_of_sample(batch.passes[0].targets))
     return min(1.0, enough, MOST_OUTPUTS / (batch.size * outputs))
 
 

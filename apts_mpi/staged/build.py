@@ -18,6 +18,7 @@ from apts_mpi.parallel.guard import guarded
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
 from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of
 from apts_mpi.staged.subdomains import modules_begun, subdomains_asked_for
+from apts_mpi.tools.trees import Tree
 
 Made = TypeVar("Made")
 
@@ -27,7 +28,7 @@ def build_stage(
     *,
     comm: MPI.Intracomm | None = None,
     options: APTSOptions,
-    parts: Callable[[Any], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
+    parts: Callable[[Any], tuple[torch.nn.Module, Tree | None]] = lambda made: (made, None),
 ) -> Made:
     """Make a network of which only this rank's stage is in its memory, with the values that one process gives it.
 
@@ -91,7 +92,7 @@ def check_staged(options: APTSOptions) -> None:
         refuse("schwarz.local_data", "shard", "where every stage sees all samples; choose full")
 
 
-def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: torch.Tensor | None) -> list[Stage]:
+def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: Tree | None) -> list[Stage]:
     """The stages of a network on so many ranks, one for each rank of a replica."""
     places = places_of(network)
     stages = ranks // options.replicas

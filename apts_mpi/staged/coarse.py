@@ -86,7 +86,7 @@ class StageCurvature:
                 joined = self._joined(carried, columns)
                 outputs, tangents = self._linearisation.tangents(activations, joined, carried)
             if self._pipeline.is_last:
-                reduced = self._linearisation.between(outputs, part.targets, tangents[0])
+                reduced = self._linearisation.between(outputs, part.targets, tangents)
                 curvature.add_(reduced, alpha=part.weight)
             return with_tangents(outputs, tangents)
 

@@ -8,11 +8,12 @@ import torch
 
 from apts_mpi.curvature.products import LossHessian, ProductKind
 from apts_mpi.curvature.transposes import transposed
-from apts_mpi.network.activations import Bundle, differentiable, tensors_of
+from apts_mpi.network.activations import Bundle, differentiable
 from apts_mpi.objective.passes import Pass
 from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.staged.schedules import forwards
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import tensors_of
 
 
 class StageProducts:
@@ -42,7 +43,7 @@ class StageProducts:
         self._passes = passes
         self._hessian = kind == "hessian"
         self._own: dict[int, _Differentiated] = {}
-        self._at_outputs: dict[int, torch.Tensor] = {}
+        self._at_outputs: dict[int, tuple[torch.Tensor, ...]] = {}
         # Activations have the shapes of the evaluation. Only a Hessian needs the gradient behind the stages.
         keys = [part.samples for part in passes]
         actions = objective.actions(len(passes)) if self._hessian else forwards(len(passes))
@@ -96,13 +97,14 @@ class StageProducts:
             return ()
         leaving = own.push()
         if own.curved is not None:
-            self._at_outputs[index] = own.curved(leaving[0]) * self._passes[index].weight
+            weight = self._passes[index].weight
+            self._at_outputs[index] = tuple(part * weight for part in own.curved(leaving))
         return leaving
 
     def _pull_back(self, index: int, derivatives: Bundle | None) -> Bundle:
         """Take the derivative of the gradient back from what left to what entered; add that of the parameters."""
         if derivatives is None:
-            derivatives = (self._at_outputs.pop(index),) if index in self._at_outputs else ()
+            derivatives = self._at_outputs.pop(index, ())
         entering, parameters = self._own[index].pull_back(tensors_of(derivatives), self._hessian)
         self._total += torch.cat([part.flatten() for part in parameters])
         return entering

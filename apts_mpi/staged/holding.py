@@ -44,6 +44,7 @@ from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
+from apts_mpi.tools.trees import Tree
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import LastStep
 
@@ -77,7 +78,7 @@ class Staged:
         loss: Loss,
         comm: MPI.Intracomm | None,
         options: APTSOptions,
-        sample: torch.Tensor | None,
+        sample: Tree | None,
     ) -> None:
         self.network = network
         asked_for = options
@@ -147,7 +148,7 @@ class Staged:
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
         self._names = [name for own in self.replica.collect(tuple(named_tensors(network))) for name in own]
 
-    def _find_stages(self, options: APTSOptions, sample: torch.Tensor | None) -> list[Stage]:
+    def _find_stages(self, options: APTSOptions, sample: Tree | None) -> list[Stage]:
         """The stages into which the network was cut, or is to be."""
         ranks, replicas = self.comm.size, options.replicas
         stages = stages_of(places_of(self.network)) or cut_network(self.network, options, ranks, sample)
@@ -198,7 +199,7 @@ class Staged:
                 )
         if self.options.batch == "whole":
             needed = {"inputs": self.objective.pipeline.is_first, "targets": self.objective.pipeline.is_last}
-            given = zip(needed, samples, strict=True)
+            given = zip(needed, batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if needed[name] and data is not None}, rows)
         return batch
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from apts_mpi.network.activations import at_point
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.loss_check import SHARED, check_loss, some_rows
 from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
@@ -14,6 +14,7 @@ from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.tools.environment import kept_generators, random_state
+from apts_mpi.tools.trees import take
 
 
 def check_staged_objective(
@@ -50,12 +51,12 @@ def check_staged_objective(
         """What the last stage has of these samples, as points to differentiate at; nothing on the others."""
         nonlocal draws
         found: list[Any] = []
-        entering = inputs[few] if pipeline.is_first and inputs is not None else few
+        entering = take(inputs, few) if pipeline.is_first and inputs is not None else few
         with objective.replayed((SHARED,)):
             before = random_state(device)
             objective.infer([entering], lambda _, outputs: found.append(outputs))
             draws = not torch.equal(before, random_state(device))
-        return [tree_map_only(torch.Tensor, _as_point, outputs) for outputs in found]
+        return [at_point(outputs)[0] for outputs in found]
 
     few = some_rows(count, batch.rows, samples, replica)
     with kept_generators(device):
@@ -63,7 +64,7 @@ def check_staged_objective(
         with comm.shared_refusals(), objective.replayed((SHARED,)), torch.enable_grad():
             for outputs in found:
                 assert targets is not None
-                check_loss(objective.loss, outputs, targets[few])
+                check_loss(objective.loss, outputs, take(targets, few))
     if whole:
         few = some_rows(count, batch.rows, samples, SHARED)
 
@@ -72,14 +73,10 @@ def check_staged_objective(
         for outputs in outputs_of(few):
             assert targets is not None
             with objective.replayed((SHARED,)), torch.enable_grad():
-                value = value_of(objective.loss(outputs, targets[few]), outputs)
+                value = value_of(objective.loss(outputs, take(targets, few)), outputs)
         return value
 
     value = check_repeated(evaluate, device, comm, doubted)
     if whole:
         (drawn,) = comm.agree([draws], lambda table: [table.max()])
         check_same_loss(value, bool(drawn), device, comm, objective.epsilon)
-
-
-def _as_point(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())

@@ -7,8 +7,9 @@ import torch
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
-from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, check_counts, check_rows
+from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, as_batch, check_counts, check_rows
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.tools.trees import Tree, count_samples, numbers_of_sample
 
 
 def placeholder(samples: int, numbers: int) -> torch.Tensor:
@@ -52,9 +53,11 @@ def cut_micro_batches(
         On every rank of the replica, if inputs and targets differ in samples, or there are too few.
     """
     team = decomposition.team
+    with stages.shared_errors():
+        samples = as_batch(samples)
     inputs = samples[0] if stages.rank == 0 else None
     targets = samples[1] if stages.rank == stages.size - 1 else None
-    numbers = 0 if targets is None else targets[0].numel()
+    numbers = 0 if targets is None else numbers_of_sample(targets)
     found = stages.collect((_count(inputs, rows), _count(targets, rows), numbers))
     (count, _, _), (others, numbers) = found[0], found[-1][1:]
     with stages.shared_errors():
@@ -65,7 +68,7 @@ def cut_micro_batches(
         check_counts(count, others)
         for given in (inputs, targets):
             if given is not None and rows is not None:
-                check_rows(rows, len(given))
+                check_rows(rows, count_samples(given))
         start, stop = split(count, team.size, team.rank) if whole else (0, count)
         smallest = count // team.size if whole else count
         if smallest < micro_batches:
@@ -86,5 +89,5 @@ def cut_micro_batches(
     return Batch(samples, rows, passes, total, [own / team.total(own)])
 
 
-def _count(data: torch.Tensor | None, rows: torch.Tensor | None) -> int | None:
+def _count(data: Tree | None, rows: torch.Tensor | None) -> int | None:
     return None if data is None else len(Selection(data, rows))

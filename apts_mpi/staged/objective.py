@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from apts_mpi.local.registry import needs_evaluations
-from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store, tensors_of
+from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
@@ -24,6 +24,7 @@ from apts_mpi.staged.pipeline import Pipeline
 from apts_mpi.staged.schedules import SCHEDULES, Action, backwards, forwards
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree, count_samples, tensors_of
 
 
 @dataclass
@@ -246,7 +247,7 @@ class StagedObjective(Objective):
         return flight.caches
 
     @torch.no_grad()
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, Any], None]) -> None:
+    def infer(self, inputs: Sequence[Tree], consume: Callable[[int, Any], None]) -> None:
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
@@ -258,7 +259,7 @@ class StagedObjective(Objective):
                 consume(index, outputs)
             return outputs
 
-        self.pipeline.run(forwards(len(inputs)), [("inference", len(part)) for part in inputs], forward)
+        self.pipeline.run(forwards(len(inputs)), [("inference", count_samples(part)) for part in inputs], forward)
 
     def load(self, cached: Any) -> Bundle:
         """See `Objective`."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from apts_mpi.errors import StageError, StallError
-from apts_mpi.network.activations import Bundle, detached, tensors_of
+from apts_mpi.errors import InvalidInput, StageError, StallError
+from apts_mpi.network.activations import Bundle, detached
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import Bytes
 from apts_mpi.staged.schedules import Action, Direction
+from apts_mpi.tools.trees import tensors_of
 
 TAGS: dict[Direction, int] = {"forward": 1, "backward": 2}
 DESCRIPTION = 3
@@ -54,6 +55,17 @@ class _Receive:
     def wait(self, what: str) -> Bundle:
         self.pending.wait(what)
         return self._tensors if self._is_tuple else self._tensors[0]
+
+
+def _check_sendable(bundle: Bundle | None) -> None:
+    """Raise `InvalidInput` for what cannot leave a stage."""
+    parts = bundle if isinstance(bundle, tuple | list) else (bundle,)
+    for part in parts:
+        if not isinstance(part, torch.Tensor):
+            raise InvalidInput(
+                f"a {type(part).__name__} leaves the stage, and only tensors and tuples of them can; let the module "
+                "before the cut return these, or cut elsewhere with --cuts"
+            )
 
 
 class Pipeline:
@@ -136,6 +148,8 @@ class Pipeline:
             try:
                 with self._events.traced(f"{action.direction} {action.micro_batch}"):
                     result = passed(action.micro_batch, arrived)
+                    if action.direction == "forward" and not self.is_last:
+                        _check_sendable(result)
             except StallError:
                 raise
             except Exception as error:

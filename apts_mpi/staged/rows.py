@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from apts_mpi.curvature.dense import pull_rows, roots
+from apts_mpi.curvature.dense import WITHOUT_ROWS, pull_rows, read_outputs, roots
 from apts_mpi.curvature.rows import GaussNewtonRows
-from apts_mpi.network.activations import Bundle, tensors_of
+from apts_mpi.errors import InvalidInput
+from apts_mpi.network.activations import Bundle, differentiable
 from apts_mpi.staged.objective import StagedObjective
 from apts_mpi.tools.events import BACKWARD, FORWARD
+from apts_mpi.tools.trees import Tree, tensors_of
 
 
 class StagedGaussNewtonRows(GaussNewtonRows):
@@ -26,7 +28,7 @@ class StagedGaussNewtonRows(GaussNewtonRows):
         segments = objective.segmented.segments[self._cache.subdomain.first_segment if pipeline.is_first else 0 :]
         parameters = objective.vector.parameters[self._touched]
         entered: dict[int, Bundle] = {}
-        at_outputs: dict[int, torch.Tensor] = {}
+        at_outputs: dict[int, tuple[tuple[torch.Tensor, ...], list[int]]] = {}
         found: dict[int, torch.Tensor] = {}
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
@@ -36,20 +38,30 @@ class StagedGaussNewtonRows(GaussNewtonRows):
                 activations = segment(activations)
                 pipeline.progress()
             if pipeline.is_last:
-                assert isinstance(activations, torch.Tensor)
-                by_outputs = roots(objective.loss, activations, parts[index].targets).transpose(0, 1)
-                at_outputs[index] = by_outputs.reshape(len(by_outputs), *activations.shape)
+                at_outputs[index] = self._at_outputs(activations, parts[index].targets)
             return activations
 
         def backward(index: int, rows: Bundle | None) -> Bundle:
-            leaving = (at_outputs.pop(index),) if rows is None else tensors_of(rows)
-            by_parameters, by_inputs = pull_rows(segments, parameters, entered.pop(index), leaving)
+            leaving, places = at_outputs.pop(index) if rows is None else (tensors_of(rows), None)
+            by_parameters, by_inputs = pull_rows(segments, parameters, entered.pop(index), leaving, places)
             found[index] = by_parameters.mul_(parts[index].share ** 0.5)
             return by_inputs
 
-        keys = [("rows", len(part.targets)) for part in parts]
+        keys = [("rows", part.samples) for part in parts]
         with torch.no_grad(), objective.replayed():
             pipeline.run(objective.actions(len(parts)), keys, forward, backward, describe_back=True)
         share = objective.segmented.share(0, len(objective.segmented) - 1)
-        objective.events.count_work(sum(len(part.targets) for part in parts), share, FORWARD + BACKWARD)
+        objective.events.count_work(sum(part.samples for part in parts), share, FORWARD + BACKWARD)
         return torch.cat([found[index] for index in range(len(parts))])
+
+    def _at_outputs(self, outputs: Bundle, targets: Tree) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        """Roots of the loss's Hessian by the outputs that it reads, shape (k, samples, ...) each, and their places."""
+        places = read_outputs(self._objective.loss, outputs, targets)
+        if not places:
+            raise InvalidInput(f"{WITHOUT_ROWS[0]}, and none has the samples in its first dimension; {WITHOUT_ROWS[1]}")
+        tensors = [differentiable(outputs)[place] for place in places]
+        by_outputs = roots(self._objective.loss, outputs, targets, places).transpose(0, 1)
+        parts = by_outputs.split([tensor[0].numel() for tensor in tensors], dim=2)
+        return tuple(
+            part.reshape(len(part), *tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
+        ), places

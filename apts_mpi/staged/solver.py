@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -11,6 +12,7 @@ from apts_mpi.apts import APTS
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.staged.holding import Staged
+from apts_mpi.tools.trees import Tree
 
 
 class StagedAPTS(APTS):
@@ -55,7 +57,7 @@ class StagedAPTS(APTS):
         *,
         comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
-        sample: torch.Tensor | None = None,
+        sample: Tree | None = None,
     ) -> None:
         self._begin(Staged(network, loss, comm, options or APTSOptions(layout="staged"), sample))
 
@@ -63,7 +65,7 @@ class StagedAPTS(APTS):
         """Evaluate loss and gradient of the batch of the last step once more, for timings. Collective."""
         self.holding.objective.evaluate(self.batch.passes)
 
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+    def infer(self, inputs: Sequence[Tree], consume: Callable[[int, Any], None]) -> None:
         """Run the network forwards as it is (in evaluation mode, say). Collective over the stages of a replica.
 
         Parameters

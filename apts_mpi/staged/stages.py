@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.network.activations import Bundle
 from apts_mpi.network.partition import balanced_cuts
-from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.network.segments import SegmentedNetwork, segments_of
 from apts_mpi.options import PipelineOptions
+from apts_mpi.tools.trees import Tree, as_samples, map_tensors
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def stages_of(places: Sequence[Place]) -> list[Stage] | None:
     return next((place.module.stages for place in places if isinstance(place.module, Elsewhere)), None)
 
 
-def multiplications(places: Sequence[Place], inputs: torch.Tensor) -> list[float]:
+def multiplications(places: Sequence[Place], inputs: Tree) -> list[float]:
     """Multiplications of each module's forward pass on a few samples, by running copies without memory.
 
     Raises
@@ -234,10 +237,12 @@ def multiplications(places: Sequence[Place], inputs: torch.Tensor) -> list[float
     InvalidInput
         If a module cannot run on torch's meta device.
     """
-    segmented = SegmentedNetwork(nn.Sequential(*[_WithoutMemory(place.module) for place in places]), None)
+    segments = segments_of(nn.Sequential(*[place.module for place in places]), None)
+    segmented = SegmentedNetwork(nn.Sequential(*map(_WithoutMemory, segments)), None)
+    few = map_tensors(lambda tensor: torch.empty_like(tensor[:8], device="meta"), as_samples(inputs, "sample"))
     try:
         with torch.no_grad():
-            segmented.measure(torch.empty_like(inputs[:8], device="meta"), part=True)
+            segmented.measure(few, part=True)
     except Exception as error:
         raise InvalidInput(
             f"balance: 'cost' runs the network without memory, which failed with {type(error).__name__}: {error}; "
@@ -253,7 +258,7 @@ class _WithoutMemory(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: Bundle, /) -> Any:
         tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         return functional_call(self.module, empty, (inputs,))

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from apts_mpi.apts import APTS
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
-from apts_mpi.network.segments import CalledNetwork
+from apts_mpi.network.segments import segments_of
 from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
@@ -25,6 +25,7 @@ from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
+from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
 from apts_mpi.train.noise import with_noise
@@ -73,7 +74,7 @@ def train_problem(problem: Problem, options: TrainingOptions, device: torch.devi
 def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
     """The solver of a problem whose network every rank has as a whole. Collective."""
     network, loss, forward = problem.network, problem.loss, problem.forward
-    called = network if forward is None else CalledNetwork(network, forward)
+    called = torch.nn.Sequential(*segments_of(network, forward))
     if options.optimizer == "apts":
         apts = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
         return Method(apts, whole_outputs(called, apts.comm))
@@ -102,7 +103,7 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
         If it is called for more than its outputs, or cannot be cut.
     """
 
-    def parts(problem: Problem) -> tuple[torch.nn.Module, torch.Tensor]:
+    def parts(problem: Problem) -> tuple[torch.nn.Module, Tree]:
         if problem.forward is not None or problem.metrics:
             raise InvalidInput(
                 f"layout: 'staged' needs a network that is called for its outputs alone, and problem {problem.name} "
@@ -124,7 +125,7 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
 def _without_what_others_have(problem: Problem, wanted: Wanted, comm: Communicator) -> Problem:
     """The problem with the data that are wanted here alone, and the numbers of samples of all. Collective."""
     data = {"train": problem.train} | ({} if problem.test is None else {"test": problem.test})
-    found = comm.collect({name: len(inputs) for name, (inputs, _) in data.items()})
+    found = comm.collect({name: count_samples(inputs) for name, (inputs, _) in data.items()})
     with comm.shared_errors():
         for name in data:
             if found[0][name] != found[-1][name]:
@@ -140,7 +141,7 @@ def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
     inputs, targets = data
     return (
         inputs if wanted.inputs else placeholder(count, 0),
-        targets if wanted.targets else placeholder(count, 0).to(targets.dtype),
+        targets if wanted.targets else placeholder(count, 0).to(tensors_of(targets)[0].dtype),
     )
 
 
@@ -156,7 +157,7 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
-    first, last = split(len(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
+    first, last = split(count_samples(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
     edges = [*range(first, last, PIECE), last]
-    inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
+    inputs, targets = ([take(part, slice(*edge)) for edge in itertools.pairwise(edges)] for part in data)
     solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))

@@ -10,12 +10,13 @@ import torch
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
+from apts_mpi.tools.trees import Tree, count_samples, take
 
 # Inputs and targets of some samples, on one device.
-Data = tuple[torch.Tensor, torch.Tensor]
+Data = tuple[Tree, Tree]
 
 # Takes outputs and the targets that belong to them.
-Consume = Callable[[torch.Tensor, torch.Tensor], None]
+Consume = Callable[[Any, Tree], None]
 
 # Calls a `Consume` with the outputs for this rank's share of some samples, piece by piece, where this rank has them.
 Outputs = Callable[[Data, Consume], None]
@@ -24,13 +25,13 @@ Outputs = Callable[[Data, Consume], None]
 PIECE = 2048
 
 
-def whole_outputs(called: Callable[[torch.Tensor], torch.Tensor], comm: Communicator) -> Outputs:
+def whole_outputs(called: Callable[[Tree], Any], comm: Communicator) -> Outputs:
     """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of."""
 
     def outputs(data: Data, consume: Consume) -> None:
-        first, last = split(len(data[0]), comm.size, comm.rank)
+        first, last = split(count_samples(data[0]), comm.size, comm.rank)
         for start in range(first, last, PIECE):
-            inputs, targets = (part[start : min(start + PIECE, last)] for part in data)
+            inputs, targets = (take(part, slice(start, min(start + PIECE, last))) for part in data)
             consume(called(inputs), targets)
 
     return outputs
@@ -70,34 +71,35 @@ class Metrics:
     def _loss_and_accuracy(self, name: str, data: Data) -> dict[str, float]:
         sums = [0.0, 0.0, 0.0]
 
-        def consume(outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        def consume(outputs: Any, targets: Tree) -> None:
             for place, value in enumerate(self._sums(outputs, targets)):
                 sums[place] += value
 
         self._outputs(data, consume)
-        count = len(data[0])
+        count = count_samples(data[0])
         loss, accuracy, classified = self._comm.agree(sums, lambda table: table.sum(axis=0) / count)
         result = {f"{name}_loss": loss}
         return result | ({f"{name}_accuracy": accuracy} if classified == 1.0 else {})
 
-    def _sums(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    def _sums(self, outputs: Any, targets: Tree) -> list[float]:
         """Sums over some samples: of the loss, of what is classified correctly, and of what is classified at all."""
-        loss = float(self._problem.loss(outputs, targets)) * len(targets)
+        samples = count_samples(targets)
+        loss = float(self._problem.loss(outputs, targets)) * samples
         classes = dimension_of_classes(outputs, targets) if self._problem.accuracy else None
         if classes is None:
             return [loss, 0.0, 0.0]
         hits = (outputs.argmax(dim=classes) == targets).sum()
         # Targets may have more dimensions than samples (tokens).
-        return [loss, float(hits) / (targets.numel() / len(targets)), len(targets)]
+        return [loss, float(hits) / (targets.numel() / samples), samples]
 
 
-def dimension_of_classes(outputs: Any, targets: torch.Tensor) -> int | None:
+def dimension_of_classes(outputs: Any, targets: Tree) -> int | None:
     """The dimension of the outputs that holds the scores of the classes of which the targets are indices.
 
     It is the one without which outputs have the shape of the targets: the last one, or the second one as torch's
     ``cross_entropy`` has it. None where neither or, of two, each of them would do.
     """
-    if not isinstance(outputs, torch.Tensor):
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
         return None
     shape = tuple(outputs.shape)
     places = {1, len(shape) - 1} if len(shape) > 1 else set()

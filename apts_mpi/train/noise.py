@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from apts_mpi.problems import Problem
+from apts_mpi.tools.trees import count_samples
 from apts_mpi.train.options import TrainingOptions
 
 # Steps from which on it is worth while that the next batch judges the radius: with fewer of them the best step for each
@@ -34,7 +35,7 @@ def with_noise(options: TrainingOptions, problem: Problem) -> TrainingOptions:
 
 
 def _has_noisy_batches(options: TrainingOptions, problem: Problem) -> bool:
-    samples = len(problem.train[0])
+    samples = count_samples(problem.train[0])
     batch_size = min(options.batch_size or problem.batch_size or samples, samples)
     batches = samples // batch_size
     steps = (options.epochs or problem.epochs) * batches

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.parallel.sameness import Rows, check_same, check_same_tensors, fields_in_words
+from apts_mpi.parallel.sameness import check_same, check_same_trees, fields_in_words
 from apts_mpi.problems import Problem, Wanted
+from apts_mpi.tools.trees import Tree
 from apts_mpi.train.options import TrainingOptions
 
 # Places, of which each host may have its own, and devices.
@@ -47,10 +48,10 @@ def check_same_problem(problem: Problem, there: Wanted, comm: Communicator) -> N
     given = [name for name in ("test", "forward") if getattr(problem, name) is not None]
     shared |= {"set of parts": given, "list of metrics": list(problem.metrics)}
     check_same(shared, comm, where, remedy)
-    tensors: dict[str, Rows] = {}
+    trees: dict[str, Tree] = {}
     for which, samples in (("train", problem.train), ("test", problem.test)):
         if samples is not None:
             inputs, targets = samples
-            tensors |= {f"{which} inputs": (inputs, None)} if there.inputs else {}
-            tensors |= {f"{which} targets": (targets, None)} if there.targets else {}
-    check_same_tensors(tensors, comm, where, remedy)
+            trees |= {f"{which} inputs": inputs} if there.inputs else {}
+            trees |= {f"{which} targets": targets} if there.targets else {}
+    check_same_trees(trees, None, comm, where, remedy)

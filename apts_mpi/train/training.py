@@ -17,6 +17,7 @@ from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
+from apts_mpi.tools.trees import count_samples, map_tensors, numbers_of_sample, tensors_of
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.metrics import Data, Metrics, Outputs
@@ -84,7 +85,7 @@ class Training:
         self.options = options
         self.train = _to(problem.train, device)
         self.test = None if problem.test is None else _to(problem.test, device)
-        self.samples = len(problem.train[0])
+        self.samples = count_samples(problem.train[0])
         self.batch_size = min(options.batch_size or problem.batch_size or self.samples, self.samples)
         self.epochs = options.epochs or problem.epochs
         self.solver = method.solver
@@ -193,7 +194,7 @@ class Training:
         epoch, batch = self.progress.epoch, self.progress.batch
         if epoch != self._shuffled:
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(self.samples, generator=generator).to(self.train[0].device)
+            self._order = torch.randperm(self.samples, generator=generator).to(tensors_of(self.train[0])[0].device)
             self._shuffled = epoch
         return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
@@ -311,7 +312,7 @@ class Training:
         """What the run came to. Collective."""
         own = [self.solver.events.totals[name].seconds for name in ("wait", "checkpoint")]
         # Ranks that do not need the targets have none in their place.
-        own.append(self.train[1][0].numel())
+        own.append(numbers_of_sample(self.train[1]))
         communication, checkpoints, targets = self.comm.agree(own, lambda table: table.max(axis=0))
         return {
             "problem": self.problem.name,
@@ -334,4 +335,4 @@ class Training:
 
 
 def _to(data: Data, device: torch.device) -> Data:
-    return data[0].to(device), data[1].to(device)
+    return tuple(map_tensors(lambda tensor: tensor.to(device), part) for part in data)

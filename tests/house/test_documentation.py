@@ -75,7 +75,7 @@ PLACEHOLDERS = {
 }
 
 # Of languages that are not run.
-SHOWN = {"text", "yaml", "{toctree}", "{eval-rst}", "{math}"}
+SHOWN = {"text", "yaml", "{toctree}", "{eval-rst}", "{math}", "{literalinclude}"}
 
 SITE = """
 scheduler=slurm account= partition= submit_options=()

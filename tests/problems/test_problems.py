@@ -56,7 +56,7 @@ def test_problem_defaults():
         ({"accuracy": "yes"}, "accuracy: 'yes' is not allowed"),
         ({"metrics": {"error": 1.0}}, "metrics: .* map names to functions"),
         ({"train": torch.zeros(4, 3)}, "train: Tensor is not allowed"),
-        ({"train": (torch.zeros(4, 3), [0, 1])}, r"train: tuple of \(Tensor, list\) is not allowed"),
+        ({"train": (torch.zeros(4, 3), [0, 1])}, r"train targets\[0\]: int 0 is not allowed"),
         ({"train": (torch.zeros(4, 3), torch.zeros(5, 2))}, "train: '4 inputs and 5 targets'"),
         ({"train": (torch.zeros(0, 3), torch.zeros(0, 2))}, r"shape of train inputs: \(0, 3\)"),
         ({"train": (torch.zeros(4, 3).double(), torch.zeros(4, 2))}, "dtype of train inputs: torch.float64"),

@@ -62,6 +62,7 @@ SECOND_ORDER = [
     SecondOrder("resnet", model="steihaug", product="hessian", solver="kfac"),
     SecondOrder("tuples", model="steihaug", product="gauss-newton", solver="adam"),
     SecondOrder("double tuples", model="steihaug", product="hessian", solver="adam"),
+    SecondOrder("trees", model="steihaug", product="gauss-newton", solver="adam"),
 ]
 
 
@@ -83,6 +84,7 @@ def test_global_steps_of_second_order(world, monkeypatch, case):
         ("mlp", "none", {"subdomains": 9, "norm": "inf"}),
         ("cnn", "gauss-newton", {"subdomains": None, "initial_radius": 0.05}),
         ("double tuples", "gauss-newton", {"subdomains": None}),
+        ("trees", "gauss-newton", {"subdomains": None}),
     ],
 )
 def test_dense_gauss_newton(world, monkeypatch, name, coarse, changes):
