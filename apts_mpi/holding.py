@@ -65,7 +65,7 @@ class Holding(Protocol):
         """The batch as this rank sees it, with random numbers keyed by ``stream``. Collective."""
 
     def check_loss(self, batch: Batch) -> None:
-        """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective."""
+        """Raise `SharedInvalidInput` if the loss of the first batch is not what the method minimises. Collective."""
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """Arrays and metadata of a checkpoint, with a correction that is to be used again. Collective."""

@@ -19,7 +19,7 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
-from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
+from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
@@ -55,6 +55,7 @@ class Replicated:
         forward: Forward | None,
     ) -> None:
         self.network = network
+        self._loss_is_checked = False
         self.comm = guarded(comm, options.stall_timeout)
         called = forward is not None
         with self.comm.shared_errors():
@@ -78,6 +79,7 @@ class Replicated:
             segmented=segmented,
             vector=vector,
             loss=loss,
+            group=options.group,
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
             recorded=recorded,
@@ -109,13 +111,14 @@ class Replicated:
     def smallest_batch(self) -> int:
         """See `apts_mpi.holding.Holding`."""
         teams = self.decomposition.teams
-        return samples_of_pass(self.network) * teams.smallest_batch(self.options.schwarz.local_data)
+        least = samples_of_groups(samples_of_pass(self.network), self.options.group)
+        return least if self.options.coupled else least * teams.smallest_batch(self.options.schwarz.local_data)
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
         with self.comm.shared_errors():
             self.objective.vector.check_alias()
-        return cut_batch(
+        batch = cut_batch(
             samples,
             rows,
             decomposition=self.decomposition,
@@ -123,11 +126,16 @@ class Replicated:
             whole=self.options.batch == "whole",
             stream=stream,
             least=samples_of_pass(self.network),
+            group=self.options.group,
         )
+        self.objective.begin(batch.passes)
+        return batch
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
+        if not self._loss_is_checked:
+            check_objective(self.objective, batch, self.comm, self.options.batch == "whole")
+            self._loss_is_checked = True
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""
@@ -153,4 +161,10 @@ class Replicated:
         """See `apts_mpi.holding.Holding`."""
         dtype, segments = self.objective.vector.values.dtype, len(self.objective.segmented)
         network = f"{self.parameters} parameters, {dtype}, {segments} segments"
-        return describe(self.options, self.decomposition.teams, self.decomposition.subdomains, network)
+        return describe(
+            self.options,
+            self.decomposition.teams,
+            self.decomposition.subdomains,
+            network,
+            self.objective.loss.describe(),
+        )

@@ -12,6 +12,7 @@ import torch
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.mean_loss import check_fault
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
 from apts_mpi.options import APTSOptions
@@ -122,6 +123,11 @@ class Trials:
         judged : Judged
         trial : Run
             The evaluation there.
+
+        Raises
+        ------
+        SharedInvalidInput
+            For a loss that is not, for this batch, what it was for the first.
         """
         with self._comm.events.timed("judge"):
             self._values.add_(step)
@@ -141,7 +147,7 @@ class Trials:
                 )
                 if self._last_step is not None and not judged.skipped:
                     judged = state.judged_by_next(judged, self._inner.sum_of_table(table[:, 7]), self._options)
-                return [*astuple(judged), table[:, 0].max()]
+                return [*astuple(judged), table[:, -1].max(), table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -149,8 +155,10 @@ class Trials:
             if self._last_step is not None:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
-            own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            fault = self._objective.loss.fault(moved)
+            own = torch.stack([present.loss, trial.loss, moved, *products, fault]).tolist()
+            *record, fault_seen, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            check_fault(fault_seen)
             judged = judged_of(record)
             if judged.accepted:
                 self._objective.buffers.accept((self._before, self._values))

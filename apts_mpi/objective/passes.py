@@ -14,7 +14,8 @@ from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.parallel.transport import on_device
 
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+# Returns the mean over the samples, or a sum over them and what it is to be divided by.
+Loss = Callable[[Any, torch.Tensor], torch.Tensor | tuple[torch.Tensor, Any]]
 
 
 @dataclass
@@ -69,13 +70,16 @@ class Pass:
     inputs, targets : Tensor
         The samples.
     weight : float
-        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
+        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses, with one
+        denominator a sample for all of them.
     stream : tuple of int
         Key of the random stream; equal keys draw equal dropout masks.
     subdomains : tuple of Subdomain
         The subdomains whose caches are filled.
     position, shard_size : int
         Where these samples begin in the shard that the team shares, and the number of its samples.
+    group : int
+        Number of consecutive samples that belong together.
     """
 
     inputs: torch.Tensor
@@ -85,6 +89,7 @@ class Pass:
     subdomains: tuple[Subdomain, ...]
     position: int
     shard_size: int
+    group: int = 1
 
     @property
     def samples(self) -> int:
@@ -92,14 +97,19 @@ class Pass:
         return self.inputs.shape[0]
 
     def thinned(self, share: float) -> Pass | None:
-        """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
-        places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
+        """The same with evenly spread ``share`` of the shard's groups, whichever ranks have them; None without any."""
+        size = self.group
+        places = torch.arange(self.position, self.position + self.samples + 1, size, dtype=torch.float64) / size
         counts = (places * share).ceil()
-        chosen = on_device((counts[1:] > counts[:-1]).nonzero().squeeze(1), self.inputs.device)
+        chosen = (counts[1:] > counts[:-1]).nonzero().squeeze(1)
         if len(chosen) == 0:
             return None
-        shard_weight = self.weight * self.shard_size / self.samples
-        weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
+        groups = self.shard_size // size
+        shard_weight = self.weight * groups / (self.samples // size)
+        weight = shard_weight * len(chosen) / math.ceil(groups * share)
+        if size > 1:
+            chosen = (chosen[:, None] * size + torch.arange(size)).flatten()
+        chosen = on_device(chosen, self.inputs.device)
         return replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen], weight=weight)
 
 
@@ -110,7 +120,7 @@ class Run:
     Attributes
     ----------
     loss : Tensor, shape (), float64
-        This rank's part of f: the weighted sum of its passes' mean losses.
+        This rank's part of f: the weighted sum of its passes' mean losses, see `apts_mpi.objective.mean_loss.MeanLoss`.
     losses : list of Tensor
         Mean loss of each pass, with its graph until the backward pass.
     caches : list of list of Cache

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class Problem:
         The network N, on the CPU, with at least one trainable parameter. Its floating-point tensors and those
         of the data share one dtype, float32 or float64.
     loss : callable
-        ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
+        ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples, or a sum and what it is to be
+        divided by, as `apts_mpi.losses` do.
     train : (Tensor, Tensor)
         Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
     test : (Tensor, Tensor), optional
@@ -57,6 +59,10 @@ class Problem:
         classes, so that an accuracy can be reported.
     metrics : mapping of str to callable
         ``metric(network)`` returns a float, such as an error against an exact solution.
+    group_size : int
+        Number of consecutive samples that the loss takes together, and that are shuffled together.
+    coupled : bool
+        The loss takes all samples of a batch together. See `apts_mpi.APTSOptions`.
 
     Raises
     ------
@@ -66,7 +72,7 @@ class Problem:
 
     name: str
     network: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Any]]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor] | None = None
     forward: Callable[[nn.Module, Tensor], Tensor] | None = None
@@ -74,6 +80,8 @@ class Problem:
     epochs: int = 10
     accuracy: bool = False
     metrics: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+    group_size: int = 1
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
@@ -93,6 +101,8 @@ class Problem:
         )
         require(_is_count(self.epochs), "epochs", self.epochs, "give 1 or more")
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
+        require(_is_count(self.group_size), "group_size", self.group_size, "give 1 or more")
+        require(isinstance(self.coupled, bool), "coupled", self.coupled, "give True or False")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
         dtype = _parameter_dtype(self.network)
         _check_samples("train", self.train, dtype, self.accuracy)

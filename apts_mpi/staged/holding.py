@@ -21,7 +21,7 @@ from apts_mpi.network.partition import subdomains_at
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
-from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
+from apts_mpi.objective.batch import Batch, Samples, samples_of_groups, samples_of_pass
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
@@ -78,6 +78,7 @@ class Staged:
         sample: torch.Tensor | None,
     ) -> None:
         self.network = network
+        self._loss_is_checked = False
         asked_for = options
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
@@ -172,7 +173,8 @@ class Staged:
     @property
     def smallest_batch(self) -> int:
         """See `apts_mpi.holding.Holding`."""
-        return self._least * self.options.pipeline.micro_batches * self.options.replicas
+        least = samples_of_groups(self._least, self.options.group)
+        return least if self.options.coupled else least * self.options.pipeline.micro_batches * self.options.replicas
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
@@ -184,6 +186,7 @@ class Staged:
             stages=self.replica,
             whole=self.options.batch == "whole",
             stream=stream,
+            group=self.options.group,
         )
         with self.comm.shared_errors():
             self.objective.vector.check_alias()
@@ -192,13 +195,17 @@ class Staged:
                     f"batch_size: {batch.size} samples leave a micro-batch with one, of which batch normalisation "
                     f"takes no statistics; give at least {self.smallest_batch}, or fewer --micro-batches"
                 )
+        self.objective.begin(batch.passes)
         return batch
 
     def check_loss(self, batch: Batch) -> None:
         """See `apts_mpi.holding.Holding`."""
+        if self._loss_is_checked:
+            return
         whole = self.options.batch == "whole"
         given = batch.size if whole else sum(part.samples for part in batch.passes)
         check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole)
+        self._loss_is_checked = True
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""
@@ -225,6 +232,6 @@ class Staged:
     def describe(self) -> str:
         """See `apts_mpi.holding.Holding`."""
         network = f"{self.parameters} parameters in stages, {self.objective.vector.values.dtype}"
-        text = describe(self.options, self._teams, self._extent.subdomains, network)
+        text = describe(self.options, self._teams, self._extent.subdomains, network, self.objective.loss.describe())
         stages = [f"  {stage}: ranks {list(self._teams.ranks_of(stage.index))}" for stage in self.stages]
         return "\n".join([text, f"  pipeline: {self.options.pipeline}", *stages])

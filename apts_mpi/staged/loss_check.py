@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.loss_check import SHARED, check_loss, check_same_batch, some_rows
+from apts_mpi.objective.loss_check import SHARED, agree_on_kind, check_loss, check_same_batch, some_rows
 from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.objective import StagedObjective
@@ -50,22 +50,25 @@ def check_staged_objective(
             draws = not torch.equal(before, random_state(device))
         return [tree_map_only(torch.Tensor, _as_point, outputs) for outputs in found]
 
-    few = some_rows(count, batch.rows, samples, replica)
+    loss, group = objective.loss, batch.passes[0].group
+    few = some_rows(count, batch.rows, samples, replica, group)
     with kept_generators(device):
         found = outputs_of(few)
         with comm.shared_refusals(), objective.replayed((SHARED,)), torch.enable_grad():
             for outputs in found:
                 assert targets is not None
-                check_loss(objective.loss, outputs, targets[few])
+                loss.is_compared = check_loss(loss.evaluate, outputs, targets[few], loss.group)
+                loss.term(outputs, targets[few])
+    agree_on_kind(loss, comm)
     if whole:
-        few = some_rows(count, batch.rows, samples, SHARED)
+        few = some_rows(count, batch.rows, samples, SHARED, group)
 
     def evaluate() -> Value | None:
         value = None
         for outputs in outputs_of(few):
             assert targets is not None
             with objective.replayed((SHARED,)), torch.enable_grad():
-                value = value_of(objective.loss(outputs, targets[few]), outputs)
+                value = value_of(loss(outputs, targets[few]), outputs)
         return value
 
     value = check_repeated(evaluate, device, comm)
