@@ -15,8 +15,18 @@ from networks import classified, classifier, flat, numbers, options
 from staged_networks import PATIENCE, built, mlp
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions, CoarseOptions, GlobalStepOptions, InvalidInput, LocalOptions, PipelineOptions
-from apts_mpi import SchwarzOptions, StagedAPTS, losses
+from apts_mpi import (
+    APTS,
+    APTSOptions,
+    CoarseOptions,
+    GlobalStepOptions,
+    InvalidInput,
+    LocalOptions,
+    PipelineOptions,
+    SchwarzOptions,
+    StagedAPTS,
+    losses,
+)
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.options import BaselineOptions
@@ -226,9 +236,7 @@ def test_other_optimizers(world, name, optimizer):
     batch = targets_for(name, padded())
     network = narrow()
     expected = right_numbers(mean, network, batch)
-    solver = DataParallel(
-        network, loss, comm=world, options=BaselineOptions(optimizer=optimizer, learning_rate=0.1)
-    )
+    solver = DataParallel(network, loss, comm=world, options=BaselineOptions(optimizer=optimizer, learning_rate=0.1))
     result = solver.step(batch)
     assert (result.loss, result.gradient_norm) == pytest.approx(expected, rel=1e-12)
 
@@ -358,7 +366,9 @@ def test_shapes_that_are_broadcast_are_named(world, name, turned):
     inputs = classified(40)[0]
     targets = inputs[:, :1] if turned else inputs[:, 0]
     solver = APTS(network, BROADCAST[name], comm=world, options=CASES["plain"].options(1))
-    shapes = r"are broadcast to \(\d+, \d+\), each output with the targets of all samples; give both one shape, such as "
+    shapes = (
+        r"are broadcast to \(\d+, \d+\), each output with the targets of all samples; give both one shape, such as "
+    )
     remedy = r"outputs\[:, None\]" if turned else r"targets\[:, None\]"
     with pytest.raises(InvalidInput, match=shapes + remedy):
         solver.step((inputs, targets))
