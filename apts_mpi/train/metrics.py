@@ -114,8 +114,8 @@ class Metrics:
         classes = dimension_of_classes(outputs, targets) if self._problem.accuracy else None
         if classes is None:
             return 0.0, 0.0, 0.0
-        ignored = getattr(self._loss.evaluate, "ignore_index", None)
-        counted = targets.numel() if ignored is None else int((targets != ignored).sum())
+        # What is negative is no class, whatever the loss makes of it.
+        counted = int(((targets >= 0) & (targets != getattr(self._loss.evaluate, "ignore_index", -1))).sum())
         hits = (outputs.argmax(dim=classes) == targets).sum()
         return float(hits), counted, len(targets)
 

@@ -48,7 +48,7 @@ def dice(outputs, targets):
 def network():
     torch.manual_seed(0)
     sizes = [6, 5, 5, 5, 5, 5, 5, 5, 5, 3]
-    layers = [nn.Sequential(nn.Linear(*pair), nn.Tanh()) for pair in zip(sizes[:-2], sizes[1:-1], strict=True)]
+    layers = [nn.Sequential(nn.Linear(*pair), nn.Tanh()) for pair in itertools.pairwise(sizes[:-1])]
     return nn.Sequential(*layers, nn.Linear(5, 3)).double()
 
 
@@ -78,7 +78,7 @@ LOSSES = {"groups": (contrastive, {"group_size": GROUP}), "all": (dice, {"couple
 CASES = {
     "plain": ({"solver": "sgd"}, "none"),
     "exact": ({"solver": "adam", "iterations": 3}, "gauss-newton"),
-    "inexact": ({"solver": "adam", "iterations": 2, "variant": "inexact", "initial_radius": None}, "gauss-newton"),
+    "inexact": ({"solver": "adam", "iterations": 2, "variant": "inexact"}, "gauss-newton"),
     "kfac": ({"solver": "kfac"}, "gauss-newton"),
     "second order": ({"solver": "steihaug", "iterations": 2, "global_step": "steihaug"}, "none"),
 }
@@ -96,9 +96,9 @@ def test_as_in_one_process(world, case, name, local_data):
     chosen = replace(options(**{"subdomains": 3, "local_data": local_data} | given), **together)
     chosen = replace(chosen, coarse=CoarseOptions(model=coarse, samples=0.4 if coarse != "none" else None))
     batches = [batch(), batch(60, seed=2)]
-    expected = right_numbers(loss, batches[0])
+    expected = right_numbers(loss, batches[0])[0]
     found = steps(APTS(network(), loss, comm=world, options=chosen), batches)
-    assert (found[0][0], found[0][2]) == pytest.approx(expected, rel=1e-12) or found[0][0] == pytest.approx(expected[0])
+    assert found[0][0] == pytest.approx(expected, rel=1e-12)
     if world.rank == 0:
         close(found, steps(APTS(network(), loss, comm=MPI.COMM_SELF, options=chosen), batches))
 

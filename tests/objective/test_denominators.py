@@ -99,8 +99,8 @@ class Case(NamedTuple):
 CASES = {
     "plain": Case("sgd", "shard"),
     "corrected": Case("adam", "shard", "inexact", 3, "gauss-newton", 0.5),
-    "whole": Case("adam", "full", "exact", 2, "gauss-newton", 1.0, "first-order", None),
-    "kfac": Case("kfac", "shared", "inexact", 1, "gauss-newton", None, "none", None),
+    "whole": Case("adam", "full", "exact", 2, "gauss-newton", 1.0, "first-order"),
+    "kfac": Case("kfac", "shared", "inexact", 1, "gauss-newton"),
     "kfac of teams": Case("kfac", "full", "exact", 1, "gauss-newton", 0.3),
     "dense": Case("gauss-newton", "full", "exact", 1, "gauss-newton", 1.0),
     "dense shards": Case("gauss-newton", "shard", "exact", 2, "gauss-newton", 0.4),
@@ -161,6 +161,18 @@ def test_as_in_one_process(world, case, name):
         serial.step(batches[0])
         close(found, steps(serial, batches))
         close(flat(network.parameters()).tolist(), flat(alone.parameters()).tolist())
+
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes
+@pytest.mark.parametrize("name", LOSSES)
+def test_first_radius(world, name):
+    """It is given to seven digits, of which the last may be another one."""
+    batch = targets_for(name, padded())
+    chosen = CASES["plain"]._replace(initial_radius=None).options(3)
+    radius = APTS(narrow(), LOSSES[name][0], comm=world, options=chosen).step(batch).schwarz.radius
+    alone = APTS(narrow(), LOSSES[name][0], comm=MPI.COMM_SELF, options=replace(chosen, subdomains=1)).step(batch)
+    assert radius == pytest.approx(alone.schwarz.radius, rel=1e-5)
 
 
 @pytest.mark.mpi
