@@ -21,6 +21,7 @@ from apts_mpi import (
     PipelineOptions,
     SchwarzOptions,
     StagedAPTS,
+    TrustRegionOptions,
 )
 from apts_mpi.objective.batch import Piece, Selection
 from apts_mpi.train.baselines import DataParallel
@@ -64,7 +65,8 @@ def steps(solver, batches):
 
 
 def close(found, expected):
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=TOLERANCE, atol=TOLERANCE)
+    pair = (torch.tensor(part, dtype=torch.float64) for part in (found, expected))
+    torch.testing.assert_close(*pair, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def right_numbers(loss, given):
@@ -121,6 +123,7 @@ def test_stages(world, name, solver):
             local=LocalOptions(solver=solver, iterations=2 if solver == "adam" else 1, damping=0.1),
             coarse=CoarseOptions(model="gauss-newton", samples=1.0),
             global_step=GlobalStepOptions(model="steihaug" if solver == "adam" else "none"),
+            trust_region=TrustRegionOptions(initial_radius=0.3),
             pipeline=PipelineOptions(micro_batches=1 if name == "all" else 3),
             **together,
         )

@@ -25,6 +25,7 @@ from apts_mpi import (
     PipelineOptions,
     SchwarzOptions,
     StagedAPTS,
+    TrustRegionOptions,
     losses,
 )
 from apts_mpi.errors import SharedInvalidInput
@@ -121,7 +122,8 @@ def steps(solver, batches):
 
 
 def close(found, expected):
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=TOLERANCE, atol=TOLERANCE)
+    pair = (torch.tensor(part, dtype=torch.float64) for part in (found, expected))
+    torch.testing.assert_close(*pair, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def narrow():
@@ -194,6 +196,7 @@ def test_stages(world, name, solver, recompute):
             local=LocalOptions(solver=solver, iterations=iterations, damping=0.1),
             coarse=CoarseOptions(model="gauss-newton", samples=1.0),
             global_step=GlobalStepOptions(model="steihaug" if solver == "adam" else "none"),
+            trust_region=TrustRegionOptions(initial_radius=0.3),
             pipeline=PipelineOptions(micro_batches=4, recompute=recompute),
         )
 
