@@ -21,6 +21,7 @@ from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
@@ -78,8 +79,7 @@ class Replicated:
         self.objective = Objective(
             segmented=segmented,
             vector=vector,
-            loss=loss,
-            group=options.group,
+            loss=MeanLoss(loss, options.group),
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
             recorded=recorded,

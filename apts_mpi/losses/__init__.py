@@ -1,6 +1,6 @@
 """Losses that return a sum and what it is to be divided by, so that their mean over all samples is exact.
 
-It may import `errors`. Read ``values`` first: the losses, each a small value that is called with outputs and targets;
+It may import errors. Read ``values`` first: the losses, each a small value that is called with outputs and targets;
 ``known`` says which losses of torch are taken for one of them.
 """
 

@@ -24,7 +24,7 @@ COUNTED: Mapping[Callable[..., Any], Callable[[Mapping[str, Any]], Callable[...,
 def exact(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The loss itself, or, for a mean of torch over the targets that count, the same as a sum with its denominator.
 
-    Known are ``cross_entropy`` and ``nll_loss``, these in `functools.partial` with keywords, and the modules
+    Known are ``cross_entropy`` and ``nll_loss``, these in ``functools.partial`` with keywords, and the modules
     ``nn.CrossEntropyLoss`` and ``nn.NLLLoss``.
 
     Parameters

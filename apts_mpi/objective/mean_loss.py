@@ -212,7 +212,7 @@ class MeanLoss:
         return f"{name}{taken}{together}"
 
     def fault(self, like: torch.Tensor) -> torch.Tensor:
-        """What this rank saw, a number in `FAULTS`, or 0 for nothing; on the device of ``like``."""
+        """What this rank saw, a number in ``FAULTS``, or 0 for nothing; on the device of ``like``."""
         if self._odd is not None and not self._has_changed:
             return self._odd.double()
         return torch.full_like(like, 2.0 if self._has_changed else 0.0, dtype=torch.float64)

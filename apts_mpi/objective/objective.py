@@ -15,7 +15,7 @@ from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.mean_loss import MeanLoss, Term
-from apts_mpi.objective.passes import Cache, Loss, Pass, Run
+from apts_mpi.objective.passes import Cache, Pass, Run
 from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
@@ -30,7 +30,7 @@ class Objective:
     segmented, vector
         The network's segments, and its flat parameters.
     loss
-        Function of (outputs, targets), see `apts_mpi.APTS`.
+        The loss, with the denominator of the present batch.
     inexact
         Whether the subdomains' outputs and their gradients are cached.
     keep_gradients
@@ -39,17 +39,13 @@ class Objective:
         Layers whose inputs and output gradients are recorded.
     comm
         The ranks.
-    group
-        See `MeanLoss`.
 
     Attributes
     ----------
     network
         The network.
-    segmented, vector, inexact, keep_gradients
+    segmented, vector, loss, inexact, keep_gradients
         As given.
-    loss : MeanLoss
-        The loss, with the denominator of the present batch.
     buffers : Buffers
         The network's.
     reduction : GradientReduction
@@ -63,17 +59,16 @@ class Objective:
         *,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
-        loss: Loss,
+        loss: MeanLoss,
         inexact: bool,
         keep_gradients: bool,
         recorded: Sequence[torch.nn.Module] = (),
         comm: Communicator,
-        group: int | None = 1,
     ) -> None:
         self.network = vector.network
         self.segmented = segmented
         self.vector = vector
-        self.loss = MeanLoss(loss, group)
+        self.loss = loss
         self.inexact = inexact
         self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)

@@ -22,6 +22,7 @@ from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Batch, Samples, samples_of_groups, samples_of_pass
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
@@ -124,7 +125,7 @@ class Staged:
         self.objective = StagedObjective(
             segmented=segmented,
             vector=vector,
-            loss=loss,
+            loss=MeanLoss(loss, options.group),
             options=options,
             recorded=recorded,
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),

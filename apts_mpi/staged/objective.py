@@ -16,9 +16,9 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.mean_loss import Term
+from apts_mpi.objective.mean_loss import MeanLoss, Term
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache, Loss, Pass, Run
+from apts_mpi.objective.passes import Cache, Pass, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.pipeline import Pipeline
@@ -95,7 +95,7 @@ class StagedObjective(Objective):
         *,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
-        loss: Loss,
+        loss: MeanLoss,
         options: APTSOptions,
         recorded: Sequence[torch.nn.Module],
         pipeline: Pipeline,
@@ -112,7 +112,6 @@ class StagedObjective(Objective):
             keep_gradients=needs_evaluations(options.local),
             recorded=recorded,
             comm=team,
-            group=options.group,
         )
         self.pipeline = pipeline
         self._schedule = SCHEDULES[options.pipeline.schedule]

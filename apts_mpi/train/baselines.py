@@ -18,7 +18,7 @@ from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
-from apts_mpi.objective.mean_loss import check_fault
+from apts_mpi.objective.mean_loss import MeanLoss, check_fault
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
@@ -97,11 +97,10 @@ class DataParallel:
         self.objective = Objective(
             segmented=segmented,
             vector=self.vector,
-            loss=loss,
+            loss=MeanLoss(loss, options.group),
             inexact=False,
             keep_gradients=False,
             comm=self.comm,
-            group=options.group,
         )
         self._kind, self._seed, self._group = OPTIMIZERS[options.optimizer], options.seed, options.group
         with self.comm.shared_errors():
