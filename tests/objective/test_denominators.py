@@ -394,3 +394,23 @@ def test_a_recognised_loss_is_told():
     chosen = CASES["plain"].options(1)
     text = APTS(classifier(), nn.CrossEntropyLoss(ignore_index=2), comm=MPI.COMM_SELF, options=chosen).describe()
     assert "loss: CrossEntropyLoss, as a sum and its count: CrossEntropy(weight=None, ignore_index=2" in text
+
+
+@pytest.mark.mpi
+@pytest.mark.all_sizes
+def test_messages(world):
+    """A mean costs none more than the trial's; a pair one for each new batch, and none for the batch before."""
+
+    def mean(outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def agreed(loss, again):
+        solver = APTS(narrow(), loss, comm=world, options=CASES["plain"].options(3))
+        solver.step(classified(120))
+        before = solver.events.operations["agree"].messages
+        solver.step(None if again else classified(120, seed=2))
+        return solver.events.operations["agree"].messages - before
+
+    assert [agreed(loss, again) for loss in (mean, F.cross_entropy, own_pair) for again in (False, True)] == [
+        1, 1, 2, 1, 2, 1
+    ]  # fmt: skip
