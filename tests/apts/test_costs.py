@@ -149,10 +149,10 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
     found = messages(1)
     assert found == messages(20)
     first, second = found
-    # The batch is agreed on, of cross entropy its denominator too, and the trial.
+    # On the trial, and of cross entropy on the denominator of the batch.
     assert second == {"sum": 1, "gather": 1, "agree": 2, "decide": 2, "collect": 2}
-    # On the local solvers, on the loss, and whether all have the same batch and the same loss, twice.
-    assert first == {"sum": 1, "gather": 1, "agree": 3, "decide": 3, "collect": 9}
+    # Also on the local solvers, on the loss and its kind, and whether all have the same batch and the same loss, twice.
+    assert first == {"sum": 1, "gather": 1, "agree": 5, "decide": 5, "collect": 9}
 
 
 @pytest.mark.mpi
