@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from apts_mpi.tools.version import __version__
 
 if TYPE_CHECKING:
+    from apts_mpi import losses
     from apts_mpi.apts import APTS
     from apts_mpi.errors import InvalidInput, SharedInvalidInput, StallError
     from apts_mpi.options import (
@@ -43,6 +44,7 @@ __all__ = [
     "TrustRegionOptions",
     "__version__",
     "build_stage",
+    "losses",
 ]
 
 # Where a name is, if not among the options.
@@ -64,6 +66,8 @@ if not TYPE_CHECKING:
         """Import a name of `__all__`."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "losses":
+            return importlib.import_module(f"{__name__}.{name}")
         module = importlib.import_module(f"{__name__}.{_PLACES.get(name, 'options')}")
         value = globals()[name] = getattr(module, name)
         return value

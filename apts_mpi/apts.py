@@ -35,7 +35,7 @@ class APTS:
     network
         An ``nn.Module`` with float32 or float64 parameters; an ``nn.Sequential`` lets local solves leave layers out.
     loss
-        Function of (outputs, targets) that returns the mean over samples, shape ().
+        Function of (outputs, targets) that returns the mean over samples, shape (), or a sum and what it is divided by.
     comm
         Any mpi4py intracommunicator; None is ``MPI.COMM_WORLD``.
     options
@@ -76,8 +76,7 @@ class APTS:
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
-        self._trials = Trials(holding)
-        self._loss_is_checked, self._saved = False, Saved()
+        self._trials, self._saved = Trials(holding), Saved()
         self._forget()
 
     def step(self, batch: Samples | None = None, rows: Rows = None, done: float | None = None) -> StepResult:
@@ -121,9 +120,7 @@ class APTS:
             with self.events.timed("data"):
                 self.batch: Batch = self.holding.cut(samples, rows, (self.options.seed, self.state.functions))
                 self._forget()
-                if not self._loss_is_checked:
-                    self.holding.check_loss(self.batch)
-                    self._loss_is_checked = True
+                self.holding.check_loss(self.batch)
 
     def _forget(self) -> None:
         """The point or the function changed: nothing known of it holds any more."""
@@ -241,6 +238,7 @@ class APTS:
         """Give the batch of the last step again after `load`, so that `step` goes on without one. Collective."""
         with self.events.timed("data"):
             self.batch = self.holding.cut(batch, rows, (self.options.seed, self.state.functions))
+            self.holding.check_loss(self.batch)
         self._forget()
         if self._saved.differentiated:
             with self.holding.objective.vector.evaluated():

@@ -23,8 +23,9 @@ from apts_mpi.network.partition import (
     whole_subdomains,
 )
 from apts_mpi.network.teams import Teams
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.options import APTSOptions, CoarseOptions, LocalData, LocalOptions, SchwarzOptions, TrustRegionOptions
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
@@ -70,6 +71,7 @@ def compose(
     name = options.local.solver
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
+        dense = dense and options.group == 1
         name = "gauss-newton" if dense else "kfac" if split.whole else "adam"
     solver = solver_class(name)
     noisy = options.noise == "batches"
@@ -97,6 +99,8 @@ def _compose_schwarz(options: APTSOptions, name: str, solver: type[LocalSolver],
     schwarz = options.schwarz
     variant, local_data, partition = schwarz.variant, schwarz.local_data, schwarz.partition
     data = schwarz.decomposition == "data"
+    if options.coupled:
+        local_data = _check_coupled(options)
     if variant == "auto":
         variant = "exact" if split.called or data or solver.needs_exact(options.local) else "inexact"
     if data:
@@ -117,6 +121,26 @@ def _compose_schwarz(options: APTSOptions, name: str, solver: type[LocalSolver],
     if partition == "auto":
         partition = "layer" if split.whole else "index"
     return replace(schwarz, variant=variant, local_data=local_data, partition=partition)
+
+
+def _check_coupled(options: APTSOptions) -> LocalData:
+    """What local objectives see where a loss takes all samples together; refuse what divides them."""
+    schwarz = options.schwarz
+    if schwarz.decomposition == "data":
+        raise InvalidInput(
+            "schwarz.decomposition: 'data' divides the samples, which coupled says belong together; choose parameters"
+        )
+    if schwarz.local_data not in ("auto", "full"):
+        raise InvalidInput(
+            f"schwarz.local_data: {schwarz.local_data!r} divides the samples, which coupled says belong together; "
+            "choose full"
+        )
+    if options.layout == "staged" and options.pipeline.micro_batches > 1:
+        raise InvalidInput(
+            f"pipeline.micro_batches: {options.pipeline.micro_batches} divide the samples, which coupled says belong "
+            "together; give 1"
+        )
+    return "full"
 
 
 def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
@@ -147,7 +171,7 @@ def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], lo
     if damping is None and noisy:
         damping = NOISY_DAMPING
     if damping is None:
-        quadratic = solver.quadratic_damping is not None and is_quadratic(loss)
+        quadratic = solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
         damping = solver.quadratic_damping if quadratic else solver.damping
     refresh = local.refresh or (NOISY_REFRESH if noisy else USUAL_REFRESH)
     momentum = (NOISY_MOMENTUM if noisy else 0.0) if local.momentum is None else local.momentum
@@ -195,7 +219,7 @@ def may_be_dense(options: APTSOptions, network: torch.nn.Module, called: bool) -
     if options.schwarz.decomposition == "data":
         return False
     if options.local.solver == "auto":
-        return called and not (_is_normalised(network) or _is_random(network))
+        return called and options.group == 1 and not (_is_normalised(network) or _is_random(network))
     return solver_class(options.local.solver).dense
 
 
@@ -263,10 +287,11 @@ def _is_normalised(network: torch.nn.Module) -> bool:
     return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def describe(options: APTSOptions, teams: Teams, subdomains: Sequence[Subdomain], network: str) -> str:
-    """The composed solver, in words; ``network`` says what it works on."""
+def describe(options: APTSOptions, teams: Teams, subdomains: Sequence[Subdomain], network: str, loss: str) -> str:
+    """The composed solver, in words; ``network`` and ``loss`` say what it works on."""
     lines = [
         f"APTS: {network}",
+        f"  loss: {loss}",
         f"  ranks: {teams.ranks} in {teams.count} teams, replicas {teams.replicas}",
         f"  schwarz: {options.schwarz}",
         f"  local: {options.local}",

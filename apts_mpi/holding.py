@@ -71,7 +71,7 @@ class Holding(Protocol):
     def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective.
 
-        It is evaluated several times, and where it is ``doubted`` many times.
+        The first batch is looked at, or one where it is ``doubted``: the loss is then evaluated many times.
         """
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:

@@ -20,8 +20,9 @@ from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.network.watch import NetworkWatch
-from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_pass
+from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
@@ -57,6 +58,7 @@ class Replicated:
         forward: Forward | None,
     ) -> None:
         self.network = network
+        self._loss_is_checked = False
         self.comm = guarded(comm, options.stall_timeout)
         called = forward is not None
         self._is_coarse_asked = options.coarse.model != "auto"
@@ -81,7 +83,7 @@ class Replicated:
         self.objective = Objective(
             segmented=segmented,
             vector=vector,
-            loss=loss,
+            loss=MeanLoss(loss, options.group),
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
             recorded=recorded,
@@ -113,7 +115,8 @@ class Replicated:
     def smallest_batch(self) -> int:
         """See `apts_mpi.holding.Holding`."""
         teams = self.decomposition.teams
-        return samples_of_pass(self.network) * teams.smallest_batch(self.options.schwarz.local_data)
+        least = samples_of_groups(samples_of_pass(self.network), self.options.group)
+        return least if self.options.coupled else least * teams.smallest_batch(self.options.schwarz.local_data)
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
@@ -125,15 +128,19 @@ class Replicated:
             whole=self.options.batch == "whole",
             stream=stream,
             least=samples_of_pass(self.network),
+            group=self.options.group,
         )
         if self.options.batch == "whole":
             given = zip(("inputs", "targets"), batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if data is not None}, rows)
+        self.objective.begin(batch.passes)
         return batch
 
     def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
-        check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
+        if doubted or not self._loss_is_checked:
+            check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
+            self._loss_is_checked = True
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""
@@ -159,4 +166,10 @@ class Replicated:
         """See `apts_mpi.holding.Holding`."""
         dtype, segments = self.objective.vector.values.dtype, len(self.objective.segmented)
         network = f"{self.parameters} parameters, {dtype}, {segments} segments"
-        return describe(self.options, self.decomposition.teams, self.decomposition.subdomains, network)
+        return describe(
+            self.options,
+            self.decomposition.teams,
+            self.decomposition.subdomains,
+            network,
+            self.objective.loss.describe(),
+        )

@@ -17,6 +17,7 @@ from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.mean_loss import check_fault
 from apts_mpi.objective.passes import Run
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
@@ -121,6 +122,11 @@ class Trials:
         judged : Judged
         trial : Run
             The evaluation there.
+
+        Raises
+        ------
+        SharedInvalidInput
+            For a loss that is not, for this batch, what it was for the first.
         """
         with self._comm.events.timed("judge"):
             self._values.add_(self._objective.vector.still(step))
@@ -142,7 +148,7 @@ class Trials:
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, 7])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, table[:, 0].max(), *table[:, -2:].max(axis=0)]
+                return [*astuple(judged), starting, retry, table[:, 0].max(), *table[:, -3:].max(axis=0)]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -150,10 +156,14 @@ class Trials:
             if self._last_step is not None:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
             moved = (self._values != self._before).any().double()
-            own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
+            fault = self._objective.loss.fault(moved)
+            own = torch.stack([present.loss, trial.loss, moved, *products, fault]).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
             own += [froze, len(events.notes.fresh)]
-            *record, starting, retry, self.work, any_froze, news = self._comm.agree([events.work, *own], decide)
+            *record, starting, retry, self.work, fault_seen, any_froze, news = self._comm.agree(
+                [events.work, *own], decide
+            )
+            check_fault(fault_seen)
             if any_froze:
                 raise SharedInvalidInput(FREEZES)
             if news:

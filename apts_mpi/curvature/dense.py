@@ -12,7 +12,7 @@ from apts_mpi.curvature.differences import by_differences, check_close
 from apts_mpi.curvature.transposes import has_functions_of_users
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, at_point, detached, differentiable, with_differentiable, with_tensors
-from apts_mpi.objective.passes import Loss
+from apts_mpi.objective.passes import Mean
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import Tree, count_samples, map_tensors, tensors_of
@@ -56,7 +56,7 @@ class BlockJacobian:
 
     cost = 0.0
 
-    def __init__(self, segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], loss: Loss) -> None:
+    def __init__(self, segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], loss: Mean) -> None:
         self._chain = nn.Sequential(*segments)
         names = {id(value): name for name, value in self._chain.named_parameters()}
         self._names = [names[id(value)] for value in parameters]
@@ -224,7 +224,7 @@ def of_rows(rows: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torc
     return basis, triangle[:, :-1].T, triangle[:, -1].contiguous()
 
 
-def read_outputs(loss: Loss, outputs: Bundle, targets: Tree) -> list[int]:
+def read_outputs(loss: Mean, outputs: Bundle, targets: Tree) -> list[int]:
     """Places, among the differentiable outputs, of those with samples in their first dimension that the loss reads.
 
     Of all with samples where it reads none of them.
@@ -258,7 +258,7 @@ def side_by_side(outputs: Bundle, places: Sequence[int]) -> torch.Tensor:
     return torch.cat([tensors[place].reshape(len(tensors[place]), -1) for place in places], dim=1)
 
 
-def roots(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
+def roots(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
     """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o).
 
     The outputs of a sample are those in some ``places``, side by side.
@@ -271,7 +271,7 @@ def roots(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int] = (0
     return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
 
 
-def _hessians(loss: Loss, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
+def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
     """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
     tensors = differentiable(outputs)
     start = side_by_side(detached(outputs), places)

@@ -13,7 +13,7 @@ from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, at_point, differentiable
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Loss, Pass
+from apts_mpi.objective.passes import Mean, Pass
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import Tree
 
@@ -108,7 +108,7 @@ class GaussNewtonProducts:
         The tensors to differentiate by.
     """
 
-    def __init__(self, outputs: Bundle, targets: Tree, loss: Loss, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, outputs: Bundle, targets: Tree, loss: Mean, parameters: Sequence[torch.Tensor]) -> None:
         self._outputs = differentiable(outputs)
         self._parameters = parameters
         self._weights = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
@@ -136,7 +136,7 @@ class LossHessian:
         The loss.
     """
 
-    def __init__(self, outputs: Bundle, targets: Tree, loss: Loss) -> None:
+    def __init__(self, outputs: Bundle, targets: Tree, loss: Mean) -> None:
         point, self._variables = at_point(outputs)
         with torch.enable_grad(), named_failures(*WITHOUT_PRODUCTS):
             self._slopes = torch.autograd.grad(

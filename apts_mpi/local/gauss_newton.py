@@ -116,6 +116,8 @@ def _why_not(options: APTSOptions, split: Split) -> str:
     """What keeps it from being used; empty: nothing."""
     if split.normalised:
         return "batch normalisation ties samples together"
+    if options.group != 1:
+        return "the loss ties samples together (group_size, coupled)"
     # In one stage the rows are not known before they are computed, neither their number nor their masks.
     if options.layout == "staged" and split.random:
         return "with layout staged dropout would draw other masks for the rows than for the loss"

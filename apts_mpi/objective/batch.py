@@ -83,11 +83,12 @@ class Piece(NamedTuple):
     subdomains: tuple[Subdomain, ...]
     position: int
     shard_size: int
+    group: int = 1
 
     def of(self, inputs: Selection, targets: Selection) -> Pass:
         """The pass over these samples."""
         parts = inputs.part(self.start, self.stop), targets.part(self.start, self.stop)
-        return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size)
+        return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size, self.group)
 
 
 def check_call(has_batch: bool, done: float | None) -> None:
@@ -151,6 +152,7 @@ def cut_batch(
     whole: bool,
     stream: tuple[int, ...],
     least: int,
+    group: int | None = 1,
 ) -> Batch:
     """Cut a batch into the passes of a rank that has the whole network. Collective.
 
@@ -171,6 +173,8 @@ def cut_batch(
         First part of the keys of the random streams.
     least
         Samples that a pass needs, see `samples_of_pass`.
+    group
+        Number of consecutive samples that belong together; None: all, which then every rank has.
 
     Raises
     ------
@@ -178,6 +182,7 @@ def cut_batch(
         On every rank, if inputs and targets differ in samples on one, or if a pass would have too few.
     """
     teams, comm, team = decomposition.teams, decomposition.comm, decomposition.team
+    local_data = "full" if group is None else local_data
     full, shared, carried = local_data == "full", local_data == "shared", decomposition.carried
     whole_passes = {"full": [carried], "shared": [tuple(decomposition.subdomains)]}
     groups = whole_passes.get(local_data) or [(subdomain,) for subdomain in carried]
@@ -189,32 +194,55 @@ def cut_batch(
         if rows is not None:
             check_rows(rows, count_samples(inputs))
         count = count_samples(inputs) if rows is None else len(rows)
+        check_groups(count, group)
+        size = group or max(count, 1)
         if whole:
-            ranges = teams.shards(comm.rank, count, local_data)
+            ranges = teams.shards(comm.rank, count // size, local_data) if group else [(0, 1)]
         else:
-            ranges = [split(count, len(groups), index) for index in range(len(groups))]
-        _check_size(count, least, teams.smallest_batch(local_data) if whole else len(groups), whole, teams)
+            ranges = [split(count // size, len(groups), index) for index in range(len(groups))]
+        ranges = [(start * size, stop * size) for start, stop in ranges]
+        least_groups = 1 if group is None else teams.smallest_batch(local_data) if whole else len(groups)
+        _check_size(count, samples_of_groups(least, group), least_groups, whole, teams)
     own = sum(stop - start for start, stop in ranges)
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.
-    copies = teams.count if full else 1
+    copies = comm.size if group is None else teams.count if full else 1
     total = count * copies if whole else comm.total(own)
+    # Ranks that have the same samples draw the same numbers.
+    member = 0 if group is None else comm.rank if shared else team.rank
     pieces = []
-    for (start, stop), group in zip(ranges, groups, strict=True):
-        first, last = (0, count) if full or shared else split(count, teams.subdomains, group[0].index)
+    for (start, stop), part in zip(ranges, groups, strict=True):
+        of_shard = 0, count // size
+        if not (full or shared):
+            of_shard = split(count // size, teams.subdomains, part[0].index)
+        first, last = (edge * size for edge in of_shard)
         pieces.append(
             Piece(
                 start,
                 stop,
                 weight=(stop - start) / total,
-                stream=(*stream, *((0, comm.rank) if shared else (0 if full else group[0].index, team.rank))),
-                subdomains=group,
+                stream=(*stream, 0 if full or shared else part[0].index, member),
+                subdomains=part,
                 position=start - first if whole else 0,
                 shard_size=last - first if whole else stop - start,
+                group=size,
             )
         )
     passes = [piece.of(Selection(inputs, rows), Selection(targets, rows)) for piece in pieces]
     shares = [part.weight for part in passes] if shared else team_shares(passes, team)
     return Batch(samples, rows, passes, total // copies, shares)
+
+
+def check_groups(count: int, group: int | None) -> None:
+    """Raise `InvalidInput` unless so many samples are whole groups."""
+    if group is not None and count % group:
+        raise InvalidInput(
+            f"batch_size: {count} samples are no whole number of groups of {group} (group_size); give a multiple of it"
+        )
+
+
+def samples_of_groups(least: int, group: int | None) -> int:
+    """Number of samples of the fewest groups that have ``least`` samples."""
+    return least if group is None else -(-least // group) * group
 
 
 def _check_size(count: int, least: int, passes: int, whole: bool, teams: Teams) -> None:

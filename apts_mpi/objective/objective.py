@@ -14,7 +14,8 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
-from apts_mpi.objective.passes import Cache, Loss, Pass, Run
+from apts_mpi.objective.mean_loss import MeanLoss, Term
+from apts_mpi.objective.passes import Cache, Pass, Run
 from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
@@ -30,7 +31,7 @@ class Objective:
     segmented, vector
         The network's segments, and its flat parameters.
     loss
-        Function of (outputs, targets) that returns the mean over samples, shape ().
+        The loss, with the denominator of the present batch.
     inexact
         Whether the subdomains' outputs and their gradients are cached.
     keep_gradients
@@ -64,7 +65,7 @@ class Objective:
         *,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
-        loss: Loss,
+        loss: MeanLoss,
         inexact: bool,
         keep_gradients: bool,
         recorded: Sequence[torch.nn.Module] = (),
@@ -82,12 +83,17 @@ class Objective:
         self.knows_plain_passes_alone: bool | None = None
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
+        self._comm = comm
         self._device = vector.values.device
 
     @property
     def epsilon(self) -> float:
         """Of the arithmetic in which the network is evaluated."""
         return torch.finfo(self.segmented.autocast or self.vector.values.dtype).eps
+
+    def begin(self, passes: Sequence[Pass]) -> None:
+        """The passes are those of a new batch. Collective."""
+        self.loss.begin([part.targets for part in passes], self._comm)
 
     @contextmanager
     def replayed(self, random: tuple[int, ...] | torch.Tensor | None = None) -> Iterator[None]:
@@ -119,6 +125,7 @@ class Objective:
             Whether `backward` will be called, and caches are wanted.
         """
         run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
+        terms: list[Term] = []
         self.buffers.begin()
         with preserved_random_state(self._device):
             with self.replayed():
@@ -129,21 +136,26 @@ class Objective:
                     self.buffers.noted(part.weight),
                     self._recorder.recording() as records,
                 ):
-                    loss, caches = self._run_pass(part, keep_graph)
+                    term, caches = self._run_pass(part, keep_graph)
                 for cache in caches:
                     cache.records = records
-                run.loss += loss.detach().double() * part.weight
+                terms.append(term)
                 if keep_graph:
-                    run.losses.append(loss)
                     run.caches.append(caches)
                 self.events.count_work(part.samples, 1.0, FORWARD)
+        self.loss.settle(terms, self._comm)
+        with torch.set_grad_enabled(keep_graph):
+            losses = [self.loss.mean(term) for term in terms]
+        for part, loss in zip(passes, losses, strict=True):
+            run.loss += loss.detach().double() * part.weight
+        run.losses = losses if keep_graph else []
         return run
 
-    def _run_pass(self, part: Pass, cached: bool) -> tuple[torch.Tensor, list[Cache]]:
+    def _run_pass(self, part: Pass, cached: bool) -> tuple[Term, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)
         if isinstance(outputs, torch.Tensor):
             self.outputs_of_sample = outputs.numel() // part.samples
-        return self.loss(outputs, part.targets), caches
+        return self.loss.noted(outputs, part.targets), caches
 
     def run_segments(self, part: Pass, activations: Bundle, cached: bool) -> tuple[Bundle, list[Cache]]:
         """What the last segment makes of ``activations``, with the random stream of the pass, and the caches."""

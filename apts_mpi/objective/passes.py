@@ -15,8 +15,12 @@ from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.parallel.transport import on_device
 from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
 
-# Of the outputs, which may be anything that a network returns, and a tree of targets.
-Loss = Callable[[Any, Any], torch.Tensor]
+# Of the outputs, which may be anything that a network returns, and a tree of targets: the mean over the samples,
+# or a sum over them and what it is to be divided by.
+Loss = Callable[[Any, Any], torch.Tensor | tuple[torch.Tensor, Any]]
+
+# Of a loss of either kind, the mean over the samples.
+Mean = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass
@@ -76,13 +80,16 @@ class Pass:
     inputs, targets : tree of Tensor
         The samples.
     weight : float
-        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses.
+        Their share of all samples of all ranks; the loss f is the weighted sum of the passes' mean losses, with one
+        denominator a sample for all of them.
     stream : tuple of int
         Key of the random stream; equal keys draw equal dropout masks.
     subdomains : tuple of Subdomain
         The subdomains whose caches are filled.
     position, shard_size : int
         Where these samples begin in the shard that the team shares, and the number of its samples.
+    group : int
+        Number of consecutive samples that belong together.
     """
 
     inputs: Tree
@@ -92,6 +99,7 @@ class Pass:
     subdomains: tuple[Subdomain, ...]
     position: int
     shard_size: int
+    group: int = 1
 
     @property
     def samples(self) -> int:
@@ -99,14 +107,18 @@ class Pass:
         return count_samples(self.inputs)
 
     def thinned(self, share: float) -> Pass | None:
-        """The same with evenly spread ``share`` of the shard's samples, whichever ranks have them; None without any."""
-        places = torch.arange(self.position, self.position + self.samples + 1, dtype=torch.float64)
+        """The same with evenly spread ``share`` of the shard's groups, whichever ranks have them; None without any."""
+        size = self.group
+        places = torch.arange(self.position, self.position + self.samples + 1, size, dtype=torch.float64) / size
         counts = (places * share).ceil()
         chosen = (counts[1:] > counts[:-1]).nonzero().squeeze(1)
         if len(chosen) == 0:
             return None
-        shard_weight = self.weight * self.shard_size / self.samples
-        weight = shard_weight * len(chosen) / math.ceil(self.shard_size * share)
+        groups = self.shard_size // size
+        shard_weight = self.weight * groups / (self.samples // size)
+        weight = shard_weight * len(chosen) / math.ceil(groups * share)
+        if size > 1:
+            chosen = (chosen[:, None] * size + torch.arange(size)).flatten()
         chosen = on_device(chosen, tensors_of(self.inputs)[0].device)
         return replace(self, inputs=take(self.inputs, chosen), targets=take(self.targets, chosen), weight=weight)
 
@@ -118,7 +130,7 @@ class Run:
     Attributes
     ----------
     loss : Tensor, shape (), float64
-        This rank's part of f: the weighted sum of its passes' mean losses.
+        This rank's part of f: the weighted sum of its passes' mean losses, see `apts_mpi.objective.mean_loss.MeanLoss`.
     losses : list of Tensor
         Mean loss of each pass, with its graph until the backward pass.
     caches : list of list of Cache

@@ -71,6 +71,12 @@ class APTSOptions:
         ``batches``: a step is made for a batch that says little about the next one, which judges the radius; the parts
         follow (``apts_mpi.trust_region.next_batch``). For many steps on batches that are small parts of the samples.
         ``none``: each batch is minimised for itself, as a whole training set is.
+    group_size
+        Number of consecutive samples that the loss takes together (contrastive pairs, rankings): it is a mean over
+        groups, which are never divided. Batches are whole numbers of them.
+    coupled
+        The loss takes all samples of the batch together (Dice, the root of a mean). Every rank evaluates the whole
+        batch, in the time and the memory that one process takes for it; what the ranks share are the local solves.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the parts; those of the pipeline are for layout staged.
     """
@@ -83,12 +89,19 @@ class APTSOptions:
     autocast: Literal["none", "bfloat16"] = "none"
     stall_timeout: float | None = None
     noise: Literal["none", "batches"] = "none"
+    group_size: int = 1
+    coupled: bool = False
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
     trust_region: TrustRegionOptions = field(default_factory=TrustRegionOptions)
     global_step: GlobalStepOptions = field(default_factory=GlobalStepOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+
+    @property
+    def group(self) -> int | None:
+        """Number of samples that the loss takes together; None: all."""
+        return None if self.coupled else self.group_size
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -97,6 +110,11 @@ class APTSOptions:
         alike = self.subdomains is None or cuts is None or self.subdomains == len(cuts)
         require(alike, "subdomains", self.subdomains, f"schwarz.cuts {cuts} has another number; give one of the two")
         require(self.replicas >= 1, "replicas", self.replicas, "give 1 or more")
+        require(self.group_size >= 1, "group_size", self.group_size, "give 1 or more")
+        alone = not (self.coupled and self.group_size > 1)
+        require(alone, "group_size", self.group_size, "with coupled all samples are one group; give one of the two")
+        whole = not (self.coupled and self.batch == "shard")
+        require(whole, "batch", self.batch, "with coupled every rank needs all samples; choose whole")
         # Streams of random numbers are numbered from it in 64 bits.
         require(0 <= self.seed < 2**40, "seed", self.seed, "give 0 or more, below 2**40")
         limit = self.stall_timeout

@@ -42,7 +42,8 @@ class Problem:
         The network N, on the CPU, with at least one trainable parameter. Its floating-point tensors and those
         of the data share one dtype, float32 or float64; complex parameters have that of their parts.
     loss : callable
-        ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
+        ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples, or a sum and what it is to be
+        divided by, as `apts_mpi.losses` do.
     train : (tree of Tensor, tree of Tensor)
         Inputs (M, ...) and targets (M, ...): tensors or numpy arrays in tuples, lists, mappings or dataclasses, nested
         as one likes; the first dimension of each counts the samples.
@@ -60,6 +61,10 @@ class Problem:
         the classes, so that an accuracy can be reported.
     metrics : mapping of str to callable
         ``metric(network)`` returns a float, such as an error against an exact solution.
+    group_size : int
+        Number of consecutive samples that the loss takes together, and that are shuffled together.
+    coupled : bool
+        The loss takes all samples of a batch together. See `apts_mpi.APTSOptions`.
 
     Raises
     ------
@@ -69,7 +74,7 @@ class Problem:
 
     name: str
     network: nn.Module
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor | tuple[Tensor, Any]]
     train: tuple[Tree, Tree]
     test: tuple[Tree, Tree] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
@@ -77,6 +82,8 @@ class Problem:
     epochs: int = 10
     accuracy: bool = False
     metrics: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+    group_size: int = 1
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
@@ -96,6 +103,8 @@ class Problem:
         )
         require(_is_count(self.epochs), "epochs", self.epochs, "give 1 or more")
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
+        require(_is_count(self.group_size), "group_size", self.group_size, "give 1 or more")
+        require(isinstance(self.coupled, bool), "coupled", self.coupled, "give True or False")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
         dtype = _parameter_dtype(self.network)
         for option in ("train", "test"):

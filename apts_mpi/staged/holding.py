@@ -22,7 +22,8 @@ from apts_mpi.network.segments import lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
 from apts_mpi.network.watch import NetworkWatch
-from apts_mpi.objective.batch import Batch, Samples, samples_of_pass
+from apts_mpi.objective.batch import Batch, Samples, samples_of_groups, samples_of_pass
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
@@ -81,6 +82,7 @@ class Staged:
         sample: Tree | None,
     ) -> None:
         self.network = network
+        self._loss_is_checked = False
         asked_for = options
         self._is_coarse_asked = options.coarse.model != "auto"
         self.comm = guarded(comm, options.stall_timeout)
@@ -128,7 +130,7 @@ class Staged:
         self.objective = StagedObjective(
             segmented=segmented,
             vector=vector,
-            loss=loss,
+            loss=MeanLoss(loss, options.group),
             options=options,
             recorded=recorded,
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
@@ -178,7 +180,8 @@ class Staged:
     @property
     def smallest_batch(self) -> int:
         """See `apts_mpi.holding.Holding`."""
-        return self._least * self.options.pipeline.micro_batches * self.options.replicas
+        least = samples_of_groups(self._least, self.options.group)
+        return least if self.options.coupled else least * self.options.pipeline.micro_batches * self.options.replicas
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
@@ -190,6 +193,7 @@ class Staged:
             stages=self.replica,
             whole=self.options.batch == "whole",
             stream=stream,
+            group=self.options.group,
         )
         with self.comm.shared_errors():
             if min(part.samples for part in batch.passes) < self._least:
@@ -201,13 +205,17 @@ class Staged:
             needed = {"inputs": self.objective.pipeline.is_first, "targets": self.objective.pipeline.is_last}
             given = zip(needed, batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if needed[name] and data is not None}, rows)
+        self.objective.begin(batch.passes)
         return batch
 
     def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
+        if self._loss_is_checked:
+            return
         whole = self.options.batch == "whole"
         given = batch.size if whole else sum(part.samples for part in batch.passes)
         check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole, doubted)
+        self._loss_is_checked = True
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""
@@ -234,6 +242,6 @@ class Staged:
     def describe(self) -> str:
         """See `apts_mpi.holding.Holding`."""
         network = f"{self.parameters} parameters in stages, {self.objective.vector.values.dtype}"
-        text = describe(self.options, self._teams, self._extent.subdomains, network)
+        text = describe(self.options, self._teams, self._extent.subdomains, network, self.objective.loss.describe())
         stages = [f"  {stage}: ranks {list(self._teams.ranks_of(stage.index))}" for stage in self.stages]
         return "\n".join([text, f"  pipeline: {self.options.pipeline}", *stages])

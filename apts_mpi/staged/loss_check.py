@@ -8,7 +8,7 @@ import torch
 
 from apts_mpi.network.activations import at_point
 from apts_mpi.objective.batch import Batch
-from apts_mpi.objective.loss_check import SHARED, check_loss, some_rows
+from apts_mpi.objective.loss_check import SHARED, agree_on_kind, check_loss, some_rows
 from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss, value_of
 from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
@@ -58,22 +58,26 @@ def check_staged_objective(
             draws = not torch.equal(before, random_state(device))
         return [at_point(outputs)[0] for outputs in found]
 
-    few = some_rows(count, batch.rows, samples, replica)
+    loss, group = objective.loss, batch.passes[0].group
+    few = some_rows(count, batch.rows, samples, replica, group)
     with kept_generators(device):
         found = outputs_of(few)
         with comm.shared_refusals(), objective.replayed((SHARED,)), torch.enable_grad():
             for outputs in found:
                 assert targets is not None
-                check_loss(objective.loss, outputs, take(targets, few))
+                own = take(targets, few)
+                loss.is_compared = check_loss(loss.evaluate, outputs, own, loss.group)
+                loss.term(outputs, own)
+    agree_on_kind(loss, comm)
     if whole:
-        few = some_rows(count, batch.rows, samples, SHARED)
+        few = some_rows(count, batch.rows, samples, SHARED, group)
 
     def evaluate() -> Value | None:
         value = None
         for outputs in outputs_of(few):
             assert targets is not None
             with objective.replayed((SHARED,)), torch.enable_grad():
-                value = value_of(objective.loss(outputs, take(targets, few)), outputs)
+                value = value_of(loss(outputs, take(targets, few)), outputs)
         return value
 
     value = check_repeated(evaluate, device, comm, doubted)

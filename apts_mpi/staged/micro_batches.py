@@ -7,7 +7,7 @@ import torch
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
-from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, as_batch, check_counts, check_rows
+from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, as_batch, check_counts, check_groups, check_rows
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.trees import Tree, count_samples, numbers_of_sample
 
@@ -26,6 +26,7 @@ def cut_micro_batches(
     stages: Communicator,
     whole: bool,
     stream: tuple[int, ...],
+    group: int | None = 1,
 ) -> Batch:
     """Cut a batch into the micro-batches of this replica. Collective.
 
@@ -46,6 +47,8 @@ def cut_micro_batches(
         Whether the batch is that of all replicas.
     stream
         First part of the keys of the random streams.
+    group
+        Number of consecutive samples that belong together; None: all, which then every replica has in one micro-batch.
 
     Raises
     ------
@@ -69,24 +72,28 @@ def cut_micro_batches(
         for given in (inputs, targets):
             if given is not None and rows is not None:
                 check_rows(rows, count_samples(given))
-        start, stop = split(count, team.size, team.rank) if whole else (0, count)
-        smallest = count // team.size if whole else count
+        check_groups(count, group)
+        size = group or max(count, 1)
+        start, stop = split(count // size, team.size, team.rank) if whole and group else (0, count // size)
+        smallest = count // size // team.size if whole and group else count // size
         if smallest < micro_batches:
+            each = "" if size == 1 else f" in groups of {size}"
             raise InvalidInput(
-                f"batch_size: {count} samples do not make {micro_batches} micro-batches on {team.size} replicas; give "
-                "a larger batch, or fewer --micro-batches"
+                f"batch_size: {count} samples{each} do not make {micro_batches} micro-batches on {team.size} replicas; "
+                "give a larger batch, or fewer --micro-batches"
             )
-    total = count if whole else team.total(count)
+    copies = 1 if group else team.size
+    total = count * copies if whole else team.total(count)
     pieces = []
     for index in range(micro_batches):
-        first, last = (start + edge for edge in split(stop - start, micro_batches, index))
-        weight, key = (last - first) / total, (*stream, team.rank, index, stages.rank)
-        pieces.append(Piece(first, last, weight, key, decomposition.carried, first, count))
+        first, last = ((start + edge) * size for edge in split(stop - start, micro_batches, index))
+        weight, key = (last - first) / total, (*stream, team.rank if group else 0, index, stages.rank)
+        pieces.append(Piece(first, last, weight, key, decomposition.carried, first, count, size))
     entering = Selection(placeholder(count, 0)) if inputs is None else Selection(inputs, rows)
     compared = Selection(placeholder(count, numbers)) if targets is None else Selection(targets, rows)
     passes = [piece.of(entering, compared) for piece in pieces]
     own = sum(part.samples for part in passes)
-    return Batch(samples, rows, passes, total, [own / team.total(own)])
+    return Batch(samples, rows, passes, total // copies, [own / team.total(own)])
 
 
 def _count(data: Tree | None, rows: torch.Tensor | None) -> int | None:

@@ -16,8 +16,9 @@ from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.objective.mean_loss import MeanLoss, Term
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache, Loss, Pass, Run
+from apts_mpi.objective.passes import Cache, Pass, Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.staged.pipeline import Pipeline
@@ -57,10 +58,13 @@ class StagedRun(Run):
         Micro-batches whose backward pass is to come.
     done : list of list of Cache
         Caches of the micro-batches whose backward pass is done.
+    terms : dict of int to Term
+        On the last stage what the loss returned for the micro-batches whose denominator is not known yet.
     """
 
     in_flight: dict[int, InFlight] = field(default_factory=dict)
     done: list[list[Cache]] = field(default_factory=list)
+    terms: dict[int, Term] = field(default_factory=dict)
 
 
 class StagedObjective(Objective):
@@ -92,7 +96,7 @@ class StagedObjective(Objective):
         *,
         segmented: SegmentedNetwork,
         vector: FlatParameters,
-        loss: Loss,
+        loss: MeanLoss,
         options: APTSOptions,
         recorded: Sequence[torch.nn.Module],
         pipeline: Pipeline,
@@ -139,7 +143,10 @@ class StagedObjective(Objective):
     def evaluate(self, passes: Sequence[Pass]) -> StagedRun:
         """Loss, gradient and caches by the schedule of the options. Collective."""
         self._begin_gradient()
-        run = self._run(passes, self.actions(len(passes)), self._new_run(), keep_graph=True)
+        run, count = self._new_run(), len(passes)
+        # Where the denominator comes from the outputs all micro-batches are forward before the first is backward.
+        for actions in (forwards(count), backwards(count)) if self.loss.is_open else (self.actions(count),):
+            self._run(passes, actions, run, keep_graph=True)
         self._complete_gradient(passes, run)
         return run
 
@@ -162,6 +169,8 @@ class StagedObjective(Objective):
                 functools.partial(self._forward, passes, run, keep_graph),
                 functools.partial(self._backward, passes, run),
             )
+        if actions[0].direction == "forward":
+            self._settle(passes, run)
         self._share_multiplications()
         samples = sum(part.samples for part in passes)
         again = FORWARD if self._recompute else 0.0
@@ -169,6 +178,27 @@ class StagedObjective(Objective):
             if any(action.direction == direction for action in actions):
                 self.events.count_work(samples, self.segmented.share(0, len(self.segmented) - 1), cost)
         return run
+
+    def begin(self, passes: Sequence[Pass]) -> None:
+        """See `Objective`."""
+        if self.pipeline.is_last:
+            super().begin(passes)
+        else:
+            self.loss.begin_elsewhere()
+
+    def _settle(self, passes: Sequence[Pass], run: StagedRun) -> None:
+        """Have the losses of micro-batches as means, where their denominator was not known before."""
+        if not self.pipeline.is_last:
+            self.loss.close()
+            return
+        self.loss.settle(list(run.terms.values()), self._comm)
+        for index, term in run.terms.items():
+            with torch.set_grad_enabled(term.value.requires_grad):
+                mean = self.loss.mean(term)
+            run.loss += mean.detach().double() * passes[index].weight
+            if index in run.in_flight and not self._recompute:
+                run.in_flight[index].leaving = mean
+        run.terms = {}
 
     def _share_multiplications(self) -> None:
         """Once, make `SegmentedNetwork.share` that of the whole network. Collective over the stages."""
@@ -188,9 +218,11 @@ class StagedObjective(Objective):
         graph = keep_graph and not self._recompute
         flight = InFlight(inputs)
         with torch.set_grad_enabled(graph), self.buffers.noted(part.weight):
-            self._run_stage(part, flight, graph)
+            term = self._run_stage(part, flight, graph)
         leaving = flight.leaving
-        if self.pipeline.is_last:
+        if term is not None and self.loss.is_open:
+            run.terms[index] = term
+        elif term is not None:
             assert isinstance(leaving, torch.Tensor)
             run.loss += leaving.detach().double() * part.weight
         if keep_graph:
@@ -199,14 +231,19 @@ class StagedObjective(Objective):
             run.in_flight[index] = flight
         return leaving
 
-    def _run_stage(self, part: Pass, flight: InFlight, graph: bool) -> None:
-        """Run the stage's segments, and the loss behind the last one."""
+    def _run_stage(self, part: Pass, flight: InFlight, graph: bool) -> Term | None:
+        """Run the stage's segments, and the loss behind the last one, which is returned."""
         if graph and not self.pipeline.is_first:
             for tensor in differentiable(flight.entering):
                 tensor.requires_grad_()
         with self._recorder.recording() as flight.records:
             outputs, flight.caches = self.run_segments(part, flight.entering, graph)
-        flight.leaving = self.loss(outputs, part.targets) if self.pipeline.is_last else outputs
+        if not self.pipeline.is_last:
+            flight.leaving = outputs
+            return None
+        term = self.loss.noted(outputs, part.targets)
+        flight.leaving = self.loss.mean(term)
+        return term
 
     def _backward(self, passes: Sequence[Pass], run: StagedRun, index: int, gradients: Bundle | None) -> Bundle | None:
         part, flight = passes[index], run.in_flight.pop(index)

@@ -28,7 +28,8 @@ class StagedAPTS(APTS):
         An ``nn.Sequential``, nested or not, cut between its modules. This rank's stage has to be in memory, as
         `build_stage` makes it, or all of it. Afterwards it has placeholders where other ranks hold the modules.
     loss
-        Function of (outputs, targets) that returns the mean over samples, shape (); called on the last stage.
+        Function of (outputs, targets) that returns the mean over samples, or a sum and its count; called on the last
+        stage.
     comm
         Any mpi4py intracommunicator of stages times replicas ranks; None is ``MPI.COMM_WORLD``.
     options

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,12 @@ def take(tree: Tree, rows: slice | torch.Tensor) -> Tree:
         return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
 
     return map_tensors(of_tensor, tree)
+
+
+def joined(trees: Sequence[Tree]) -> Tree:
+    """One tree with the samples of several of the same form, one behind the other."""
+    made = iter([torch.cat(parts) for parts in zip(*map(tensors_of, trees), strict=True)])
+    return map_tensors(lambda _: next(made), trees[0])
 
 
 def as_samples(tree: Tree, name: str) -> Tree:

@@ -16,8 +16,9 @@ from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
-from apts_mpi.objective.batch import Samples, cut_batch, samples_of_pass
+from apts_mpi.objective.batch import Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
+from apts_mpi.objective.mean_loss import MeanLoss, check_fault
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
@@ -96,12 +97,12 @@ class DataParallel:
         self.objective = Objective(
             segmented=segmented,
             vector=self.vector,
-            loss=loss,
+            loss=MeanLoss(loss, options.group),
             inexact=False,
             keep_gradients=False,
             comm=self.comm,
         )
-        self._kind, self._seed = OPTIMIZERS[options.optimizer], options.seed
+        self._kind, self._seed, self._group = OPTIMIZERS[options.optimizer], options.seed, options.group
         with self.comm.shared_errors():
             weights = weights_of(self.vector, self.objective.reduction.total)
             # Any: those that average have methods that torch's have not.
@@ -143,7 +144,9 @@ class DataParallel:
                 whole=True,
                 stream=(self._seed, self.iteration),
                 least=samples_of_pass(self.network),
+                group=self._group,
             )
+            self.objective.begin(cut.passes)
             if not self._loss_is_checked:
                 check_objective(self.objective, cut, self.comm, True)
                 self._loss_is_checked = True
@@ -154,8 +157,11 @@ class DataParallel:
             nonlocal most_work
             with self.events.timed("global evaluation"):
                 run = self.objective.evaluate(cut.passes)
-                own = [float(run.loss), self.events.work]
-                loss, most_work = self.comm.agree(own, lambda table: [math.fsum(table[:, 0]), table[:, 1].max()])
+                own = [float(run.loss), self.events.work, float(self.objective.loss.fault(run.loss))]
+                loss, most_work, fault = self.comm.agree(
+                    own, lambda table: [math.fsum(table[:, 0]), *table[:, 1:].max(axis=0)]
+                )
+                check_fault(fault)
                 if not first:
                     self.objective.buffers.accept()
                     first.append((loss, float(torch.linalg.vector_norm(self.objective.reduction.total))))
@@ -177,7 +183,8 @@ class DataParallel:
     @property
     def smallest_batch(self) -> int:
         """See `apts_mpi.APTS`."""
-        return samples_of_pass(self.network) * self._decomposition.teams.smallest_batch("shard")
+        least = samples_of_groups(samples_of_pass(self.network), self._group)
+        return least if self._group is None else least * self._decomposition.teams.smallest_batch("shard")
 
     @property
     def subdomains(self) -> int:

@@ -16,9 +16,9 @@ from mpi4py import MPI
 
 from apts_mpi.apts import APTS
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import split
 from apts_mpi.network.segments import segments_of
 from apts_mpi.network.teams import Teams
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
 from apts_mpi.staged.build import build_stage
@@ -27,7 +27,7 @@ from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
+from apts_mpi.train.metrics import Consume, Data, edges_of, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
@@ -74,12 +74,19 @@ def train_problem(problem: Problem, options: TrainingOptions, device: torch.devi
 def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
     """The solver of a problem whose network every rank has as a whole. Collective."""
     network, loss, forward = problem.network, problem.loss, problem.forward
+    solver_options = with_groups(options, problem)
     called = torch.nn.Sequential(*segments_of(network, forward))
     if options.optimizer == "apts":
-        apts = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
-        return Method(apts, whole_outputs(called, apts.comm))
-    other = DataParallel(network, loss, comm=world, options=options.baseline_options(), forward=forward)
-    return Method(other, whole_outputs(called, other.comm), notes=other.notes)
+        apts = APTS(network, loss, comm=world, options=solver_options, forward=forward)
+        return Method(apts, whole_outputs(called, apts.comm, solver_options.group))
+    baseline = replace(options.baseline_options(), group=solver_options.group)
+    other = DataParallel(network, loss, comm=world, options=baseline, forward=forward)
+    return Method(other, whole_outputs(called, other.comm, solver_options.group), notes=other.notes)
+
+
+def with_groups(options: TrainingOptions, problem: Problem) -> APTSOptions:
+    """The options of the solver, with what the problem says of samples that its loss takes together."""
+    return replace(options.solver_options(), group_size=problem.group_size, coupled=problem.coupled)
 
 
 def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
@@ -148,7 +155,7 @@ def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
 def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:
     """The solver of a problem of which this rank has its stage, whose replicas share its tensors. Collective."""
     solver = StagedAPTS(
-        problem.network, problem.loss, comm=world, options=options.solver_options(), sample=problem.train[0]
+        problem.network, problem.loss, comm=world, options=with_groups(options, problem), sample=problem.train[0]
     )
     outputs = functools.partial(_staged_outputs, solver)
     held = solver.holding
@@ -157,7 +164,7 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
-    first, last = split(count_samples(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
-    edges = [*range(first, last, PIECE), last]
+    solver_options, replica = solver.options, solver.holding.decomposition.team.rank
+    edges = edges_of(count_samples(data[0]), solver_options.replicas, replica, solver_options.group)
     inputs, targets = ([take(part, slice(*edge)) for edge in itertools.pairwise(edges)] for part in data)
     solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))

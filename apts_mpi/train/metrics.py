@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from apts_mpi.network.partition import split
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
-from apts_mpi.tools.trees import Tree, count_samples, take
+from apts_mpi.tools.trees import Tree, count_samples, joined, take
 
 # Inputs and targets of some samples, on one device.
 Data = tuple[Tree, Tree]
@@ -25,16 +29,28 @@ Outputs = Callable[[Data, Consume], None]
 PIECE = 2048
 
 
-def whole_outputs(called: Callable[[Tree], Any], comm: Communicator) -> Outputs:
-    """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of."""
+def whole_outputs(called: Callable[[Tree], Any], comm: Communicator, group: int | None = 1) -> Outputs:
+    """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of.
+
+    Groups of samples that belong together are not divided; where all do, rank 0 has them.
+    """
 
     def outputs(data: Data, consume: Consume) -> None:
-        first, last = split(count_samples(data[0]), comm.size, comm.rank)
-        for start in range(first, last, PIECE):
-            inputs, targets = (take(part, slice(start, min(start + PIECE, last))) for part in data)
+        edges = edges_of(count_samples(data[0]), comm.size, comm.rank, group)
+        for edge in itertools.pairwise(edges):
+            inputs, targets = (take(part, slice(*edge)) for part in data)
             consume(called(inputs), targets)
 
     return outputs
+
+
+def edges_of(count: int, ranks: int, rank: int, group: int | None) -> list[int]:
+    """Where the pieces of a rank's share of some samples begin, and where the last one ends."""
+    size = group or 1
+    # What does not fill a group is left out.
+    groups = count // size
+    first, last = split(groups, ranks, rank) if group else (0, groups if rank == 0 else 0)
+    return [*range(first * size, last * size, max(PIECE // size, 1) * size), last * size]
 
 
 class Metrics:
@@ -52,6 +68,7 @@ class Metrics:
 
     def __init__(self, problem: Problem, comm: Communicator, outputs: Outputs) -> None:
         self._problem = problem
+        self._loss = MeanLoss(problem.loss)
         self._comm = comm
         self._outputs = outputs
 
@@ -69,28 +86,39 @@ class Metrics:
 
     @torch.no_grad()
     def _loss_and_accuracy(self, name: str, data: Data) -> dict[str, float]:
-        sums = [0.0, 0.0, 0.0]
+        sums = np.zeros(5)
+        together: list[tuple[Any, Tree]] = []
 
         def consume(outputs: Any, targets: Tree) -> None:
-            for place, value in enumerate(self._sums(outputs, targets)):
-                sums[place] += value
+            sums[2:] += self._hits(outputs, targets)
+            if self._problem.coupled:
+                together.append((outputs, targets))
+            else:
+                sums[:2] += self._loss_and_count(outputs, targets)
 
         self._outputs(data, consume)
-        count = count_samples(data[0])
-        loss, accuracy, classified = self._comm.agree(sums, lambda table: table.sum(axis=0) / count)
-        result = {f"{name}_loss": loss}
-        return result | ({f"{name}_accuracy": accuracy} if classified == 1.0 else {})
+        if together:
+            sums[:2] = self._loss_and_count(*(joined(parts) for parts in zip(*together, strict=True)))
+        loss, count, hits, targets, samples = self._comm.agree(sums.tolist(), lambda table: table.sum(axis=0))
+        result = {f"{name}_loss": loss / (count or math.nan)}
+        is_classified = samples == count_samples(data[0]) and targets > 0
+        return result | ({f"{name}_accuracy": hits / targets} if is_classified else {})
 
-    def _sums(self, outputs: Any, targets: Tree) -> list[float]:
-        """Sums over some samples: of the loss, of what is classified correctly, and of what is classified at all."""
-        samples = count_samples(targets)
-        loss = float(self._problem.loss(outputs, targets)) * samples
+    def _loss_and_count(self, outputs: Any, targets: Tree) -> tuple[float, float]:
+        """The loss of some samples, summed, and what a sum over all is to be divided by."""
+        term = self._loss.term(outputs, targets)
+        count = float(term.samples if term.count is None else term.count)
+        return float(self._loss.mean(term)) * count, count
+
+    def _hits(self, outputs: Any, targets: Tree) -> tuple[float, float, float]:
+        """How many targets are classified correctly, of how many that count, of how many samples."""
         classes = dimension_of_classes(outputs, targets) if self._problem.accuracy else None
         if classes is None:
-            return [loss, 0.0, 0.0]
+            return 0.0, 0.0, 0.0
+        # What is negative is no class, whatever the loss makes of it.
+        counted = int(((targets >= 0) & (targets != getattr(self._loss.evaluate, "ignore_index", -1))).sum())
         hits = (outputs.argmax(dim=classes) == targets).sum()
-        # Targets may have more dimensions than samples (tokens).
-        return [loss, float(hits) / (targets.numel() / samples), samples]
+        return float(hits), counted, len(targets)
 
 
 def dimension_of_classes(outputs: Any, targets: Tree) -> int | None:

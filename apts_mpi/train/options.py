@@ -39,12 +39,15 @@ class BaselineOptions:
         Of dropout.
     autocast
         See `apts_mpi.APTSOptions`.
+    group
+        Number of consecutive samples that the loss takes together; None: all.
     """
 
     optimizer: str
     learning_rate: float
     seed: int = 0
     autocast: Literal["none", "bfloat16"] = "none"
+    group: int | None = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ def check_same_problem(problem: Problem, there: Wanted, comm: Communicator) -> N
     """
     where = f"problem {problem.name}"
     remedy = "all ranks need the same: seed what is random, and let nothing depend on the rank"
-    shared = {name: [repr(getattr(problem, name))] for name in ("name", "batch_size", "epochs", "accuracy")}
+    names = ("name", "batch_size", "epochs", "accuracy", "group_size", "coupled")
+    shared = {name: [repr(getattr(problem, name))] for name in names}
     given = [name for name in ("test", "forward") if getattr(problem, name) is not None]
     shared |= {"set of parts": given, "list of metrics": list(problem.metrics)}
     check_same(shared, comm, where, remedy)

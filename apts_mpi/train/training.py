@@ -103,7 +103,12 @@ class Training:
         self._rejections = Rejections()
 
     def _check_batch(self) -> None:
-        least = self.solver.smallest_batch
+        least, group = self.solver.smallest_batch, self.problem.group_size
+        if self.batch_size % group or self.samples % group:
+            raise SharedInvalidInput(
+                f"batch_size: {self.batch_size} of {self.samples} samples are no whole numbers of groups of {group} "
+                "(group_size); give a multiple of it"
+            )
         if self.batch_size < least:
             raise SharedInvalidInput(
                 f"batch_size: {self.batch_size} is too small for {self.comm.size} ranks with "
@@ -194,7 +199,11 @@ class Training:
         epoch, batch = self.progress.epoch, self.progress.batch
         if epoch != self._shuffled:
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(self.samples, generator=generator).to(tensors_of(self.train[0])[0].device)
+            size = self.problem.group_size
+            order = torch.randperm(self.samples // size, generator=generator)
+            if size > 1:
+                order = (order[:, None] * size + torch.arange(size)).flatten()
+            self._order = order.to(tensors_of(self.train[0])[0].device)
             self._shuffled = epoch
         return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
 

@@ -151,9 +151,10 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
     first, second = found
     # Several ranks look whether they have the same batch, and which buffers have moved.
     several = 2 * (world.size > 1)
-    assert second == {"sum": 1, "gather": 1, "agree": 1, "decide": 1, "collect": 2 + several}
-    # On the local solvers, on the loss, and whether all have the same batch and the same loss, twice.
-    assert first == {"sum": 1, "gather": 1, "agree": 3, "decide": 3, "collect": 9 + several}
+    # On the trial, and of cross entropy on the denominator of the batch.
+    assert second == {"sum": 1, "gather": 1, "agree": 2, "decide": 2, "collect": 2 + several}
+    # Also on the local solvers, on the loss and its kind, and whether all have the same batch and the same loss, twice.
+    assert first == {"sum": 1, "gather": 1, "agree": 5, "decide": 5, "collect": 9 + several}
 
 
 @pytest.mark.mpi

@@ -22,6 +22,7 @@ from apts_mpi import (
 from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
@@ -178,7 +179,7 @@ def test_reduced_matrix_equals_the_dense_one_in_one_pass(name):
     objective = Objective(
         segmented=segmented,
         vector=vector,
-        loss=cross_entropy,
+        loss=MeanLoss(cross_entropy),
         inexact=False,
         keep_gradients=False,
         comm=Communicator(MPI.COMM_SELF, Events()),

@@ -26,6 +26,9 @@ from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.train.options import TrainingOptions
 
 BAD_VALUES = [
+    (APTSOptions, {"group_size": 0}, "group_size: 0 .* give 1 or more"),
+    (APTSOptions, {"group_size": 2, "coupled": True}, "group_size: 2 .* give one of the two"),
+    (APTSOptions, {"batch": "shard", "coupled": True}, "batch: 'shard' .* choose whole"),
     (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),
     (SchwarzOptions, {"variant": "both"}, "schwarz.variant: 'both' .* choose one of .*exact, inexact"),
     (SchwarzOptions, {"partition": "row"}, "schwarz.partition: 'row' .* choose one of auto, layer, index"),

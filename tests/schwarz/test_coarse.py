@@ -14,6 +14,7 @@ from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
@@ -95,7 +96,9 @@ def test_reduced_matrix_equals_the_dense_one(name, loss):
 
 
 def linearised(segmented, vector, loss):
-    objective = Objective(segmented=segmented, vector=vector, loss=loss, inexact=False, keep_gradients=False, comm=SELF)
+    objective = Objective(
+        segmented=segmented, vector=vector, loss=MeanLoss(loss), inexact=False, keep_gradients=False, comm=SELF
+    )
     return Linearisation(objective)
 
 
