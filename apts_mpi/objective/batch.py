@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
-from apts_mpi.network.partition import Subdomain, split
+from apts_mpi.network.partition import split
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.passes import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
 
-# Inputs and targets, with the samples in the first dimension; None where another stage has them.
-Samples = tuple[torch.Tensor | None, torch.Tensor | None]
+# Inputs and targets, with the samples in the first dimension; None where another stage has them. Halves of a source are
+# read as they are cut.
+Samples = tuple[torch.Tensor | Half | None, torch.Tensor | Half | None]
 
 # Numbers of the samples that count, in this order; None: all.
 Rows = torch.Tensor | None
@@ -51,42 +52,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples of a tensor that count.
+    """The samples of a tensor, or of half a source, that count.
 
     Attributes
     ----------
-    data : Tensor
+    data : Tensor or Half
         Samples in the first dimension.
     rows : Tensor of int or None
         Which of them, in this order; None: all.
     """
 
-    data: torch.Tensor
+    data: torch.Tensor | Half
     rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data if self.rows is None else self.rows)
 
     def part(self, start: int, stop: int) -> torch.Tensor:
-        """A range of them: a copy of no more than that, or a view."""
+        """A range of them: a copy of no more than that, or a view; what has to be read is read here."""
         return self.data[start:stop] if self.rows is None else self.data[self.rows[start:stop]]
-
-
-class Piece(NamedTuple):
-    """Samples ``start`` to ``stop`` of a selection, and the fields of their `Pass`."""
-
-    start: int
-    stop: int
-    weight: float
-    stream: tuple[int, ...]
-    subdomains: tuple[Subdomain, ...]
-    position: int
-    shard_size: int
-
-    def of(self, inputs: Selection, targets: Selection) -> Pass:
-        """The pass over these samples."""
-        parts = inputs.part(self.start, self.stop), targets.part(self.start, self.stop)
-        return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size)
 
 
 def check_call(has_batch: bool) -> None:
@@ -183,17 +167,18 @@ def cut_batch(
         else:
             ranges = [split(count, len(groups), index) for index in range(len(groups))]
         _check_size(count, least, teams.smallest_batch(local_data) if whole else len(groups), whole, teams)
+        entering, compared = Selection(inputs, rows), Selection(targets, rows)
+        parts = [(entering.part(*place), compared.part(*place)) for place in ranges]
     own = sum(stop - start for start, stop in ranges)
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.
     copies = teams.count if full else 1
     total = count * copies if whole else comm.total(own)
-    pieces = []
-    for (start, stop), group in zip(ranges, groups, strict=True):
+    passes = []
+    for (start, stop), group, part in zip(ranges, groups, parts, strict=True):
         first, last = (0, count) if full or shared else split(count, teams.subdomains, group[0].index)
-        pieces.append(
-            Piece(
-                start,
-                stop,
+        passes.append(
+            Pass(
+                *part,
                 weight=(stop - start) / total,
                 stream=(*stream, *((0, comm.rank) if shared else (0 if full else group[0].index, team.rank))),
                 subdomains=group,
@@ -201,7 +186,6 @@ def cut_batch(
                 shard_size=last - first if whole else stop - start,
             )
         )
-    passes = [piece.of(Selection(inputs, rows), Selection(targets, rows)) for piece in pieces]
     shares = [part.weight for part in passes] if shared else team_shares(passes, team)
     return Batch(samples, rows, passes, total // copies, shares)
 

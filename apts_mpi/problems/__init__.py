@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
 from apts_mpi.problems.finite import check_finite
@@ -121,6 +122,13 @@ def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem
         train_samples,
         f"{problem.name} has {len(inputs)} training samples; give 1 to {len(inputs)}",
     )
+    if problem.order is not None and problem.order.drawn:
+        raise InvalidInput(
+            f"--train-samples: {train_samples} is not for problem {problem.name}, whose sampler chooses; leave it out"
+        )
+    halves = [part.range(0, train_samples) if isinstance(part, Half) else None for part in (inputs, targets)]
+    if None not in halves:
+        return dataclasses.replace(problem, train=tuple(halves))
     inputs, targets = inputs[:train_samples], targets[:train_samples]
     # Copies, so that the rest can be freed.
     copies = inputs.clone() if wanted.inputs else inputs, targets.clone() if wanted.targets else targets

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apts_mpi.data import Half, Order, take_over
+from apts_mpi.data.half import example_of
+from apts_mpi.data.taking import ACCEPTED, describe
 from apts_mpi.errors import InvalidInput, require
 
 _DTYPES = (torch.float32, torch.float64)
@@ -41,10 +45,13 @@ class Problem:
         of the data share one dtype, float32 or float64.
     loss : callable
         ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples.
-    train : (Tensor, Tensor)
-        Inputs (M, ...) and targets (M, ...); the first dimension counts the samples.
-    test : (Tensor, Tensor), optional
-        Held-out samples, shaped like ``train``.
+    train : (array, array), data set or DataLoader
+        Inputs (M, ...) and targets (M, ...), the first dimension of which counts the samples: tensors, or arrays of
+        numpy's or h5py's. Or a data set of torch's that gives such pairs sample by sample, by number or one after the
+        other; or a ``torch.utils.data.DataLoader``, whose batch size, order, ``collate_fn`` and workers count. The
+        attribute has tensors, or halves of which a rank reads what it needs (`apts_mpi.data.Half`).
+    test : optional
+        Held-out samples, likewise.
     forward : callable, optional
         ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``. It also accepts any
         other callable in the place of the network.
@@ -57,6 +64,13 @@ class Problem:
         classes, so that an accuracy can be reported.
     metrics : mapping of str to callable
         ``metric(network)`` returns a float, such as an error against an exact solution.
+    prepare : callable, optional
+        What becomes of the inputs on the device where they are used, such as ``lambda images: images / 255`` of images
+        of bytes, which take a quarter of the room and of the way; None: they stay as they are.
+    collate_fn : callable, optional
+        Makes a pair (inputs, targets) of a list of samples of a data set; None is torch's own.
+    order : Order, optional
+        Which samples make the batches; None: that of the loader, else all samples, shuffled by seed and epoch.
 
     Raises
     ------
@@ -67,13 +81,16 @@ class Problem:
     name: str
     network: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None = None
+    train: Any
+    test: Any = None
     forward: Callable[[nn.Module, Tensor], Tensor] | None = None
     batch_size: int | None = None
     epochs: int = 10
     accuracy: bool = False
     metrics: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
+    prepare: Callable[[Any], Any] | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
@@ -94,10 +111,24 @@ class Problem:
         require(_is_count(self.epochs), "epochs", self.epochs, "give 1 or more")
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
+        for name in ("prepare", "collate_fn"):
+            value = getattr(self, name)
+            require(value is None or callable(value), name, value, "give a function, or None")
         dtype = _parameter_dtype(self.network)
+        self._take_over(dtype)
         _check_samples("train", self.train, dtype, self.accuracy)
         if self.test is not None:
             _check_samples("test", self.test, dtype, self.accuracy)
+
+    def _take_over(self, dtype: torch.dtype) -> None:
+        """Have the samples as `train` and `test` say, and what a loader says of their batches."""
+        taken = take_over("train", self.train, dtype, self.collate_fn, self.prepare)
+        found: dict[str, Any] = {"train": taken.pair, "order": self.order or taken.order}
+        found["batch_size"] = taken.batch_size if self.batch_size is None else self.batch_size
+        if self.test is not None:
+            found["test"] = take_over("test", self.test, dtype, self.collate_fn, self.prepare).pair
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 def _is_count(value: object) -> bool:
@@ -121,26 +152,29 @@ def _parameter_dtype(network: nn.Module) -> torch.dtype:
 
 
 def _check_samples(option: str, samples: object, dtype: torch.dtype, accuracy: bool) -> None:
-    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(part, Tensor) for part in samples):
-        raise InvalidInput(f"{option}: {_describe(samples)} is not allowed; give a tuple of tensors (inputs, targets)")
+    if (
+        not isinstance(samples, tuple)
+        or len(samples) != 2
+        or not all(isinstance(part, Tensor | Half) for part in samples)
+    ):
+        raise InvalidInput(f"{option}: {describe(samples)} is not allowed; {ACCEPTED}")
     inputs, targets = samples
-    _check_tensor(f"{option} inputs", inputs, dtype)
-    _check_tensor(f"{option} targets", targets, dtype)
+    for name, part in (("inputs", inputs), ("targets", targets)):
+        if isinstance(part, Tensor):
+            _check_tensor(f"{option} {name}", part, dtype)
     counts = f"{len(inputs)} inputs and {len(targets)} targets"
     require(len(inputs) == len(targets), option, counts, "give one target for each input")
     if accuracy:
+        found = dtype_of(targets)
         require(
-            targets.dtype == torch.int64,
-            f"dtype of {option} targets",
-            targets.dtype,
-            "accuracy needs class indices in torch.int64",
+            found == torch.int64, f"dtype of {option} targets", found, "accuracy needs class indices in torch.int64"
         )
 
 
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of ({', '.join(type(part).__name__ for part in value)})"
-    return type(value).__name__
+def dtype_of(part: Tensor | Half) -> torch.dtype | None:
+    """Type of the numbers of inputs or targets; None where a sample has more than one tensor."""
+    tensor = example_of(part)
+    return tensor.dtype if isinstance(tensor, Tensor) else None
 
 
 def _check_tensor(option: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from apts_mpi.data.taking import is_array
 from apts_mpi.errors import InvalidInput
-from apts_mpi.problems.problem import Problem
+from apts_mpi.problems.problem import Problem, dtype_of
 from apts_mpi.tools.user_code import import_named
 
 _EXPECTED = (
@@ -57,11 +58,12 @@ def _from_tuple(name: str, returned: object) -> Problem:
     if not isinstance(returned, tuple) or len(returned) != 3:
         raise InvalidInput(f"--problem {name}: the function returned {_describe(returned)}; {_EXPECTED}")
     network, loss, data = returned
-    is_split = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, tuple) for part in data)
+    # Of arrays a pair is inputs and targets, of anything else training and test samples.
+    is_split = isinstance(data, tuple) and len(data) == 2 and not any(is_array(part) for part in data)
     train, test = data if is_split else (data, None)
     try:
         problem = Problem(name=name, network=network, loss=loss, train=train, test=test)
-        return dataclasses.replace(problem, accuracy=problem.train[1].dtype == torch.int64)
+        return dataclasses.replace(problem, accuracy=dtype_of(problem.train[1]) == torch.int64)
     except InvalidInput as error:
         raise InvalidInput(f"--problem {name}: the function returned a wrong tuple: {error}; {_EXPECTED}") from error
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from apts_mpi.data import Half
+from apts_mpi.data.half import numbers_of
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
-from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, check_counts, check_rows
+from apts_mpi.objective.batch import Batch, Samples, Selection, check_counts, check_rows
+from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
 
 
@@ -23,6 +26,7 @@ def cut_micro_batches(
     micro_batches: int,
     decomposition: Decomposition,
     stages: Communicator,
+    comm: Communicator,
     whole: bool,
     stream: tuple[int, ...],
 ) -> Batch:
@@ -41,6 +45,8 @@ def cut_micro_batches(
         Of this stage; its team holds the stage, one a replica.
     stages
         The ranks of this replica, one a stage.
+    comm
+        The ranks of all replicas.
     whole
         Whether the batch is that of all replicas.
     stream
@@ -54,7 +60,7 @@ def cut_micro_batches(
     team = decomposition.team
     inputs = samples[0] if stages.rank == 0 else None
     targets = samples[1] if stages.rank == stages.size - 1 else None
-    numbers = 0 if targets is None else targets[0].numel()
+    numbers = 0 if targets is None else numbers_of(targets)
     found = stages.collect((_count(inputs, rows), _count(targets, rows), numbers))
     (count, _, _), (others, numbers) = found[0], found[-1][1:]
     with stages.shared_errors():
@@ -74,17 +80,22 @@ def cut_micro_batches(
                 "a larger batch, or fewer --micro-batches"
             )
     total = count if whole else team.total(count)
-    pieces = []
-    for index in range(micro_batches):
-        first, last = (start + edge for edge in split(stop - start, micro_batches, index))
-        weight, key = (last - first) / total, (*stream, team.rank, index, stages.rank)
-        pieces.append(Piece(first, last, weight, key, decomposition.carried, first, count))
     entering = Selection(placeholder(count, 0)) if inputs is None else Selection(inputs, rows)
     compared = Selection(placeholder(count, numbers)) if targets is None else Selection(targets, rows)
-    passes = [piece.of(entering, compared) for piece in pieces]
+    edges = [split(stop - start, micro_batches, index) for index in range(micro_batches)]
+    ranges = [(start + first, start + last) for first, last in edges]
+    with comm.shared_errors():
+        # What is read may be wrong in one replica.
+        parts = [(entering.part(*place), compared.part(*place)) for place in ranges]
+    passes = [
+        Pass(
+            *part, (last - first) / total, (*stream, team.rank, index, stages.rank), decomposition.carried, first, count
+        )
+        for index, (part, (first, last)) in enumerate(zip(parts, ranges, strict=True))
+    ]
     own = sum(part.samples for part in passes)
     return Batch(samples, rows, passes, total, [own / team.total(own)])
 
 
-def _count(data: torch.Tensor | None, rows: torch.Tensor | None) -> int | None:
+def _count(data: torch.Tensor | Half | None, rows: torch.Tensor | None) -> int | None:
     return None if data is None else len(Selection(data, rows))

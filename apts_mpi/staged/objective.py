@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apts_mpi.data.half import held
 from apts_mpi.local.registry import needs_evaluations
 from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store, tensors_of
 from apts_mpi.network.parameters import FlatParameters
@@ -255,7 +256,7 @@ class StagedObjective(Objective):
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
-            outputs = inputs[index] if entering is None else entering
+            outputs = held(inputs[index]) if entering is None else entering
             for segment in self.segmented.segments:
                 outputs = segment(outputs)
             if self.pipeline.is_last:

@@ -6,7 +6,6 @@ A rank with a stage reads the data that its stage needs.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,18 +14,20 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
+from apts_mpi.problems.problem import dtype_of
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
+from apts_mpi.train.metrics import Consume, Data, pieces_of, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
@@ -102,7 +103,7 @@ def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions,
         If it is called for more than its outputs, or cannot be cut.
     """
 
-    def parts(problem: Problem) -> tuple[torch.nn.Module, torch.Tensor]:
+    def parts(problem: Problem) -> tuple[torch.nn.Module, torch.Tensor | Half]:
         if problem.forward is not None or problem.metrics:
             raise InvalidInput(
                 f"layout: 'staged' needs a network that is called for its outputs alone, and problem {problem.name} "
@@ -140,7 +141,7 @@ def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
     inputs, targets = data
     return (
         inputs if wanted.inputs else placeholder(count, 0),
-        targets if wanted.targets else placeholder(count, 0).to(targets.dtype),
+        targets if wanted.targets else placeholder(count, 0).to(dtype_of(targets)),
     )
 
 
@@ -157,6 +158,9 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
     first, last = split(len(data[0]), solver.options.replicas, solver.holding.decomposition.team.rank)
-    edges = [*range(first, last, PIECE), last]
-    inputs, targets = ([part[start:stop] for start, stop in itertools.pairwise(edges)] for part in data)
-    solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))
+    # The stages have one half of the samples each, and the same pieces.
+    (size,) = solver.comm.agree([pieces_of(data, 0, len(data[0]))[0][1]], lambda table: [table.min()])
+    ranges = [(start, min(start + int(size), last)) for start in range(first, last, int(size))]
+    inputs, targets = data
+    entering = [inputs.range(*each) if isinstance(inputs, Half) else inputs[slice(*each)] for each in ranges]
+    solver.infer(entering, lambda index, outputs: consume(outputs, targets[slice(*ranges[index])]))

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from apts_mpi.data import Half
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 
 # Inputs and targets of some samples, on one device.
-Data = tuple[torch.Tensor, torch.Tensor]
+Data = tuple[torch.Tensor | Half, torch.Tensor | Half]
 
 # Takes outputs and the targets that belong to them.
 Consume = Callable[[torch.Tensor, torch.Tensor], None]
@@ -28,12 +29,17 @@ def whole_outputs(called: Callable[[torch.Tensor], torch.Tensor], comm: Communic
     """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of."""
 
     def outputs(data: Data, consume: Consume) -> None:
-        first, last = split(len(data[0]), comm.size, comm.rank)
-        for start in range(first, last, PIECE):
-            inputs, targets = (part[start : min(start + PIECE, last)] for part in data)
+        for start, stop in pieces_of(data, *split(len(data[0]), comm.size, comm.rank)):
+            inputs, targets = (part[start:stop] for part in data)
             consume(called(inputs), targets)
 
     return outputs
+
+
+def pieces_of(data: Data, first: int, last: int) -> list[tuple[int, int]]:
+    """The samples from ``first`` to ``last`` in ranges; of what is read they take little memory."""
+    size = min(part.piece(PIECE) if isinstance(part, Half) else PIECE for part in data)
+    return [(start, min(start + size, last)) for start in range(first, last, size)]
 
 
 class Metrics:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from apts_mpi.data import Half
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.sameness import Rows, check_same, check_same_tensors, fields_in_words
 from apts_mpi.problems import Problem, Wanted
@@ -9,6 +15,10 @@ from apts_mpi.train.options import TrainingOptions
 
 # Places, of which each host may have its own, and devices.
 OF_A_RANK = {"data_dir", "device", "run_dir"}
+
+
+# Samples that are compared of those that are read as they are needed.
+SOME = 16
 
 
 def check_same_options(options: TrainingOptions, comm: Communicator) -> None:
@@ -46,11 +56,30 @@ def check_same_problem(problem: Problem, there: Wanted, comm: Communicator) -> N
     shared = {name: [repr(getattr(problem, name))] for name in ("name", "batch_size", "epochs", "accuracy")}
     given = [name for name in ("test", "forward") if getattr(problem, name) is not None]
     shared |= {"set of parts": given, "list of metrics": list(problem.metrics)}
+    lazy = {name: data for name, data in (("train", problem.train), ("test", problem.test)) if _is_read(data)}
+    shared |= {f"number of {name} samples": [str(len(data[0]))] for name, data in lazy.items()}
     check_same(shared, comm, where, remedy)
     tensors: dict[str, Rows] = {}
-    for which, samples in (("train", problem.train), ("test", problem.test)):
-        if samples is not None:
-            inputs, targets = samples
-            tensors |= {f"{which} inputs": (inputs, None)} if there.inputs else {}
-            tensors |= {f"{which} targets": (targets, None)} if there.targets else {}
+    with comm.shared_errors():
+        for which, samples in (("train", problem.train), ("test", problem.test)):
+            if samples is not None:
+                inputs, targets = samples
+                tensors |= _compared(f"{which} inputs", inputs) if there.inputs else {}
+                tensors |= _compared(f"{which} targets", targets) if there.targets else {}
     check_same_tensors(tensors, comm, where, remedy)
+
+
+def _is_read(data: Any) -> bool:
+    """Whether samples are read as they are needed."""
+    return data is not None and any(isinstance(part, Half) for part in data)
+
+
+def _compared(name: str, part: torch.Tensor | Half) -> dict[str, Rows]:
+    """Of what is in memory all is compared, and of what is read as it is needed some samples."""
+    if isinstance(part, torch.Tensor):
+        return {name: (part, None)}
+    count = len(part)
+    rows = torch.arange(min(SOME, count)) * count // min(SOME, count)
+    leaves = [leaf for leaf in tree_leaves(part[rows]) if isinstance(leaf, torch.Tensor)]
+    own = {f"{name} ({index + 1} of {len(leaves)})": leaf for index, leaf in enumerate(leaves)}
+    return {each if len(leaves) > 1 else name: (leaf, None) for each, leaf in own.items()}
