@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,8 @@ class _Reading:
         return self._results()
 
     def _results(self) -> Iterator[Pair]:
-        for result in iter(self._loader or ()):
+        results: Iterable[Any] = () if self._loader is None else self._loader
+        for result in results:
             if isinstance(result, InvalidInput):
                 raise result
             yield result

@@ -169,7 +169,7 @@ def _taken_from_loader(option: str, loader: DataLoader, form: Form) -> Taken:
         return Taken(pair, InOrder(), loader.batch_size)
     pair = _held(loader, form) or _halves(option, Mapped(loader.dataset, collate, workers), form)
     if type(loader.batch_sampler) is not BatchSampler:
-        batches = loader.batch_sampler
+        batches: Any = loader.batch_sampler
         size = getattr(batches, "batch_size", None) or -(-len(pair[0]) // max(1, len(batches)))
         return Taken(pair, SampledBatches(batches), size)
     return Taken(pair, order_of(loader.sampler), loader.batch_size)
@@ -177,7 +177,7 @@ def _taken_from_loader(option: str, loader: DataLoader, form: Form) -> Taken:
 
 def _held(loader: DataLoader, form: Form) -> tuple[Any, Any] | None:
     """The tensors of a data set that is made of them, where a loader does no more than put samples together."""
-    dataset = loader.dataset
+    dataset: Any = loader.dataset
     plain = type(dataset) is TensorDataset and loader.collate_fn is default_collate and len(dataset.tensors) == 2
     if not plain or form.prepare is not None:
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.objective.batch import Batch
@@ -79,7 +80,7 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
         check_same_loss(value, draws, device, comm, objective.epsilon)
 
 
-def check_same_batch(own: Mapping[str, torch.Tensor], rows: torch.Tensor | None, comm: Communicator) -> None:
+def check_same_batch(own: Mapping[str, torch.Tensor | Half], rows: torch.Tensor | None, comm: Communicator) -> None:
     """See that all ranks were given the same batch, as far as each was given it. Collective.
 
     Raises

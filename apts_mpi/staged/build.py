@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from mpi4py import MPI
 
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.parameters import trained_parameters
 from apts_mpi.network.segments import layers_of
@@ -27,7 +28,7 @@ def build_stage(
     *,
     comm: MPI.Intracomm | None = None,
     options: APTSOptions,
-    parts: Callable[[Any], tuple[torch.nn.Module, torch.Tensor | None]] = lambda made: (made, None),
+    parts: Callable[[Any], tuple[torch.nn.Module, torch.Tensor | Half | None]] = lambda made: (made, None),
 ) -> Made:
     """Make a network of which only this rank's stage is in its memory, with the values that one process gives it.
 
@@ -91,7 +92,9 @@ def check_staged(options: APTSOptions) -> None:
         refuse("schwarz.local_data", "shard", "where every stage sees all samples; choose full")
 
 
-def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: torch.Tensor | None) -> list[Stage]:
+def cut_network(
+    network: torch.nn.Module, options: APTSOptions, ranks: int, sample: torch.Tensor | Half | None
+) -> list[Stage]:
     """The stages of a network on so many ranks, one for each rank of a replica."""
     places = places_of(network)
     stages = ranks // options.replicas
@@ -104,5 +107,5 @@ def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, samp
     if options.pipeline.balance == "cost" and options.pipeline.cuts is None:
         if sample is None:
             raise InvalidInput("balance: 'cost' needs a sample of the inputs; give sample=, or choose parameters")
-        costs = multiplications(places, sample)
+        costs = multiplications(places, sample[:8])
     return cut(places, stages, options.pipeline, costs, beginnings)

@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.data import Half
 from apts_mpi.defaults import compose, describe
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.registry import solver_class
@@ -75,7 +76,7 @@ class Staged:
         loss: Loss,
         comm: MPI.Intracomm | None,
         options: APTSOptions,
-        sample: torch.Tensor | None,
+        sample: torch.Tensor | Half | None,
     ) -> None:
         self.network = network
         asked_for = options
@@ -143,7 +144,7 @@ class Staged:
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")
         self._names = [name for own in self.replica.collect(tuple(named_tensors(network))) for name in own]
 
-    def _find_stages(self, options: APTSOptions, sample: torch.Tensor | None) -> list[Stage]:
+    def _find_stages(self, options: APTSOptions, sample: torch.Tensor | Half | None) -> list[Stage]:
         """The stages into which the network was cut, or is to be."""
         ranks, replicas = self.comm.size, options.replicas
         stages = stages_of(places_of(self.network)) or cut_network(self.network, options, ranks, sample)

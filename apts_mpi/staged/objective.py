@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apts_mpi.data.half import held
+from apts_mpi.data.half import Half, held
 from apts_mpi.local.registry import needs_evaluations
 from apts_mpi.network.activations import Bundle, differentiable, gradient_of, store, tensors_of
 from apts_mpi.network.parameters import FlatParameters
@@ -252,7 +252,7 @@ class StagedObjective(Objective):
         return flight.caches
 
     @torch.no_grad()
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, Any], None]) -> None:
+    def infer(self, inputs: Sequence[torch.Tensor | Half], consume: Callable[[int, Any], None]) -> None:
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:

@@ -8,6 +8,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
+from apts_mpi.data import Half
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import APTSOptions
 from apts_mpi.staged.holding import Staged
@@ -55,7 +56,7 @@ class StagedAPTS(APTS):
         *,
         comm: MPI.Intracomm | None = None,
         options: APTSOptions | None = None,
-        sample: torch.Tensor | None = None,
+        sample: torch.Tensor | Half | None = None,
     ) -> None:
         self._begin(Staged(network, loss, comm, options or APTSOptions(layout="staged"), sample))
 
@@ -63,7 +64,7 @@ class StagedAPTS(APTS):
         """Evaluate loss and gradient of the batch of the last step once more, for timings. Collective."""
         self.holding.objective.evaluate(self.batch.passes)
 
-    def infer(self, inputs: Sequence[torch.Tensor], consume: Callable[[int, torch.Tensor], None]) -> None:
+    def infer(self, inputs: Sequence[torch.Tensor | Half], consume: Callable[[int, torch.Tensor], None]) -> None:
         """Run the network forwards as it is (in evaluation mode, say). Collective over the stages of a replica.
 
         Parameters
