@@ -1,22 +1,22 @@
 """A problem that a function of the user's returns, named ``MODULE:FUNCTION``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from apts_mpi.data.taking import is_array
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem, dtype_of
-from apts_mpi.tools.user_code import import_named
+from apts_mpi.tools.user_code import arguments_for, import_named
 
 _EXPECTED = (
-    "the function takes no arguments and returns a Problem or a tuple (network, loss, data), with data "
+    "the function returns a Problem or a tuple (network, loss, data), with data "
     "(inputs, targets) or ((inputs, targets), (test_inputs, test_targets))"
 )
 
 
-def load(name: str, dtype: torch.dtype) -> Problem:
+def load(name: str, dtype: torch.dtype, arguments: Mapping[str, str]) -> Problem:
     """Call the user's function and make a `apts_mpi.problems.Problem` of what it returns.
 
     The module is looked for in the current directory first. It is imported, and the function called, with ``dtype`` as
@@ -26,28 +26,40 @@ def load(name: str, dtype: torch.dtype) -> Problem:
     Parameters
     ----------
     name : str
-        ``MODULE:FUNCTION``.
+        ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION``.
     dtype : torch.dtype
+    arguments
+        Of the function, as texts.
 
     Raises
     ------
     InvalidInput
-        When the module or the function is missing or fails, or returns something else.
+        When an argument is not one of the function's; when the module or the function is missing or fails, or returns
+        something else.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        returned = _call(name, import_named("--problem", name, "function", _EXPECTED))
+        function = import_named("--problem", name, "function", _EXPECTED)
+        returned = call("--problem", name, function, arguments, _EXPECTED)
     finally:
         torch.set_default_dtype(default)
     return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
 
 
-def _call(name: str, function: Callable[[], object]) -> object:
+def call(option: str, name: str, function: Callable[..., object], given: Mapping[str, str], expected: str) -> object:
+    """What a function of the user's returns, called with arguments that are given as texts.
+
+    Raises
+    ------
+    InvalidInput
+        For arguments that it does not take, and for what it raises; the message ends with what is ``expected`` of it.
+    """
+    arguments = arguments_for(f"{option}.args", function, given)
     try:
-        return function()
+        return function(**arguments)
     except Exception as error:
-        raise InvalidInput(f"--problem {name}: the function raised {_quote(error)}; {_EXPECTED}") from error
+        raise InvalidInput(f"{option} {name}: the function raised {_quote(error)}; {expected}") from error
 
 
 def _quote(error: Exception) -> str:

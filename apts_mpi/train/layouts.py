@@ -20,7 +20,7 @@ from apts_mpi.network.partition import split
 from apts_mpi.network.segments import CalledNetwork
 from apts_mpi.network.teams import Teams
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
+from apts_mpi.problems import ALL, Parts, Problem, Wanted, build, read_parts
 from apts_mpi.problems.problem import dtype_of
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
@@ -53,6 +53,8 @@ def make_training(options: TrainingOptions, device: torch.device, comm: Communic
         train_samples=options.train_samples,
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
+        arguments=options.arguments("problem_args"),
+        parts=Parts(options.network, options.loss, options.arguments("network_args")),
     )
     with comm.shared_errors():
         problem = make() if options.layout == "replicated" else None
