@@ -168,11 +168,12 @@ def _taken_from_loader(option: str, loader: DataLoader, form: Form) -> Taken:
         pair = _halves(option, Streamed(loader.dataset, collate, workers), form)
         return Taken(pair, InOrder(), loader.batch_size)
     pair = _held(loader, form) or _halves(option, Mapped(loader.dataset, collate, workers), form)
-    if type(loader.batch_sampler) is not BatchSampler:
-        batches: Any = loader.batch_sampler
+    batches: Any = loader.batch_sampler
+    if type(batches) is not BatchSampler:
         size = getattr(batches, "batch_size", None) or -(-len(pair[0]) // max(1, len(batches)))
         return Taken(pair, SampledBatches(batches), size)
-    return Taken(pair, order_of(loader.sampler), loader.batch_size)
+    # Not the loader's own sampler, which is another one where it was given a batch sampler.
+    return Taken(pair, order_of(batches.sampler), batches.batch_size)
 
 
 def _held(loader: DataLoader, form: Form) -> tuple[Any, Any] | None:

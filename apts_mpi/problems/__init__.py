@@ -117,9 +117,7 @@ def _find(
 ) -> Callable[..., Problem]:
     is_file = name.startswith(hdf5.PREFIX)
     for option, given in (("network", parts.network), ("network.args", parts.network_args), ("loss", parts.loss)):
-        require(
-            is_file or not given, f"--{option}", given, f"leave it out: problem {name} has its own; hdf5:FILE has not"
-        )
+        require(is_file or not given, f"--{option}", given, f"leave it out: it is for hdf5:FILE, not for {name}")
     own = ":" in name and not is_file
     if arguments and not own:
         arguments_for("--problem.args", lambda: None, arguments)

@@ -46,7 +46,7 @@ def import_named(option: str, name: str, kind: str, remedy: str = "give one that
     except Exception as error:
         raise InvalidInput(
             f"{option} {name}: importing {module_name!r} failed with {type(error).__name__}: {error}; give "
-            f"MODULE:{kind.upper()}, a module of the current directory or of the Python path, or a FILE.py, and a {kind} "
+            f"MODULE:{kind.upper()}, a module of the current directory or of the Python path, or FILE.py, and a {kind} "
             "in it"
         ) from error
     found = getattr(module, own_name, None)
