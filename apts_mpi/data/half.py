@@ -14,7 +14,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.tensors import first_not_finite
 
 # Of what is read at a time outside of training: bounds the memory that it takes.
-PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 22
 
 INPUTS, TARGETS = 0, 1
 

@@ -78,7 +78,7 @@ def load(path: str, dtype: torch.dtype, parts: Parts) -> Problem:
     if parts.loss is not None:
         loss = import_named("--loss", parts.loss, "function", "give a function of (outputs, targets)")
     is_image = train[0].dtype == np.uint8 and len(train[0].shape) >= FEWEST_OF_IMAGES
-    form = Form(dtype, prepare=(lambda images: images.to(dtype) / 255) if is_image else None)
+    form = Form(dtype, prepare=(lambda images: images.to(dtype).div_(255)) if is_image else None)
 
     def halves(which: str, pair: tuple[FileRows, FileRows]) -> tuple[Any, Any]:
         names = (f"{path}: {which}/inputs", f"{path}: {which}/targets")
