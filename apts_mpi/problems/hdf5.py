@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from apts_mpi.data.half import Form, Samples
 from apts_mpi.data.hdf5 import FileRows, dataset_of, open_data
-from apts_mpi.data.source import Arrays
+from apts_mpi.data.source import Arrays, check_numbers
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem
 from apts_mpi.problems.user import call
@@ -67,11 +67,12 @@ def load(path: str, dtype: torch.dtype, parts: Parts) -> Problem:
         For a file, a network or a loss that cannot be used.
     """
     if parts.network is None:
-        raise InvalidInput(
-            f"--network: problem {PREFIX}{path} has none of its own; {NETWORK}: --network MODULE:FUNCTION"
-        )
+        raise InvalidInput(f"--network: {PREFIX}{path} has no network; {NETWORK}, --network MODULE:FUNCTION")
     file = open_data(Path(path))
     train, test = _samples(file, "train"), _samples(file, "test") if "test" in file else None
+    for which, pair in (("train", train), ("test", test)):
+        for what, rows in zip(("inputs", "targets"), pair or (), strict=False):
+            check_numbers(f"{path}: {which}/{what}", rows.shape, rows.dtype)
     _check_alike(path, train, test)
     are_classes = train[1].dtype.kind in "biu"
     loss: Callable[..., torch.Tensor] = cross_entropy if are_classes else mse_loss

@@ -130,7 +130,7 @@ def test_bad_values_are_refused(kind, change, message):
 @pytest.mark.parametrize("kind", {kind for kind, _, _ in BAD_VALUES})
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
-    free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
+    free = {"problem", "network", "loss", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
     free |= {"cuts", "recompute", "log_view", "trace", "tensorboard"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts

@@ -224,6 +224,7 @@ def test_a_resumed_run_repeats_and_skips_nothing(world, trained_on, loader):
     arguments = [*SMALL, "--problem=sampled_data:problem", f"--problem.args.loader={loader}", "--epochs=3"]
     trained_on(world.size, *arguments, "--run_dir=whole")
     trained_on(1, *arguments, "--run_dir=parts", "--max_iterations=2", "--problem.args.workers=2")
-    trained_on(world.size, "--resume", "--run_dir=parts", "--max_iterations=null")
+    again = ["--problem=sampled_data:problem", "--max_iterations=null"]
+    trained_on(world.size, "--resume", "--run_dir=parts", *again)
     taken = [record["loss"] for record in history("whole") if "loss" in record]
     assert [record["loss"] for record in history("parts") if "loss" in record] == pytest.approx(taken, rel=1e-9)
