@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from torch import nn
@@ -109,7 +108,7 @@ def _network(parts: Parts, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def _samples(file: h5py.File, which: str) -> tuple[FileRows, FileRows]:
+def _samples(file: Any, which: str) -> tuple[FileRows, FileRows]:
     return dataset_of(file, f"{which}/inputs"), dataset_of(file, f"{which}/targets")
 
 
