@@ -66,7 +66,11 @@ def test_a_file_trains_as_its_tensors(trained, layout, batch_size):
     write("data.h5")
     arguments = [*SMALL, layout, f"--batch_size={batch_size}"]
     if layout == "--layout=staged":
-        arguments += ["--pipeline.micro_batches=2", f"--replicas={2 if MPI.COMM_WORLD.size in (4, 8) else 1}"]
+        arguments += [
+            "--subdomains=3",
+            "--pipeline.micro_batches=2",
+            f"--replicas={2 if MPI.COMM_WORLD.size in (4, 8) else 1}",
+        ]
         if MPI.COMM_WORLD.size == 8:
             arguments[-1] = "--replicas=4"
     trained("--problem=test_read_data:on_tensors", *arguments, "--run_dir=tensors")
