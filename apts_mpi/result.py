@@ -183,6 +183,7 @@ _STATE = instance(
     slope=number(),
     share=number(0.0, 1.0),
     retry=number(0.0, 1.0),
+    starting=flag,
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),
     gradient_evaluations=number(0.0),

@@ -19,7 +19,7 @@ started = []  # what the test under way and its fixtures have started
 
 def note_start(event, arguments, starts=("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")):
     """A hook of Python's, for all that happens in the process; its own library asks uname for the processor."""
-    if event in starts and arguments[0] != "uname":
+    if event in starts and arguments[:1] != ("uname",):
         started.append(f"{event} {arguments[:2]}")
 
 

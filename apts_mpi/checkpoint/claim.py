@@ -16,6 +16,9 @@ LOCK = ".lock"
 LOCK_TRIES = 100
 LOCK_PAUSE = 0.1
 
+# Numbers of the open files that lock something for this process.
+_HELD: set[int] = set()
+
 
 class Claim:
     """Makes a directory and locks it for this process, until `release` or the end of the process.
@@ -55,7 +58,7 @@ class Claim:
             )
         earlier = self._lock
         self._take(lock(self._path, 1))
-        os.close(earlier)
+        unlock(earlier)
 
     def _take(self, number: int) -> None:
         self._lock, self._directory = number, os.stat(self._path)
@@ -70,12 +73,12 @@ class Claim:
 
     def release(self) -> None:
         """Let others have it."""
-        os.close(self._lock)
+        unlock(self._lock)
 
 
 def check_unclaimed(directory: Path) -> None:
     """Raise `InvalidInput` if another process has claimed a directory, which may remove what is in it at any moment."""
-    os.close(lock(directory, LOCK_TRIES))
+    unlock(lock(directory, LOCK_TRIES))
 
 
 def is_same(path: Path, known: os.stat_result) -> bool:
@@ -84,6 +87,22 @@ def is_same(path: Path, known: os.stat_result) -> bool:
         return os.path.samestat(os.stat(path), known)
     except FileNotFoundError:
         return False
+
+
+def unlock(number: int) -> None:
+    """Close the file that `lock` has opened."""
+    _HELD.discard(number)
+    os.close(number)
+
+
+def _leave_locks() -> None:
+    for number in _HELD:
+        os.close(number)
+    _HELD.clear()
+
+
+# A forked process, such as one that reads data ahead, may outlive a run that was killed: it would keep the lock.
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def lock(directory: Path, tries: int) -> int:
@@ -97,6 +116,7 @@ def lock(directory: Path, tries: int) -> int:
             continue
         except OSError:
             pass  # a file system without locks: two runs in one directory stay unnoticed
+        _HELD.add(number)
         return number
     os.close(number)
     raise InvalidInput(f"directory {str(directory)!r}: another run saves checkpoints into it; give each run its own")

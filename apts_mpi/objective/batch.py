@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
-from apts_mpi.network.partition import Subdomain, split
+from apts_mpi.network.partition import split
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.passes import Pass
 from apts_mpi.options import LocalData
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.trees import Tree, as_samples, count_samples, take
 
-# Trees of inputs and of targets, with the samples in the first dimension; None where another stage has them.
+# Trees of inputs and of targets, with the samples in the first dimension, or what is read as it is cut
+# (`apts_mpi.tools.trees.Unread`); None where another stage has them.
 Samples = tuple[Tree | None, Tree | None]
 
 # Numbers of the samples that count, in this order; None: all.
@@ -69,26 +69,8 @@ class Selection:
         return count_samples(self.data) if self.rows is None else len(self.rows)
 
     def part(self, start: int, stop: int) -> Tree:
-        """A range of them: a copy of no more than that, or a view."""
+        """A range of them: a copy of no more than that, or a view; what has to be read is read here."""
         return take(self.data, slice(start, stop) if self.rows is None else self.rows[start:stop])
-
-
-class Piece(NamedTuple):
-    """Samples ``start`` to ``stop`` of a selection, and the fields of their `Pass`."""
-
-    start: int
-    stop: int
-    weight: float
-    stream: tuple[int, ...]
-    subdomains: tuple[Subdomain, ...]
-    position: int
-    shard_size: int
-    group: int = 1
-
-    def of(self, inputs: Selection, targets: Selection) -> Pass:
-        """The pass over these samples."""
-        parts = inputs.part(self.start, self.stop), targets.part(self.start, self.stop)
-        return Pass(*parts, self.weight, self.stream, self.subdomains, self.position, self.shard_size, self.group)
 
 
 def check_call(has_batch: bool, done: float | None) -> None:
@@ -203,31 +185,31 @@ def cut_batch(
         ranges = [(start * size, stop * size) for start, stop in ranges]
         least_groups = 1 if group is None else teams.smallest_batch(local_data) if whole else len(groups)
         _check_size(count, samples_of_groups(least, group), least_groups, whole, teams)
+        entering, compared = Selection(inputs, rows), Selection(targets, rows)
+        parts = [(entering.part(*place), compared.part(*place)) for place in ranges]
     own = sum(stop - start for start, stop in ranges)
     # With local_data full every team evaluates the whole batch, so that samples are seen more than once.
     copies = comm.size if group is None else teams.count if full else 1
     total = count * copies if whole else comm.total(own)
     # Ranks that have the same samples draw the same numbers.
     member = 0 if group is None else comm.rank if shared else team.rank
-    pieces = []
-    for (start, stop), part in zip(ranges, groups, strict=True):
+    passes = []
+    for (start, stop), carried_there, part in zip(ranges, groups, parts, strict=True):
         of_shard = 0, count // size
         if not (full or shared):
-            of_shard = split(count // size, teams.subdomains, part[0].index)
+            of_shard = split(count // size, teams.subdomains, carried_there[0].index)
         first, last = (edge * size for edge in of_shard)
-        pieces.append(
-            Piece(
-                start,
-                stop,
+        passes.append(
+            Pass(
+                *part,
                 weight=(stop - start) / total,
-                stream=(*stream, 0 if full or shared else part[0].index, member),
-                subdomains=part,
+                stream=(*stream, 0 if full or shared else carried_there[0].index, member),
+                subdomains=carried_there,
                 position=start - first if whole else 0,
                 shard_size=last - first if whole else stop - start,
                 group=size,
             )
         )
-    passes = [piece.of(Selection(inputs, rows), Selection(targets, rows)) for piece in pieces]
     shares = [part.weight for part in passes] if shared else team_shares(passes, team)
     return Batch(samples, rows, passes, total // copies, shares)
 

@@ -19,7 +19,7 @@ from apts_mpi.objective.repeatable import Value, check_repeated, check_same_loss
 from apts_mpi.objective.same_batch import check_same_batch
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import kept_generators, random_state
-from apts_mpi.tools.trees import Tree, count_samples, map_tensors, take, tensors_of
+from apts_mpi.tools.trees import Tree, count_samples, device_of, map_tensors, take, tensors_of
 
 # Samples that are tried: no more than a pass has, for whose activations there is memory, unless that is very few.
 MOST = 64
@@ -57,7 +57,7 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
     """
     inputs, targets = batch.samples
     assert inputs is not None and targets is not None  # as the batch was cut
-    part, device, rows = batch.passes[0], tensors_of(inputs)[0].device, batch.rows
+    part, device, rows = batch.passes[0], device_of(inputs), batch.rows
     if whole:
         check_same_batch({"inputs": inputs, "targets": targets}, rows, comm)
     group, loss = part.group, objective.loss

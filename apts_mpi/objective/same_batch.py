@@ -9,7 +9,7 @@ import torch
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.sameness import check_same_trees
 from apts_mpi.tools.tensors import checksum
-from apts_mpi.tools.trees import Tree, named_leaves
+from apts_mpi.tools.trees import Tree, Unread, named_leaves
 
 # Samples of a batch that are compared, evenly spread, and numbers up to which all of its samples are.
 FEW, SMALL = 8, 1 << 12
@@ -24,7 +24,7 @@ def check_same_batch(own: Mapping[str, Tree], rows: torch.Tensor | None, comm: C
         Naming the first rank that was given another one.
     """
     remedy = "give all ranks the same, or choose batch shard and give each its own"
-    check_same_trees(own, rows, comm, "batch", remedy)
+    check_same_trees(_held(own), rows, comm, "batch", remedy)
 
 
 class SameBatches:
@@ -45,12 +45,17 @@ class SameBatches:
         """See `check_same_batch`. Collective."""
         if self._comm.size == 1 or self._only_rounding:
             return
-        found = self._comm.collect({name: _signatures(tree, name, rows) for name, tree in own.items()})
+        found = self._comm.collect({name: _signatures(tree, name, rows) for name, tree in _held(own).items()})
         for name in {name for given in found for name in given}:
             if len({given[name] for given in found if name in given}) > 1:
                 check_same_batch(own, rows, self._comm)
                 self._only_rounding = True
                 return
+
+
+def _held(own: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Without what is read as it is needed, of which no rank has all: a loss of the same samples tells later."""
+    return {name: tree for name, tree in own.items() if not isinstance(tree, Unread)}
 
 
 def _signatures(tree: Tree, name: str, rows: torch.Tensor | None) -> tuple[object, ...]:

@@ -6,18 +6,24 @@ solver needs to know of one, then any of the files that build some.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput, require
-from apts_mpi.problems import allen_cahn, burgers, images, operators, poisson, text, user
+from apts_mpi.problems import allen_cahn, burgers, hdf5, images, operators, poisson, text, user
 from apts_mpi.problems.finite import check_finite
+from apts_mpi.problems.hdf5 import Parts
 from apts_mpi.problems.problem import ALL, Problem, Wanted
 from apts_mpi.tools import environment
 from apts_mpi.tools.trees import count_samples, map_tensors, take
+from apts_mpi.tools.user_code import arguments_for
 
-__all__ = ["ALL", "Problem", "Wanted", "build", "names", "read_parts"]
+__all__ = ["ALL", "Parts", "Problem", "Wanted", "build", "names", "read_parts"]
+
+NONE: Mapping[str, str] = {}
+NO_PARTS = Parts()
 
 # Functions of (dtype).
 _SELF_CONTAINED = {
@@ -60,13 +66,16 @@ def build(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     wanted: Wanted = ALL,
+    arguments: Mapping[str, str] = NONE,
+    parts: Parts = NO_PARTS,
 ) -> Problem:
     """Build a problem. Equal arguments give equal networks and data; torch's random state is left as it was.
 
     Parameters
     ----------
     name : str
-        One of `names`, or ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`).
+        One of `names`; ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`); or
+        ``hdf5:FILE`` (see `apts_mpi.problems.hdf5.load`).
     data_dir : str, optional
         Where the files of ``fashion-mnist*`` and ``text`` are.
     train_samples : int, optional
@@ -77,6 +86,10 @@ def build(
         float32 or float64, of the network and its floating-point data.
     wanted : Wanted
         Where not all, the numbers of samples are only right of what is wanted.
+    arguments : mapping of str to str
+        Of the function that makes the problem.
+    parts : Parts
+        Network and loss of a problem that is a file.
 
     Returns
     -------
@@ -92,14 +105,23 @@ def build(
     cpu = torch.device("cpu")
     with environment.preserved_random_state(cpu):
         environment.seed_stream(cpu, seed)
-        problem = _find(name, data_dir, wanted)(dtype=dtype)
+        make = _find(name, data_dir, wanted, arguments, parts)
+        problem = make(dtype=dtype)
     if train_samples is not None:
         problem = _take_first(problem, train_samples, wanted)
     check_finite(problem, read_parts(name, wanted))
     return problem
 
 
-def _find(name: str, data_dir: str | None, wanted: Wanted) -> Callable[..., Problem]:
+def _find(
+    name: str, data_dir: str | None, wanted: Wanted, arguments: Mapping[str, str], parts: Parts
+) -> Callable[..., Problem]:
+    is_file = name.startswith(hdf5.PREFIX)
+    for option, given in (("network", parts.network), ("network.args", parts.network_args), ("loss", parts.loss)):
+        require(is_file or not given, f"--{option}", given, f"leave it out: it is for hdf5:FILE, not for {name}")
+    own = ":" in name and not is_file
+    if arguments and not own:
+        arguments_for("--problem.args", lambda: None, arguments)
     if name in _READ_IN_PARTS:
         return functools.partial(_READ_IN_PARTS[name], data_dir=data_dir, wanted=wanted)
     if name in _READ_FROM_FILES:
@@ -107,9 +129,13 @@ def _find(name: str, data_dir: str | None, wanted: Wanted) -> Callable[..., Prob
     require(data_dir is None, "--data-dir", data_dir, f"leave it out: {name} reads no files")
     if name in _SELF_CONTAINED:
         return _SELF_CONTAINED[name]
-    if ":" in name:
-        return functools.partial(user.load, name)
-    raise InvalidInput(f"--problem: {name!r} is not known; choose one of {', '.join(names())}, or MODULE:FUNCTION")
+    if is_file:
+        return functools.partial(hdf5.load, name.removeprefix(hdf5.PREFIX), parts=parts)
+    if own:
+        return functools.partial(user.load, name, arguments=arguments)
+    raise InvalidInput(
+        f"--problem: {name!r} is not known; choose one of {', '.join(names())}, hdf5:FILE, or MODULE:FUNCTION"
+    )
 
 
 def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem:
@@ -123,6 +149,13 @@ def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem
         train_samples,
         f"{problem.name} has {count} training samples; give 1 to {count}",
     )
+    if problem.order is not None and problem.order.drawn:
+        raise InvalidInput(
+            f"--train-samples: {train_samples} is not for problem {problem.name}, whose sampler chooses; leave it out"
+        )
+    halves = [part.range(0, train_samples) if isinstance(part, Half) else None for part in (inputs, targets)]
+    if None not in halves:
+        return dataclasses.replace(problem, train=tuple(halves))
     inputs, targets = (take(part, slice(train_samples)) for part in problem.train)
     # Copies, so that the rest can be freed.
     copies = (

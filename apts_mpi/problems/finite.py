@@ -1,5 +1,7 @@
 """Whether the data of a problem are numbers: one nan has every loss of its sample, and every mean with it, be nan."""
 
+import torch
+
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem, Wanted
 from apts_mpi.tools.tensors import first_not_finite
@@ -20,7 +22,8 @@ def check_finite(problem: Problem, wanted: Wanted) -> None:
         trees = {"inputs": inputs} if wanted.inputs else {}
         trees |= {"targets": targets} if wanted.targets else {}
         for what, tensor in (pair for name, tree in trees.items() for pair in named_leaves(tree, name).items()):
-            place = first_not_finite(tensor)
+            # Of what is read as it is needed each part is looked at then.
+            place = first_not_finite(tensor) if isinstance(tensor, torch.Tensor) else None
             if place is not None:
                 sample, *within = place
                 where = f"has {float(tensor[place])} at {within}" if within else f"is {float(tensor[place])}"

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apts_mpi.errors import InvalidInput, require
-from apts_mpi.tools.trees import Tree, as_samples, count_samples, named_leaves
+from apts_mpi.data import Order, take_over
+from apts_mpi.errors import require
+from apts_mpi.tools.trees import Tree, count_samples, first_sample, named_leaves
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -44,11 +45,14 @@ class Problem:
     loss : callable
         ``loss(outputs, targets)`` returns a scalar tensor, the mean over the samples, or a sum and what it is to be
         divided by, as `apts_mpi.losses` do.
-    train : (tree of Tensor, tree of Tensor)
-        Inputs (M, ...) and targets (M, ...): tensors or numpy arrays in tuples, lists, mappings or dataclasses, nested
-        as one likes; the first dimension of each counts the samples.
-    test : (tree of Tensor, tree of Tensor), optional
-        Held-out samples, shaped like ``train``.
+    train : (array, array), (tree, tree), data set or DataLoader
+        Inputs (M, ...) and targets (M, ...), the first dimension of which counts the samples: tensors, arrays of
+        numpy's or h5py's, or tensors and arrays of numpy's in tuples, lists, mappings or dataclasses, nested as one
+        likes. Or a data set of torch's that gives such pairs sample by sample, by number or one after the other; or a
+        ``torch.utils.data.DataLoader``, whose batch size, order, ``collate_fn`` and workers count. The attribute has
+        tensors, or halves of which a rank reads what it needs (`apts_mpi.data.Half`).
+    test : optional
+        Held-out samples, likewise.
     forward : callable, optional
         ``forward(network, inputs)`` returns the outputs; None means ``network(inputs)``, or ``network(**inputs)`` of a
         mapping. It also accepts any other callable in the place of the network.
@@ -65,6 +69,13 @@ class Problem:
         Number of consecutive samples that the loss takes together, and that are shuffled together.
     coupled : bool
         The loss takes all samples of a batch together. See `apts_mpi.APTSOptions`.
+    prepare : callable, optional
+        What becomes of the inputs on the device where they are used, such as ``lambda images: images / 255`` of images
+        of bytes, which take a quarter of the room and of the way; None: they stay as they are.
+    collate_fn : callable, optional
+        Makes a pair (inputs, targets) of a list of samples of a data set; None is torch's own.
+    order : Order, optional
+        Which samples make the batches; None: that of the loader, else all samples, shuffled by seed and epoch.
 
     Raises
     ------
@@ -75,8 +86,8 @@ class Problem:
     name: str
     network: nn.Module
     loss: Callable[[Any, Any], Tensor | tuple[Tensor, Any]]
-    train: tuple[Tree, Tree]
-    test: tuple[Tree, Tree] | None = None
+    train: Any
+    test: Any = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     batch_size: int | None = None
     epochs: int = 10
@@ -84,6 +95,9 @@ class Problem:
     metrics: Mapping[str, Callable[[nn.Module], float]] = field(default_factory=dict)
     group_size: int = 1
     coupled: bool = False
+    prepare: Callable[[Any], Any] | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
@@ -106,11 +120,24 @@ class Problem:
         require(_is_count(self.group_size), "group_size", self.group_size, "give 1 or more")
         require(isinstance(self.coupled, bool), "coupled", self.coupled, "give True or False")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
+        for name in ("prepare", "collate_fn"):
+            value = getattr(self, name)
+            require(value is None or callable(value), name, value, "give a function, or None")
         dtype = _parameter_dtype(self.network)
-        for option in ("train", "test"):
-            if getattr(self, option) is not None or option == "train":
-                samples = _checked(option, getattr(self, option), dtype, self.accuracy)
-                object.__setattr__(self, option, samples)  # with arrays as tensors
+        self._take_over(dtype)
+        _check_samples("train", self.train, dtype, self.accuracy)
+        if self.test is not None:
+            _check_samples("test", self.test, dtype, self.accuracy)
+
+    def _take_over(self, dtype: torch.dtype) -> None:
+        """Have the samples as `train` and `test` say, and what a loader says of their batches."""
+        taken = take_over("train", self.train, dtype, self.collate_fn, self.prepare)
+        found: dict[str, Any] = {"train": taken.pair, "order": self.order or taken.order}
+        found["batch_size"] = taken.batch_size if self.batch_size is None else self.batch_size
+        if self.test is not None:
+            found["test"] = take_over("test", self.test, dtype, self.collate_fn, self.prepare).pair
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 def _is_count(value: object) -> bool:
@@ -135,28 +162,24 @@ def _parameter_dtype(network: nn.Module) -> torch.dtype:
     return dtype
 
 
-def _checked(option: str, samples: object, dtype: torch.dtype, accuracy: bool) -> tuple[Tree, Tree]:
-    if not isinstance(samples, tuple) or len(samples) != 2:
-        raise InvalidInput(f"{option}: {_describe(samples)} is not allowed; give a tuple of tensors (inputs, targets)")
-    inputs, targets = (
-        as_samples(part, f"{option} {name}") for part, name in zip(samples, ("inputs", "targets"), strict=True)
-    )
-    for part, name in ((inputs, "inputs"), (targets, "targets")):
+def _check_samples(option: str, samples: tuple[Tree, Tree], dtype: torch.dtype, accuracy: bool) -> None:
+    inputs, targets = samples
+    for name, part in (("inputs", inputs), ("targets", targets)):
         for place, tensor in named_leaves(part, f"{option} {name}").items():
-            _check_tensor(place, tensor, dtype)
+            if isinstance(tensor, Tensor):
+                _check_tensor(place, tensor, dtype)
     counts = f"{count_samples(inputs)} inputs and {count_samples(targets)} targets"
     require(count_samples(inputs) == count_samples(targets), option, counts, "give one target for each input")
     if accuracy:
-        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        found = dtype_of(targets) or type(targets).__name__
         remedy = "accuracy needs one tensor of class indices in torch.int64"
-        require(kind == torch.int64, f"dtype of {option} targets", kind, remedy)
-    return inputs, targets
+        require(found == torch.int64, f"dtype of {option} targets", found, remedy)
 
 
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of ({', '.join(type(part).__name__ for part in value)})"
-    return type(value).__name__
+def dtype_of(part: Tree) -> torch.dtype | None:
+    """Type of the numbers of inputs or targets; None where a sample has more than one tensor."""
+    tensor = first_sample(part)
+    return tensor.dtype if isinstance(tensor, Tensor) else None
 
 
 def _check_tensor(option: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -1,21 +1,22 @@
 """A problem that a function of the user's returns, named ``MODULE:FUNCTION``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from apts_mpi.data.taking import is_array, is_tree
 from apts_mpi.errors import InvalidInput
-from apts_mpi.problems.problem import Problem
-from apts_mpi.tools.user_code import import_named
+from apts_mpi.problems.problem import Problem, dtype_of
+from apts_mpi.tools.user_code import arguments_for, import_named
 
 _EXPECTED = (
-    "the function takes no arguments and returns a Problem or a tuple (network, loss, data), with data "
+    "the function returns a Problem or a tuple (network, loss, data), with data "
     "(inputs, targets) or ((inputs, targets), (test_inputs, test_targets))"
 )
 
 
-def load(name: str, dtype: torch.dtype) -> Problem:
+def load(name: str, dtype: torch.dtype, arguments: Mapping[str, str]) -> Problem:
     """Call the user's function and make a `apts_mpi.problems.Problem` of what it returns.
 
     The module is looked for in the current directory first. It is imported, and the function called, with ``dtype`` as
@@ -25,28 +26,40 @@ def load(name: str, dtype: torch.dtype) -> Problem:
     Parameters
     ----------
     name : str
-        ``MODULE:FUNCTION``.
+        ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION``.
     dtype : torch.dtype
+    arguments
+        Of the function, as texts.
 
     Raises
     ------
     InvalidInput
-        When the module or the function is missing or fails, or returns something else.
+        When an argument is not one of the function's; when the module or the function is missing or fails, or returns
+        something else.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        returned = _call(name, import_named("--problem", name, "function", _EXPECTED))
+        function = import_named("--problem", name, "function", _EXPECTED)
+        returned = call("--problem", name, function, arguments, _EXPECTED)
     finally:
         torch.set_default_dtype(default)
     return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
 
 
-def _call(name: str, function: Callable[[], object]) -> object:
+def call(option: str, name: str, function: Callable[..., object], given: Mapping[str, str], expected: str) -> object:
+    """What a function of the user's returns, called with arguments that are given as texts.
+
+    Raises
+    ------
+    InvalidInput
+        For arguments that it does not take, and for what it raises; the message ends with what is ``expected`` of it.
+    """
+    arguments = arguments_for(f"{option}.args", function, given)
     try:
-        return function()
+        return function(**arguments)
     except Exception as error:
-        raise InvalidInput(f"--problem {name}: the function raised {_quote(error)}; {_EXPECTED}") from error
+        raise InvalidInput(f"{option} {name}: the function raised {_quote(error)}; {expected}") from error
 
 
 def _quote(error: Exception) -> str:
@@ -57,12 +70,12 @@ def _from_tuple(name: str, returned: object) -> Problem:
     if not isinstance(returned, tuple) or len(returned) != 3:
         raise InvalidInput(f"--problem {name}: the function returned {_describe(returned)}; {_EXPECTED}")
     network, loss, data = returned
-    is_split = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, tuple) for part in data)
+    # Of arrays and trees a pair is inputs and targets, of tuples and data sets training and test samples.
+    is_split = isinstance(data, tuple) and len(data) == 2 and not any(is_array(part) or is_tree(part) for part in data)
     train, test = data if is_split else (data, None)
     try:
         problem = Problem(name=name, network=network, loss=loss, train=train, test=test)
-        targets = problem.train[1]
-        return dataclasses.replace(problem, accuracy=isinstance(targets, torch.Tensor) and targets.dtype == torch.int64)
+        return dataclasses.replace(problem, accuracy=dtype_of(problem.train[1]) == torch.int64)
     except InvalidInput as error:
         raise InvalidInput(f"--problem {name}: the function returned a wrong tuple: {error}; {_EXPECTED}") from error
 

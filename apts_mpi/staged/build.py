@@ -105,5 +105,5 @@ def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, samp
     if options.pipeline.balance == "cost" and options.pipeline.cuts is None:
         if sample is None:
             raise InvalidInput("balance: 'cost' needs a sample of the inputs; give sample=, or choose parameters")
-        costs = multiplications(places, sample)
+        costs = multiplications(places, sample[:8])
     return cut(places, stages, options.pipeline, costs, beginnings)

@@ -191,6 +191,7 @@ class Staged:
             micro_batches=self.options.pipeline.micro_batches,
             decomposition=self.decomposition,
             stages=self.replica,
+            comm=self.comm,
             whole=self.options.batch == "whole",
             stream=stream,
             group=self.options.group,

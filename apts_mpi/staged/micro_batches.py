@@ -7,7 +7,8 @@ import torch
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
-from apts_mpi.objective.batch import Batch, Piece, Samples, Selection, as_batch, check_counts, check_groups, check_rows
+from apts_mpi.objective.batch import Batch, Samples, Selection, as_batch, check_counts, check_groups, check_rows
+from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.trees import Tree, count_samples, numbers_of_sample
 
@@ -24,6 +25,7 @@ def cut_micro_batches(
     micro_batches: int,
     decomposition: Decomposition,
     stages: Communicator,
+    comm: Communicator,
     whole: bool,
     stream: tuple[int, ...],
     group: int | None = 1,
@@ -43,6 +45,8 @@ def cut_micro_batches(
         Of this stage; its team holds the stage, one a replica.
     stages
         The ranks of this replica, one a stage.
+    comm
+        The ranks of all replicas.
     whole
         Whether the batch is that of all replicas.
     stream
@@ -84,14 +88,25 @@ def cut_micro_batches(
             )
     copies = 1 if group else team.size
     total = count * copies if whole else team.total(count)
-    pieces = []
-    for index in range(micro_batches):
-        first, last = ((start + edge) * size for edge in split(stop - start, micro_batches, index))
-        weight, key = (last - first) / total, (*stream, team.rank if group else 0, index, stages.rank)
-        pieces.append(Piece(first, last, weight, key, decomposition.carried, first, count, size))
     entering = Selection(placeholder(count, 0)) if inputs is None else Selection(inputs, rows)
     compared = Selection(placeholder(count, numbers)) if targets is None else Selection(targets, rows)
-    passes = [piece.of(entering, compared) for piece in pieces]
+    edges = [split(stop - start, micro_batches, index) for index in range(micro_batches)]
+    ranges = [((start + first) * size, (start + last) * size) for first, last in edges]
+    with comm.shared_errors():
+        # What is read may be wrong in one replica.
+        parts = [(entering.part(*place), compared.part(*place)) for place in ranges]
+    passes = [
+        Pass(
+            *part,
+            weight=(last - first) / total,
+            stream=(*stream, team.rank if group else 0, index, stages.rank),
+            subdomains=decomposition.carried,
+            position=first,
+            shard_size=count,
+            group=size,
+        )
+        for index, (part, (first, last)) in enumerate(zip(parts, ranges, strict=True))
+    ]
     own = sum(part.samples for part in passes)
     return Batch(samples, rows, passes, total // copies, [own / team.total(own)])
 

@@ -25,7 +25,7 @@ from apts_mpi.staged.pipeline import Pipeline
 from apts_mpi.staged.schedules import SCHEDULES, Action, backwards, forwards
 from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
-from apts_mpi.tools.trees import Tree, count_samples, tensors_of
+from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
 
 
 @dataclass
@@ -288,7 +288,7 @@ class StagedObjective(Objective):
         """See `apts_mpi.StagedAPTS.infer`."""
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
-            outputs = inputs[index] if entering is None else entering
+            outputs = take(inputs[index], slice(None)) if entering is None else entering
             for segment in self.segmented.segments:
                 outputs = segment(outputs)
                 self.pipeline.progress()

@@ -191,11 +191,32 @@ def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 
 def seed_stream(device: torch.device, *key: int) -> None:
     """Seed torch on ``device`` from a tuple of integers; equal keys give equal random numbers."""
-    seed = 0
-    for part in key:
-        # A 64-bit multiplicative hash (Knuth); neighbouring keys must not give neighbouring seeds.
-        seed = ((seed ^ (part + 0x9E3779B97F4A7C15)) * 0xD1342543DE82EF95) % 2**63
+    seed = _seed_of(key)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def kept_draws() -> Iterator[None]:
+    """Leave the random states of torch on the host, numpy and Python after the block as they were before."""
+    cpu = torch.device("cpu")
+    with preserved_random_state(cpu), kept_generators(cpu):
+        yield
+
+
+def seed_draws(*key: int) -> None:
+    """Seed torch on the host, numpy and Python from a tuple of integers; see `seed_stream`."""
+    seed = _seed_of(key)
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - what users draw from
+    random.seed(seed)
+
+
+def _seed_of(key: tuple[int, ...]) -> int:
+    seed = 0
+    for part in key:
+        # A 64-bit multiplicative hash (Knuth); neighbouring keys must not give neighbouring seeds.
+        seed = ((seed ^ (part + 0x9E3779B97F4A7C15)) * 0xD1342543DE82EF95) % 2**63
+    return seed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -19,6 +20,29 @@ from apts_mpi.errors import InvalidInput
 
 # A tensor, or one of the containers above with trees in it.
 Tree = Any
+
+
+class Unread(ABC):
+    """Samples, of one tensor or of a tree of them, that are read when some of them are taken."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, rows: slice | torch.Tensor) -> Tree:
+        """Some of them, read."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where what is read comes to."""
+
+    @property
+    @abstractmethod
+    def example(self) -> Tree:
+        """The first sample, shape (1, ...)."""
+
 
 ALLOWED = "give tensors or arrays of numbers, samples first, in tuples, lists, mappings or dataclasses"
 
@@ -85,16 +109,28 @@ def tensors_of(tree: Tree) -> tuple[torch.Tensor, ...]:
 
 def count_samples(tree: Tree) -> int:
     """Number of samples, in a tree of which `as_samples` has seen that it has one."""
-    return len(tensors_of(tree)[0])
+    return len(tree if isinstance(tree, Unread) else tensors_of(tree)[0])
+
+
+def first_sample(tree: Tree) -> Tree:
+    """The first of the samples, shape (1, ...)."""
+    return tree.example if isinstance(tree, Unread) else take(tree, slice(1))
 
 
 def numbers_of_sample(tree: Tree) -> int:
     """How many numbers a sample has, in all tensors together."""
-    return sum(tensor[0].numel() for tensor in tensors_of(tree))
+    return sum(tensor.numel() for tensor in tensors_of(first_sample(tree)))
+
+
+def device_of(tree: Tree) -> torch.device:
+    """Where the samples are."""
+    return tree.device if isinstance(tree, Unread) else tensors_of(tree)[0].device
 
 
 def take(tree: Tree, rows: slice | torch.Tensor) -> Tree:
-    """Some of the samples: views for a slice, copies for their numbers."""
+    """Some of the samples: views for a slice, copies for their numbers; what has to be read is read here."""
+    if isinstance(tree, Unread):
+        return tree[rows]
 
     def of_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
@@ -114,7 +150,7 @@ def as_samples(tree: Tree, name: str) -> Tree:
     Parameters
     ----------
     tree
-        Tensors and numpy arrays, with the samples in the first dimension.
+        Tensors and numpy arrays, with the samples in the first dimension; or what is to be read.
     name
         What it is called in messages.
 
@@ -123,7 +159,7 @@ def as_samples(tree: Tree, name: str) -> Tree:
     InvalidInput
         Naming a leaf that is something else, or leaves that differ in their number of samples.
     """
-    if isinstance(tree, torch.Tensor) and tree.dim():
+    if isinstance(tree, Unread) or (isinstance(tree, torch.Tensor) and tree.dim()):
         return tree
     leaves = named_leaves(tree, name)
     if not leaves:

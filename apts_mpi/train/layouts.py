@@ -15,19 +15,20 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.apts import APTS
+from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.segments import segments_of
 from apts_mpi.network.teams import Teams
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
+from apts_mpi.problems import ALL, Parts, Problem, Wanted, build, read_parts
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools.events import Events
-from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
+from apts_mpi.tools.trees import Tree, count_samples, first_sample, take, tensors_of
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.metrics import Consume, Data, edges_of, whole_outputs
+from apts_mpi.train.metrics import Consume, Data, edges_of, piece_of, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
@@ -53,6 +54,8 @@ def make_training(options: TrainingOptions, device: torch.device, comm: Communic
         train_samples=options.train_samples,
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
+        arguments=options.arguments("problem_args"),
+        parts=Parts(options.network, options.loss, options.arguments("network_args")),
     )
     with comm.shared_errors():
         problem = make() if options.layout == "replicated" else None
@@ -148,7 +151,7 @@ def _of_stage(data: Data, wanted: Wanted, count: int) -> Data:
     inputs, targets = data
     return (
         inputs if wanted.inputs else placeholder(count, 0),
-        targets if wanted.targets else placeholder(count, 0).to(tensors_of(targets)[0].dtype),
+        targets if wanted.targets else placeholder(count, 0).to(tensors_of(first_sample(targets))[0].dtype),
     )
 
 
@@ -164,7 +167,11 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
-    solver_options, replica = solver.options, solver.holding.decomposition.team.rank
-    edges = edges_of(count_samples(data[0]), solver_options.replicas, replica, solver_options.group)
-    inputs, targets = ([take(part, slice(*edge)) for edge in itertools.pairwise(edges)] for part in data)
-    solver.infer(inputs, lambda index, outputs: consume(outputs, targets[index]))
+    held = solver.options, solver.holding.decomposition.team.rank
+    # The stages have one half of the samples each, and the same pieces.
+    (size,) = solver.comm.agree([piece_of(data)], lambda table: [table.min()])
+    edges = edges_of(count_samples(data[0]), held[0].replicas, held[1], held[0].group, int(size))
+    ranges = list(itertools.pairwise(edges))
+    inputs, targets = data
+    entering = [inputs.range(*each) if isinstance(inputs, Half) else take(inputs, slice(*each)) for each in ranges]
+    solver.infer(entering, lambda index, outputs: consume(outputs, take(targets, slice(*ranges[index]))))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from apts_mpi.data import Half
 from apts_mpi.network.partition import split
 from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.parallel.communicator import Communicator
@@ -36,7 +37,7 @@ def whole_outputs(called: Callable[[Tree], Any], comm: Communicator, group: int 
     """
 
     def outputs(data: Data, consume: Consume) -> None:
-        edges = edges_of(count_samples(data[0]), comm.size, comm.rank, group)
+        edges = edges_of(count_samples(data[0]), comm.size, comm.rank, group, piece_of(data))
         for edge in itertools.pairwise(edges):
             inputs, targets = (take(part, slice(*edge)) for part in data)
             consume(called(inputs), targets)
@@ -44,13 +45,18 @@ def whole_outputs(called: Callable[[Tree], Any], comm: Communicator, group: int 
     return outputs
 
 
-def edges_of(count: int, ranks: int, rank: int, group: int | None) -> list[int]:
+def piece_of(data: Data) -> int:
+    """Samples of a piece; of what is read they take little memory."""
+    return min(part.piece(PIECE) if isinstance(part, Half) else PIECE for part in data)
+
+
+def edges_of(count: int, ranks: int, rank: int, group: int | None, piece: int) -> list[int]:
     """Where the pieces of a rank's share of some samples begin, and where the last one ends."""
     size = group or 1
     # What does not fill a group is left out.
     groups = count // size
     first, last = split(groups, ranks, rank) if group else (0, groups if rank == 0 else 0)
-    return [*range(first * size, last * size, max(PIECE // size, 1) * size), last * size]
+    return [*range(first * size, last * size, max(piece // size, 1) * size), last * size]
 
 
 class Metrics:

@@ -57,7 +57,15 @@ class TrainingOptions:
     Parameters
     ----------
     problem
-        Name of a problem of the package, or MODULE:FUNCTION for one of your own.
+        Name of a problem of the package, MODULE:FUNCTION for one of your own, or hdf5:FILE for samples in a file.
+    problem_args
+        Arguments of your own problem's function, as NAME=VALUE; ``--problem.args.NAME VALUE`` gives one.
+    network
+        MODULE:FUNCTION that returns the network, for hdf5:FILE.
+    network_args
+        Arguments of that function, as NAME=VALUE; ``--network.args.NAME VALUE`` gives one.
+    loss
+        MODULE:FUNCTION of (outputs, targets), for hdf5:FILE. null: cross entropy for integers, else the mean square.
     data_dir
         Directory (or text file) of the data, for problems that read some.
     train_samples
@@ -143,6 +151,10 @@ class TrainingOptions:
     """
 
     problem: str = "digits"
+    problem_args: tuple[str, ...] = ()
+    network: str | None = None
+    network_args: tuple[str, ...] = ()
+    loss: str | None = None
     data_dir: str | None = None
     train_samples: int | None = None
     epochs: int | None = None
@@ -191,6 +203,9 @@ class TrainingOptions:
         for name in ("max_seconds", "max_cpu_seconds"):
             limit = getattr(self, name)
             require(limit is None or limit > 0.0, name, limit, "give a number above 0, or null")
+        for name in ("problem_args", "network_args"):
+            for each in getattr(self, name):
+                require(re.match(r"[A-Za-z_]\w*=", each) is not None, name, each, "give NAME=VALUE")
         both = self.autocast == "none" or self.dtype == "float32"
         require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
         self._check_survival()
@@ -198,6 +213,11 @@ class TrainingOptions:
         require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
         self.solver_options()
+
+    def arguments(self, of: Literal["problem_args", "network_args"]) -> dict[str, str]:
+        """Arguments of a function of the user's by their names; the last of a name counts."""
+        pairs = (each.partition("=") for each in getattr(self, of))
+        return {name: value for name, _, value in pairs}
 
     def _check_survival(self) -> None:
         every = self.checkpoint_every

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jsonargparse
+import yaml
 
 from apts_mpi.errors import InvalidInput, require, require_choice, shortened, shown
 from apts_mpi.tools.command import add_version
@@ -27,6 +29,10 @@ SWITCHES = (
     *("--log_view", "--trace", "--tensorboard"),
 )
 
+
+# Arguments of functions of the user's: their names are as they stand in the function.
+OF_FUNCTIONS = r"--(problem|network)\.args\.([A-Za-z_]\w*)"
+LISTS = ("problem_args", "network_args")
 
 # Characters of what the parser says.
 LONGEST_MESSAGE = 600
@@ -50,8 +56,16 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def spell(arguments: Sequence[str]) -> list[str]:
     """Options as the parser knows them: underscores for hyphens, short forms and switches written out."""
     spelled: list[str] = []
+    waiting = False
     for argument, following in itertools.pairwise([*arguments, ""]):
-        if match := re.match(r"--([A-Za-z][^=]*)", argument):
+        if waiting:
+            # The value of an argument of a function.
+            spelled[-1] += f"={argument}"
+            waiting = False
+            continue
+        if re.match(OF_FUNCTIONS + "(=|$)", argument):
+            waiting = "=" not in argument
+        elif match := re.match(r"--([A-Za-z][^=]*)", argument):
             name = "--" + match.group(1).replace("-", "_")
             argument = SHORT_FORMS.get(name, name) + argument[match.end() :]
             if argument in SWITCHES and following not in ("true", "false"):
@@ -60,6 +74,34 @@ def spell(arguments: Sequence[str]) -> list[str]:
                 argument += f"={LATEST_OF_RUN}"
         spelled.append(argument)
     return spelled
+
+
+def gather(arguments: Sequence[str]) -> list[str]:
+    """Arguments with those of functions of the user's, ``--problem.args.NAME=VALUE``, in lists of their own."""
+    rest: list[str] = []
+    found: dict[str, dict[str, str]] = {}
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        listed = option.removeprefix("--")
+        if match := re.fullmatch(OF_FUNCTIONS, option):
+            found.setdefault(match[1], {})[match[2]] = value
+        elif listed in LISTS and (given := _pairs(value)) is not None:
+            found.setdefault(listed.removesuffix("_args"), {}).update(given)
+        else:
+            rest.append(argument)
+    lists = {name: [f"{each}={value}" for each, value in given.items()] for name, given in found.items()}
+    return [*rest, *(f"--{name}_args={json.dumps(given)}" for name, given in lists.items())]
+
+
+def _pairs(text: str) -> dict[str, str] | None:
+    """Names and values in a list of NAME=VALUE; None for another text, which the parser refuses."""
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    if not isinstance(given, list) or not all(isinstance(each, str) and "=" in each for each in given):
+        return None
+    return {name: value for name, _, value in (each.partition("=") for each in given)}
 
 
 def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[TrainingOptions, str]:
@@ -79,7 +121,7 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
     """
     parser = make_parser()
     try:
-        parsed = parser.parse_args([*earlier, *expand(spell(arguments))])
+        parsed = parser.parse_args(gather([*earlier, *expand(spell(arguments))]))
     except (argparse.ArgumentError, TypeError) as error:
         _refuse_value(str(error))
         raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error

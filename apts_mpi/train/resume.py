@@ -30,7 +30,7 @@ OF_THE_CALL = (
 )
 
 # Options that may name a program of the user's, MODULE:NAME, which a checkpoint cannot start.
-PROGRAMS = ("problem", "local.solver", "coarse.space")
+PROGRAMS = ("problem", "network", "loss", "local.solver", "coarse.space")
 
 
 def open_earlier(options: TrainingOptions, comm: Communicator, tell: Callable[[str], None]) -> Checkpoint | None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.sameness import check_same, check_same_trees, fields_in_words
 from apts_mpi.problems import Problem, Wanted
-from apts_mpi.tools.trees import Tree
+from apts_mpi.tools.trees import Tree, Unread, take
 from apts_mpi.train.options import TrainingOptions
 
 # Places, of which each host may have its own, and devices.
 OF_A_RANK = {"data_dir", "device", "run_dir"}
+
+
+# Samples that are compared of those that are read as they are needed.
+SOME = 16
 
 
 def check_same_options(options: TrainingOptions, comm: Communicator) -> None:
@@ -48,11 +56,27 @@ def check_same_problem(problem: Problem, there: Wanted, comm: Communicator) -> N
     shared = {name: [repr(getattr(problem, name))] for name in names}
     given = [name for name in ("test", "forward") if getattr(problem, name) is not None]
     shared |= {"set of parts": given, "list of metrics": list(problem.metrics)}
+    lazy = {name: data for name, data in (("train", problem.train), ("test", problem.test)) if _is_read(data)}
+    shared |= {f"number of {name} samples": [str(len(data[0]))] for name, data in lazy.items()}
     check_same(shared, comm, where, remedy)
     trees: dict[str, Tree] = {}
-    for which, samples in (("train", problem.train), ("test", problem.test)):
-        if samples is not None:
-            inputs, targets = samples
-            trees |= {f"{which} inputs": inputs} if there.inputs else {}
-            trees |= {f"{which} targets": targets} if there.targets else {}
+    with comm.shared_errors():
+        for which, samples in (("train", problem.train), ("test", problem.test)):
+            if samples is not None:
+                inputs, targets = samples
+                trees |= {f"{which} inputs": _compared(inputs)} if there.inputs else {}
+                trees |= {f"{which} targets": _compared(targets)} if there.targets else {}
     check_same_trees(trees, None, comm, where, remedy)
+
+
+def _is_read(data: Any) -> bool:
+    """Whether samples are read as they are needed."""
+    return data is not None and any(isinstance(part, Unread) for part in data)
+
+
+def _compared(part: Tree) -> Tree:
+    """Of what is in memory all is compared, and of what is read as it is needed some samples."""
+    if not isinstance(part, Unread):
+        return part
+    few = min(SOME, len(part))
+    return take(part, torch.arange(few) * len(part) // few)

@@ -17,10 +17,11 @@ from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
-from apts_mpi.tools.trees import count_samples, map_tensors, numbers_of_sample, tensors_of
+from apts_mpi.tools.trees import numbers_of_sample
 from apts_mpi.train.baselines import BaselineResult, DataParallel
+from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.consistency import fingerprint
-from apts_mpi.train.metrics import Data, Metrics, Outputs
+from apts_mpi.train.metrics import Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps, share_of_time
 from apts_mpi.train.rejection import Rejections
@@ -83,13 +84,12 @@ class Training:
     def __init__(self, problem: Problem, options: TrainingOptions, device: torch.device, method: Method) -> None:
         self.problem = problem
         self.options = options
-        self.train = _to(problem.train, device)
-        self.test = None if problem.test is None else _to(problem.test, device)
-        self.samples = count_samples(problem.train[0])
-        self.batch_size = min(options.batch_size or problem.batch_size or self.samples, self.samples)
+        self.test = None if problem.test is None else to_device(problem.test, device)
         self.epochs = options.epochs or problem.epochs
         self.solver = method.solver
         self.comm: Communicator = self.solver.comm
+        self._data = Batches(problem, options, device, self.comm)
+        self.train, self.samples, self.batch_size = self._data.train, self._data.samples, self._data.size
         self.progress = Progress()
         self._check_batch()
         self._metrics = Metrics(problem, self.comm, method.outputs)
@@ -99,7 +99,6 @@ class Training:
         self._resumed = False
         self._time_share = 0.0
         self._last: StepResult | BaselineResult | None = None
-        self._shuffled = 0
         self._rejections = Rejections()
 
     def _check_batch(self) -> None:
@@ -128,7 +127,7 @@ class Training:
     @property
     def batches(self) -> int:
         """Batches an epoch; samples that do not fill one are left out, others each epoch."""
-        return self.samples // self.batch_size
+        return self._data.count
 
     def run(
         self, record: Record, boundary: Callable[[bool], bool] = lambda done: False, tell: Tell = lambda text: None
@@ -192,34 +191,19 @@ class Training:
         """Whether no batch of an epoch has anything left to gain."""
         return self.progress.at_rest >= self.batches
 
-    def _rows(self) -> torch.Tensor | None:
-        """Samples of the present batch; None is the full batch."""
-        if self.batch_size == self.samples:
-            return None
-        epoch, batch = self.progress.epoch, self.progress.batch
-        if epoch != self._shuffled:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-            size = self.problem.group_size
-            order = torch.randperm(self.samples // size, generator=generator)
-            if size > 1:
-                order = (order[:, None] * size + torch.arange(size)).flatten()
-            self._order = order.to(tensors_of(self.train[0])[0].device)
-            self._shuffled = epoch
-        return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
         with self.solver.events.timed("data"):
-            rows = self._rows()
+            batch, rows = self._data.batch(self.progress.epoch, self.progress.batch)
         steps = share_of_steps(self.progress, self.epochs, self.batches)
         share = max(steps, self._time_share)
         if isinstance(self.solver, DataParallel):
-            return self.solver.step(self.train, rows, share)
-        known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
+            return self.solver.step(batch, rows, share)
+        known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0)
         if known and self._resumed:
-            self.solver.repeat(self.train, rows)
+            self.solver.repeat(batch, rows)
         self._resumed = False
-        return self.solver.step(None if known else self.train, rows, share)
+        return self.solver.step(None if known else batch, rows, share)
 
     def _note(self, result: StepResult | BaselineResult) -> dict[str, Any]:
         """Count an iteration, and say what it did."""
@@ -341,7 +325,3 @@ class Training:
             "seconds_in_communication": communication,
             "seconds_in_checkpoints": checkpoints,
         }
-
-
-def _to(data: Data, device: torch.device) -> Data:
-    return tuple(map_tensors(lambda tensor: tensor.to(device), part) for part in data)

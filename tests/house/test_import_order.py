@@ -25,7 +25,7 @@ PLACES = {
     "time": {"tools"},
     "jsonargparse": {"train", "compare"},
     "rich": {"tools", "records", "train", "scaling", "compare", "bench", "checkpoint", "doctor"},
-    "h5py": {"checkpoint", "scaling"},
+    "h5py": {"checkpoint", "scaling", "data"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -23,7 +23,7 @@ from apts_mpi import (
     StagedAPTS,
     TrustRegionOptions,
 )
-from apts_mpi.objective.batch import Piece, Selection
+from apts_mpi.objective.passes import Pass
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.options import BaselineOptions
 
@@ -201,8 +201,8 @@ def test_thinned_passes_keep_groups():
     def chosen(*edges):
         found = []
         for start, stop in itertools.pairwise(edges):
-            piece = Piece(start, stop, (stop - start) / 40, (0,), (), start, 40, GROUP)
-            part = piece.of(Selection(inputs), Selection(inputs)).thinned(0.35)
+            own = inputs[start:stop]
+            part = Pass(own, own, (stop - start) / 40, (0,), (), start, 40, GROUP).thinned(0.35)
             found.append(SimpleNamespace(rows=[], weight=0.0) if part is None else part)
         rows = [row for part in found for row in (part.inputs.flatten().tolist() if hasattr(part, "inputs") else [])]
         return rows, sum(part.weight for part in found)

@@ -89,6 +89,8 @@ BAD_VALUES = [
     (APTSOptions, {"replicas": 0}, "replicas: 0 .* give 1 or more"),
     (APTSOptions, {"batch": "half"}, "batch: 'half' .* choose one of whole, shard"),
     (APTSOptions, {"seed": -1}, "seed: -1 .* give 0 or more"),
+    (TrainingOptions, {"problem_args": ("width",)}, "problem_args: 'width' is not allowed; give NAME=VALUE"),
+    (TrainingOptions, {"network_args": ("=3",)}, "network_args: '=3' is not allowed; give NAME=VALUE"),
     (TrainingOptions, {"epochs": 0}, "epochs: 0 .* give 1 or more, or null"),
     (TrainingOptions, {"max_iterations": 0}, "max_iterations: 0"),
     (TrainingOptions, {"max_seconds": 0.0}, "max_seconds: 0.0"),
@@ -133,7 +135,18 @@ def test_bad_values_are_refused(kind, change, message):
 @pytest.mark.parametrize("kind", {kind for kind, _, _ in BAD_VALUES})
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
-    free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
+    free = {
+        "problem",
+        "network",
+        "loss",
+        "data_dir",
+        "run_dir",
+        "overwrite",
+        "resume",
+        "checkpoint_in_background",
+        "view",
+        "monitor",
+    }
     free |= {"cuts", "recompute", "log_view", "trace", "tensorboard"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts

@@ -159,7 +159,7 @@ def test_batches_are_whole_groups(world, command):
 def test_groups_are_shuffled_together():
     options, _ = parse(["--problem=test_denominators_of_runs:in_pairs", *CHOSEN])
     training = train_problem(in_pairs(), options, torch.device("cpu"), MPI.COMM_SELF)
-    rows = training._rows()
+    _, rows = training._data.batch(1, 0)
     assert len(rows) == 30 and torch.equal(rows[1::2], rows[::2] + 1) and bool((rows[::2] % 2 == 0).all())
     assert rows.tolist() != sorted(rows.tolist())
 

@@ -325,7 +325,8 @@ def test_which_options_are_the_calls():
     of_the_run = NAMES - set(OF_THE_CALL)
     assert set(OF_THE_CALL) <= NAMES
     assert {name for name in of_the_run if "." not in name} == {
-        "problem", "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "max_cpu_seconds",
+        "problem", "problem_args", "network", "network_args", "loss",
+        "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "max_cpu_seconds",
         "batch_size", "seed", "dtype", "autocast", "optimizer", "learning_rate", "layout", "subdomains", "replicas",
         "noise",
         "checkpoint_every", "checkpoint_keep_last", "checkpoint_keep_every", "checkpoint_in_background",

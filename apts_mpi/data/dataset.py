@@ -1,0 +1,236 @@
+"""Samples of data sets of torch's, by number or one after the other, and the processes that read them ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import default_collate
+
+from apts_mpi.data.source import Epoch, Pair, Request
+from apts_mpi.errors import InvalidInput, shown
+from apts_mpi.tools.environment import kept_draws, seed_draws
+
+# Makes a batch of a list of samples.
+Collate = Callable[[list[Any]], Any]
+
+# Samples that are counted at most, where a stream does not say how many it has.
+MOST_COUNTED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that read ahead, with torch's own names and meanings.
+
+    Attributes
+    ----------
+    num_workers : int
+    settings : dict
+        Further arguments of ``torch.utils.data.DataLoader``.
+    """
+
+    num_workers: int
+    settings: dict[str, Any]
+
+
+class _Reading:
+    """What data sets by number and streams have in common: the making of batches, and workers."""
+
+    varies = True
+    most_workers: int | None = None
+
+    def __init__(self, collate: Collate | None, workers: Workers | None) -> None:
+        self._collate = collate or default_collate
+        number = 0 if workers is None else workers.num_workers
+        self._number = number if self.most_workers is None else min(number, self.most_workers)
+        self._settings = {} if workers is None else workers.settings
+        self._loader: DataLoader | None = None
+        self._requests: list[Request] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For workers: they read, and have no workers of their own.
+        return {**self.__dict__, "_loader": None, "_requests": []}
+
+    def take(self, rows: torch.Tensor, epoch: Epoch) -> Pair:
+        """See `apts_mpi.data.source.Source`."""
+        with kept_draws():
+            samples = self.samples(rows.tolist(), epoch)
+            try:
+                batch = self._collate(samples)
+            except Exception as error:
+                reason = shown(f"{type(error).__name__}: {error}")
+                raise InvalidInput(
+                    f"train: {len(samples)} samples do not make a batch ({reason}); give a collate_fn that makes one"
+                ) from error
+            return as_pair(batch)
+
+    def samples(self, rows: list[int], epoch: Epoch) -> list[Any]:
+        """The samples before they make a batch. Random states move."""
+        raise NotImplementedError
+
+    def ahead(self, requests: Sequence[Request]) -> Iterator[Pair] | None:
+        """See `apts_mpi.data.source.Source`. The processes stay for the next call."""
+        if self._number == 0:
+            return None
+        if self._loader is None:
+            # A generator of its own: torch's would move, from which the solver draws.
+            self._loader = DataLoader(
+                _Requested(self),
+                batch_size=None,
+                sampler=self._requests,
+                collate_fn=_as_it_is,
+                num_workers=self._number,
+                persistent_workers=True,
+                generator=torch.Generator(),
+                **self._settings,
+            )
+        self._requests[:] = requests
+        return self._results()
+
+    def _results(self) -> Iterator[Pair]:
+        results: Iterable[Any] = () if self._loader is None else self._loader
+        for result in results:
+            if isinstance(result, InvalidInput):
+                raise result
+            yield result
+
+
+class _Requested(Dataset):
+    """What a worker does: it reads what it is asked for; what is wrong with a sample comes back as a value."""
+
+    def __init__(self, reading: _Reading) -> None:
+        self._reading = reading
+
+    def __getitem__(self, request: Request) -> Pair | InvalidInput:
+        try:
+            return self._reading.take(*request)
+        except InvalidInput as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Mapped(_Reading):
+    """Samples of a data set by number.
+
+    Before each sample the generators of torch, numpy and Python are seeded by the epoch and its number, so that what is
+    drawn for it depends on neither ranks nor workers.
+    """
+
+    def __init__(self, dataset: Any, collate: Collate | None = None, workers: Workers | None = None) -> None:
+        super().__init__(collate, workers)
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def samples(self, rows: list[int], epoch: Epoch) -> list[Any]:
+        """One after the other, each with its own random numbers."""
+        found = []
+        for row in rows:
+            seed_draws(*epoch, row)
+            try:
+                found.append(self._dataset[row])
+            except Exception as error:
+                raise unreadable(self._dataset, row, error) from error
+        return found
+
+
+class Streamed(_Reading):
+    """Samples of a data set that gives them one after the other, numbered as they come.
+
+    To come to a sample the ones before it are read and left; one worker at most reads ahead.
+    """
+
+    most_workers = 1
+
+    def __init__(self, dataset: Any, collate: Collate | None = None, workers: Workers | None = None) -> None:
+        super().__init__(collate, workers)
+        self._dataset = dataset
+        self._length = _length_of(dataset)
+        self._stream: Iterator[Any] | None = None
+        self._epoch, self._next = Epoch(0, 0), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_stream": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def samples(self, rows: list[int], epoch: Epoch) -> list[Any]:
+        """Those of the stream from where it is, or from its beginning where they are behind."""
+        wanted, found = sorted(set(rows)), {}
+        for row in wanted:
+            found[row] = self._come_to(row, epoch)
+        return [found[row] for row in rows]
+
+    def _come_to(self, row: int, epoch: Epoch) -> Any:
+        if self._stream is None or epoch != self._epoch or row < self._next:
+            if callable(getattr(self._dataset, "set_epoch", None)):
+                self._dataset.set_epoch(epoch.number)
+            seed_draws(*epoch)
+            self._stream, self._epoch, self._next = iter(self._dataset), epoch, 0
+        while True:
+            seed_draws(*epoch, self._next)
+            try:
+                sample = next(self._stream)
+            except StopIteration as error:
+                raise InvalidInput(
+                    f"train: {_name(self._dataset)} ended after {self._next} samples in epoch {epoch.number}, and "
+                    f"{self._length} were counted or promised; give as many in each epoch"
+                ) from error
+            except Exception as error:
+                raise unreadable(self._dataset, self._next, error) from error
+            self._next += 1
+            if self._next > row:
+                return sample
+
+
+def _length_of(dataset: Any) -> int:
+    """Number of samples of a stream: what it says, or what is counted."""
+    try:
+        return len(dataset)
+    except TypeError:
+        pass
+    with kept_draws():
+        seed_draws(0, 0)
+        count = 0
+        for _ in dataset:
+            count += 1
+            if count > MOST_COUNTED:
+                raise InvalidInput(
+                    f"train: {_name(dataset)} does not say how many samples it has, and has more than "
+                    f"{MOST_COUNTED:,}; give it a __len__, the samples of an epoch"
+                )
+    return count
+
+
+def as_pair(batch: Any) -> Pair:
+    """Inputs and targets of a batch.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise InvalidInput(
+            f"train: a batch of the data set is a {kind}; let its samples, or collate_fn, be a pair (inputs, targets)"
+        )
+    return batch[0], batch[1]
+
+
+def unreadable(dataset: Any, row: int, error: Exception) -> InvalidInput:
+    """The error for a sample that a data set fails to give."""
+    reason = shown(f"{type(error).__name__}: {error}")
+    return InvalidInput(f"train: sample {row} of {_name(dataset)} cannot be read ({reason}); remove or mend it")
+
+
+def _name(dataset: Any) -> str:
+    return type(dataset).__name__
