@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from math import sqrt
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ class Trials:
         self._values = objective.vector.values
         # The last point that was judged.
         self._before = self._values.clone()
+        # Of the parameters on all ranks, and only where their shrinking is asked for, which costs a product.
+        self._decay = self._options.weight_decay
+        (self._size,) = inner.sum(np.array([float(len(self._values))])) if self._decay else (0.0,)
         self._is_lower = options.autocast != "none"
         # Of the evaluations.
         self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps
@@ -101,7 +105,7 @@ class Trials:
         step: torch.Tensor,
         predicted_reduction: float | None,
         keep_graph: bool,
-    ) -> tuple[Judged, Run]:
+    ) -> tuple[Judged, Run | None]:
         """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point. Collective.
 
         Parameters
@@ -120,8 +124,8 @@ class Trials:
         Returns
         -------
         judged : Judged
-        trial : Run
-            The evaluation there.
+        trial : Run or None
+            The evaluation there; None where the parameters shrank after the step.
         """
         with self._comm.events.timed("judge"):
             self._values.add_(step)
@@ -141,25 +145,38 @@ class Trials:
                 )
                 if self._last_step is not None and not judged.skipped:
                     judged = state.judged_by_next(judged, self._inner.sum_of_table(table[:, 7]), self._options)
-                return [*astuple(judged), table[:, 0].max()]
+                length = sqrt(self._inner.sum_of_table(table[:, -1])) if self._decay else 0.0
+                return [*astuple(judged), length, table[:, 0].max()]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
             products = self._inner.own(gradient, step)
             if self._last_step is not None:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
+            if self._decay:
+                products.append(torch.linalg.vector_norm(step, dtype=torch.float64).square())
             moved = (self._values != self._before).any().double()
             own = torch.stack([present.loss, trial.loss, moved, *products]).tolist()
-            *record, self.work = self._comm.agree([self._comm.events.work, *own], decide)
+            *record, length, self.work = self._comm.agree([self._comm.events.work, *own], decide)
             judged = judged_of(record)
             if judged.accepted:
-                self._objective.buffers.accept((self._before, self._values))
+                self._objective.buffers.accept(*self._moves(length))
                 if self._last_step is not None:
                     self._last_step.vector.copy_(step)
             else:
                 self._values.copy_(self._before)
             state.move(judged, self._options)
-        return judged, trial
+        return judged, None if self._decay and judged.accepted else trial
+
+    def _moves(self, length: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What is copied where after an accepted step of that 2-norm: with weight decay, shrunk parameters to both.
+
+        It is no part of the step that is judged: rho says how good the model is, which knows nothing of it.
+        """
+        if not self._decay:
+            return [(self._before, self._values)]
+        shrunk = self._values * (1.0 - min(self._decay * length / sqrt(self._size), 1.0))
+        return [(self._before, shrunk), (self._values, shrunk)]
 
     @contextmanager
     def iteration(self, forget: Callable[[], None]) -> Iterator[None]:

@@ -194,6 +194,9 @@ class TrainingOptions:
         remedy = "it is for optimizer apts; choose that, or --layout replicated"
         require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
+        decay = self.trust_region.weight_decay
+        remedy = "it is for optimizer apts; choose that, or give 0"
+        require(self.optimizer == "apts" or decay == 0.0, "trust_region.weight_decay", decay, remedy)
         self.solver_options()
 
     def _check_survival(self) -> None:

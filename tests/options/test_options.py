@@ -71,6 +71,8 @@ BAD_VALUES = [
     (TrustRegionOptions, {"norm": "1"}, "trust_region.norm: '1' .* choose one of 2, inf"),
     (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
     (TrustRegionOptions, {"pull": -0.1}, r"trust_region.pull: -0.1 .* give a number in \[0, 1\), or null"),
+    (TrustRegionOptions, {"weight_decay": -0.1}, "trust_region.weight_decay: -0.1 .* give 0 or more"),
+    (TrustRegionOptions, {"weight_decay": math.inf}, "trust_region.weight_decay: inf .* give a finite number"),
     (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
     (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
