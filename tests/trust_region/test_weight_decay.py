@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, options
 
 from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, StagedAPTS, TrustRegionOptions
@@ -17,9 +18,8 @@ def vector(network):
 def solver_of(kind, world, decay, coarse="none", **changes):
     chosen = options(subdomains=None, **{"initial_radius": 0.3, **changes})
     region = replace(chosen.trust_region, weight_decay=decay)
-    return kind(
-        classifier(), cross_entropy, comm=world, options=replace(chosen, trust_region=region, coarse=CoarseOptions(model=coarse))
-    )  # fmt: skip
+    chosen = replace(chosen, trust_region=region, coarse=CoarseOptions(model=coarse))
+    return kind(classifier(), cross_entropy, comm=world, options=chosen)
 
 
 @pytest.mark.mpi
@@ -57,17 +57,17 @@ def test_staged_parameters_shrink_as_those_of_one_rank(world):
     torch.testing.assert_close(shrunk, (1.0 - 0.5 * (length / size) ** 0.5) * end, rtol=1e-12, atol=1e-14)
 
 
-def test_rejected_steps_leave_the_parameters(world):
-    solver = solver_of(APTS, world, 0.5, initial_radius=1e3, eta1=0.25)
+def test_rejected_steps_leave_the_parameters():
+    solver = solver_of(APTS, MPI.COMM_SELF, 0.5, initial_radius=1e3, eta1=0.25)
     before = vector(solver.network)
     assert not solver.step(classified()).accepted
     assert torch.equal(vector(solver.network), before)
 
 
-def test_a_pull_that_nothing_would_apply_is_refused(world):
+def test_a_pull_that_nothing_would_apply_is_refused():
     chosen = APTSOptions(trust_region=TrustRegionOptions(pull=0.1))
     with pytest.raises(InvalidInput, match=r"trust_region.pull: 0.1 is for the plain sum .* --coarse none"):
-        APTS(classifier(), cross_entropy, comm=world, options=chosen)
+        APTS(classifier(), cross_entropy, comm=MPI.COMM_SELF, options=chosen)
 
 
 def test_other_optimizers_have_their_own():
