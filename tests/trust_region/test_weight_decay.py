@@ -16,7 +16,7 @@ def vector(network):
 
 
 def solver_of(kind, world, decay, coarse="none", **changes):
-    chosen = options(subdomains=None, **{"initial_radius": 0.3, **changes})
+    chosen = options(subdomains=None, **{"initial_radius": 0.02, **changes})
     region = replace(chosen.trust_region, weight_decay=decay)
     chosen = replace(chosen, trust_region=region, coarse=CoarseOptions(model=coarse))
     return kind(classifier(), cross_entropy, comm=world, options=chosen)
@@ -34,10 +34,10 @@ def test_parameters_shrink_by_the_root_mean_square_of_the_step(world, norm, coar
     end = vector(plain.network)
     length = torch.linalg.vector_norm(end - before)
     factor = 1.0 - 0.5 * float(length) / len(end) ** 0.5
-    assert factor < 0.999
+    assert factor < 0.9999
     torch.testing.assert_close(vector(shrunk.network), factor * end, rtol=1e-12, atol=1e-14)
     # The next iteration begins there, and not where the step was judged.
-    loss = float(cross_entropy(shrunk.network(classified()[0]), classified()[1]))
+    loss = float(cross_entropy(shrunk.network(classified()[0]), classified()[1]).detach())
     assert shrunk.step().schwarz.loss == pytest.approx(loss, rel=1e-12)
 
 
