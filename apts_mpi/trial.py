@@ -65,7 +65,7 @@ class Trials:
         self._before = self._values.clone()
         # Of the parameters on all ranks, and only where their shrinking is asked for, which costs a product.
         self._decay = self._options.weight_decay
-        (self._size,) = inner.sum(np.array([float(len(self._values))])) if self._decay else (0.0,)
+        self._size = float(inner.sum(np.array([float(len(self._values))]))[0]) if self._decay else 0.0
         self._is_lower = options.autocast != "none"
         # Of the evaluations.
         self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps

@@ -24,13 +24,15 @@ from apts_mpi.problems import ALL, Problem, Wanted, build, read_parts
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
+from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
+from apts_mpi.train.method import Method
 from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
-from apts_mpi.train.training import Method, Training
+from apts_mpi.train.training import Training
 
 
 def make_training(options: TrainingOptions, device: torch.device, comm: Communicator, world: MPI.Intracomm) -> Training:
@@ -76,9 +78,10 @@ def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Int
     called = network if forward is None else CalledNetwork(network, forward)
     if options.optimizer == "apts":
         apts = APTS(network, loss, comm=world, options=options.solver_options(), forward=forward)
-        return Method(apts, whole_outputs(called, apts.comm))
+        return Method(apts, whole_outputs(called, apts.comm), functools.partial(replicated_arrays, comm=apts.comm))
     other = DataParallel(network, loss, comm=world, options=options.baseline_options(), forward=forward)
-    return Method(other, whole_outputs(called, other.comm), notes=other.notes)
+    arrays = functools.partial(replicated_arrays, comm=other.comm)
+    return Method(other, whole_outputs(called, other.comm), arrays, notes=other.notes)
 
 
 def build_staged_problem(make: Callable[..., Problem], options: TrainingOptions, world: MPI.Intracomm) -> Problem:
@@ -151,7 +154,8 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
     )
     outputs = functools.partial(_staged_outputs, solver)
     held = solver.holding
-    return Method(solver, outputs, held.replica.rank, "\n".join(held.processes), held.notes)
+    arrays = functools.partial(held.arrays, vectors={})
+    return Method(solver, outputs, arrays, held.replica.rank, "\n".join(held.processes), held.notes)
 
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:

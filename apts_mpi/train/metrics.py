@@ -10,6 +10,7 @@ import torch
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
+from apts_mpi.train.average import Average
 
 # Inputs and targets of some samples, on one device.
 Data = tuple[torch.Tensor, torch.Tensor]
@@ -47,15 +48,32 @@ class Metrics:
         The ranks.
     outputs
         How the samples come through the network.
+    average
+        That of its iterates, which is measured as well.
     """
 
-    def __init__(self, problem: Problem, comm: Communicator, outputs: Outputs) -> None:
+    def __init__(self, problem: Problem, comm: Communicator, outputs: Outputs, average: Average | None = None) -> None:
         self._problem = problem
         self._comm = comm
         self._outputs = outputs
+        self._average = average
+
+    def names(self, train: Data, test: Data | None) -> list[str]:
+        """What `measure` finds, known from a few of the samples. Collective."""
+        count = 2 * self._comm.size
+        few = test and (test[0][:count], test[1][:count])
+        return list(self.measure((train[0][:count], train[1][:count]), few))
 
     def measure(self, train: Data, test: Data | None) -> dict[str, Any]:
-        """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
+        """Losses and accuracies on all samples, the network in evaluation mode; of the average, too. Collective."""
+        values = self._measure(train, test)
+        if self._average is not None:
+            with self._average.in_network():
+                averaged = self._measure(train, test)
+            values |= {f"average_{name}": value for name, value in averaged.items()}
+        return values
+
+    def _measure(self, train: Data, test: Data | None) -> dict[str, Any]:
         network = self._problem.network
         network.eval()
         values = self._loss_and_accuracy("train", train)

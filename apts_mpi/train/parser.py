@@ -27,7 +27,7 @@ SHORT_FORMS = {
 
 # Options that need no value.
 SWITCHES = (
-    *("--overwrite", "--checkpoint_in_background", "--view", "--monitor"),
+    *("--overwrite", "--keep_best", "--checkpoint_in_background", "--view", "--monitor"),
     *("--log_view", "--trace", "--tensorboard"),
 )
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.errors import InvalidInput, SharedInvalidInput, shown
+from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
+from apts_mpi.train.average import Average, restore_average
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
-from apts_mpi.train.metrics import Data, Metrics, Outputs
+from apts_mpi.train.identity import check_identity, identity
+from apts_mpi.train.method import Method
+from apts_mpi.train.metrics import Data, Metrics
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps, share_of_time
+from apts_mpi.train.progress import Progress, check_metadata, check_progress, is_timed, share_of_steps, share_of_time
 from apts_mpi.train.rejection import Rejections
+from apts_mpi.train.stopping import Reason, Stopping
+
+# What cuts a run off, and is no reason of the method's.
+LIMITS = (Reason.LIMIT_EPOCHS, Reason.LIMIT_ITERATIONS, Reason.LIMIT_SECONDS)
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
@@ -30,31 +36,6 @@ RETRIES = 3
 # Takes what an iteration or an epoch did, and a message.
 Record = Callable[[dict[str, Any]], None]
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What trains a problem, and what depends on the part of the network that a rank holds.
-
-    Attributes
-    ----------
-    solver : APTS or DataParallel
-        Makes the steps.
-    outputs : callable
-        How samples come through the network, see `apts_mpi.train.metrics.Outputs`.
-    part : int
-        Ranks with the same one share the tensors of their part of the network.
-    places : str
-        Where the parts are, for those who watch; empty where all ranks hold all.
-    notes : sequence of str
-        What of a new run is other than asked for, one sentence each; a resumed one has them from `Training.load`.
-    """
-
-    solver: APTS | DataParallel
-    outputs: Outputs
-    part: int = 0
-    places: str = ""
-    notes: Sequence[str] = ()
 
 
 class Training:
@@ -75,6 +56,10 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
+    average : Average or None
+        Of the iterates, where that is asked for.
+    stopping : Stopping
+        What may end the run before its limits.
     places, notes
         See `Method`.
     """
@@ -91,12 +76,19 @@ class Training:
         self.comm: Communicator = self.solver.comm
         self.progress = Progress()
         self._check_batch()
-        self._metrics = Metrics(problem, self.comm, method.outputs)
+        average = options.average
+        self.average = None if average is None else Average(problem.network, average, method.arrays)
+        self._metrics = Metrics(problem, self.comm, method.outputs, self.average)
+        names = [] if options.stop_on is None else self._metrics.names(self.train, self.test)
+        with self.comm.shared_errors():
+            self.stopping = Stopping(options, self.batches, names)
         self._part = method.part
         self.places = method.places
         self.notes = method.notes
         self._resumed = False
         self._time_share = 0.0
+        self._found: Reason | None = None
+        self._diverged = self._interrupted = False
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
         self._rejections = Rejections()
@@ -147,7 +139,8 @@ class Training:
     def _run(self, record: Record, boundary: Callable[[bool], bool], tell: Tell) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
-        self._look_at_the_time()
+        self._interrupted = False
+        self._look()
         while not self.done:
             self.problem.network.train()
             started = cpu_seconds()
@@ -156,35 +149,56 @@ class Training:
             record(self._note(result))
             if warning := self._rejections.note(result, progress.iteration):
                 tell(warning)
-            self._look_at_the_time()
             metrics = None
             if progress.batch == self.batches:
                 metrics = self._end_epoch(record)
+                self.stopping.see_epoch(progress.epoch, progress.iteration, metrics)
                 progress.epoch += 1
                 progress.batch = 0
+            self._look()
             if boundary(self.done) and not self.done:
+                self._interrupted = True
                 return None
         if metrics is None:
             # A run that its limit ends within an epoch, or that had nothing left to do.
             metrics = self._end_epoch(record) if progress.within_epoch else self.metrics()
+        self._diverged = not math.isfinite(metrics["train_loss"])
         return metrics
 
-    def _look_at_the_time(self) -> None:
-        """Tell all ranks how much of its seconds rank 0 has used. Collective."""
-        if self.options.max_seconds is not None or self.options.max_cpu_seconds is not None:
-            (self._time_share,) = self.comm.decide(lambda: [share_of_time(self.options, self.progress)])
+    def _look(self) -> None:
+        """Tell all ranks how much of its seconds rank 0 has used, and whether a tolerance is met. Collective."""
+        if is_timed(self.options) or self.stopping.is_asked:
+            known = [None, *Reason]
+            self._time_share, number = self.comm.decide(
+                lambda: [share_of_time(self.options, self.progress), known.index(self.stopping.reason)]
+            )
+            self._found = known[int(number)]
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
+        return self._end() is not None
+
+    def _end(self) -> Reason | None:
+        """Why there is nothing left to do."""
         progress = self.progress
-        last = progress.iteration >= (self.options.max_iterations or math.inf)
-        return progress.epoch > self.epochs or last or self._time_share >= 1.0 or self.converged
+        if self._found is not None:
+            return self._found
+        if progress.at_rest >= self.batches:
+            return Reason.AT_REST
+        if progress.epoch > self.epochs:
+            return Reason.LIMIT_EPOCHS
+        if progress.iteration >= (self.options.max_iterations or math.inf):
+            return Reason.LIMIT_ITERATIONS
+        return Reason.LIMIT_SECONDS if self._time_share >= 1.0 else None
 
     @property
-    def converged(self) -> bool:
-        """Whether no batch of an epoch has anything left to gain."""
-        return self.progress.at_rest >= self.batches
+    def reason(self) -> Reason | None:
+        """Why the run ended, the same on all ranks; None as long as it has not."""
+        if self._interrupted:
+            return Reason.INTERRUPTED
+        reason = self._end()
+        return Reason.DIVERGED_LOSS if self._diverged and reason in LIMITS else reason
 
     def _rows(self) -> torch.Tensor | None:
         """Samples of the present batch; None is the full batch."""
@@ -229,10 +243,13 @@ class Training:
                 values["global_step"] = result.global_step.record()
         else:
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
+        if self.average is not None and result.accepted:
+            self.average.follow()
         progress.tries += 1
         if result.accepted or result.skipped or result.at_rest or progress.tries > RETRIES:
             progress.tries = 0
             progress.batch += 1
+        self.stopping.see_iteration(values["gradient_norm"], progress.tries == 0)
         return values | self._totals()
 
     def _end_epoch(self, record: Record) -> dict[str, Any]:
@@ -247,11 +264,20 @@ class Training:
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
         arrays, solver = self.solver.save()
-        return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
+        run = identity(self.problem, self.options, self.batch_size)
+        metadata = {"solver": solver, "progress": asdict(self.progress), "run": run}
+        if self.stopping.is_asked:
+            metadata["stopping"] = asdict(self.stopping.state)
+        if self.average is not None:
+            of_average, metadata["average"] = self.average.save()
+            arrays = [*arrays, *of_average]
+        return arrays, metadata
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Checksums of what ranks share, see `apts_mpi.train.consistency`."""
-        return fingerprint(*self.solver.shared(), part=self._part)
+        tensors, numbers = self.solver.shared()
+        averaged = [] if self.average is None else self.average.tensors.values()
+        return fingerprint([*tensors, *averaged], numbers, part=self._part)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where a checkpoint was saved; return what could not be taken over, one sentence each. Collective.
@@ -263,31 +289,14 @@ class Training:
         """
         with self.comm.shared_errors():
             saved = check_metadata(checkpoint)
-            self._check_identity(saved["run"], checkpoint)
+            check_identity(identity(self.problem, self.options, self.batch_size), saved["run"], checkpoint)
             check_progress(saved["progress"], self.batches, RETRIES, checkpoint)
+            if self.average is not None and "average" in saved:
+                self.average.check(checkpoint)
         notices = self.solver.load(checkpoint, checkpoint.metadata["solver"])
+        averaged = restore_average(self.average, checkpoint, saved.get("average"))
         self.progress, self._resumed = saved["progress"], True
-        return notices
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run has to share with one that it goes on with: the order of the batches depends on it."""
-        options = self.options
-        return {
-            "problem": self.problem.name,
-            "optimizer": options.optimizer,
-            "dtype": options.dtype,
-            "seed": options.seed,
-            "train_samples": self.samples,
-            "batch_size": self.batch_size,
-        }
-
-    def _check_identity(self, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
-        for name, value in self._identity().items():
-            if saved[name] != value:
-                raise InvalidInput(
-                    f"{name}: {value!r} differs from the {shown(saved[name])} with which {checkpoint.path} was made; "
-                    "resume with the same, or start a new run"
-                )
+        return [*notices, *averaged, *self.stopping.restore(saved.get("stopping"))]
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
@@ -314,6 +323,7 @@ class Training:
         return {
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
+            "reason": self.reason,
             "ranks": self.comm.size,
             "subdomains": self.solver.subdomains,
             "batch_size": self.batch_size,
@@ -322,6 +332,7 @@ class Training:
             "epochs": self.progress.epoch - (not self.progress.within_epoch),
             "iterations": self.progress.iteration,
             **metrics,
+            **self.stopping.summary(),
             "accepted_steps": self.progress.accepted,
             "rejected_steps": self.progress.rejected,
             "skipped_steps": self.progress.skipped,

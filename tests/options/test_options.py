@@ -114,6 +114,13 @@ BAD_VALUES = [
     (TrainingOptions, {"checkpoint_keep_last": 0}, "checkpoint_keep_last: 0 .* give 1 or more"),
     (TrainingOptions, {"checkpoint_keep_every": -1}, "checkpoint_keep_every: -1 .* give 0 or more"),
     (TrainingOptions, {"drift_check_every": -1}, "drift_check_every: -1 .* give 0 or more"),
+    (TrainingOptions, {"patience": 0}, "patience: 0 .* give 1 or more, or null"),
+    (TrainingOptions, {"keep_best": True}, "keep_best: True .* give --stop-on"),
+    (TrainingOptions, {"gradient_tolerance": -1.0}, "gradient_tolerance: -1.0 .* give 0 or more, or null"),
+    (TrainingOptions, {"relative_gradient_tolerance": -1.0}, "relative_gradient_tolerance: -1.0 .* give 0 or more"),
+    (TrainingOptions, {"target_loss": math.nan}, "target_loss: nan .* give a finite number"),
+    (TrainingOptions, {"average": 1.0}, r"average: 1.0 .* give a number in \[0, 1\), or null"),
+    (TrainingOptions, {"logger": "csv,tensorbord"}, "logger: 'tensorbord' .* choose one of csv, tensorboard, mlflow"),
     (TrainingOptions, {"walltime": "1:2"}, "walltime: '1:2' .* give HH:MM:SS"),
     (TrainingOptions, {"stall_timeout": -1.0}, "stall_timeout: -1.0 .* give seconds above 0, or null"),
     (TrainingOptions, {"replicas": 0}, "replicas: 0"),
@@ -133,7 +140,7 @@ def test_bad_values_are_refused(kind, change, message):
 def test_every_option_has_a_bad_value_above(kind):
     """So that a new option is not forgotten; groups, switches and free texts have none."""
     free = {"problem", "data_dir", "run_dir", "overwrite", "resume", "checkpoint_in_background", "view", "monitor"}
-    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard"}
+    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard", "stop_on"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}
