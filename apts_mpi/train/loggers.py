@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
+from apts_mpi.errors import InvalidInput, shortened
 from apts_mpi.tools.user_code import class_of
 from apts_mpi.train.csv_files import CsvFiles
 from apts_mpi.train.logger import Logger, LoggerSetting, Record, is_epoch
@@ -13,6 +14,14 @@ from apts_mpi.train.tensorboard import TensorBoard
 from apts_mpi.train.trackers import MLflow, WandB
 
 KINDS: dict[str, type[Logger]] = {"csv": CsvFiles, "tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+
+# Characters of an error of theirs that a message repeats.
+LONGEST_REASON = 300
+
+
+def in_words(error: Exception) -> str:
+    """An error on one line."""
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), LONGEST_REASON)
 
 
 def chosen_loggers(options: TrainingOptions) -> dict[str, type[Logger]]:
@@ -47,19 +56,23 @@ class Loggers:
 
     Raises
     ------
-    Exception
-        Of a logger that cannot be made.
+    InvalidInput
+        For one that cannot be made.
     """
 
     def __init__(self, kinds: dict[str, type[Logger]], setting: LoggerSetting) -> None:
         self.failure = ""
         self._loggers: dict[str, Logger] = {}
-        try:
-            for name, kind in kinds.items():
+        for name, kind in kinds.items():
+            try:
                 self._loggers[name] = kind(setting)
-        except BaseException:
-            self.close()
-            raise
+            except Exception as error:
+                self.close()
+                if isinstance(error, InvalidInput):
+                    raise
+                raise InvalidInput(
+                    f"logger: {name} cannot be made ({in_words(error)}); choose another, or mend it"
+                ) from error
 
     def record(self, record: Record) -> None:
         """Give them an iteration or an epoch."""
@@ -77,7 +90,7 @@ class Loggers:
             try:
                 call(logger)
             except Exception as error:
-                self.failure = self.failure or f"logger {own} failed in {name} with {type(error).__name__}: {error}"
+                self.failure = self.failure or f"logger {own} failed in {name} with {in_words(error)}"
                 self._leave([own])
 
     def _leave(self, names: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ def package(name: str) -> Any:
 
 
 class MLflow(Logger):
-    """A run of MLflow in ``mlruns`` of the run directory, with the options as parameters; a resumed run is a new one.
+    """A run of MLflow in ``mlflow.db`` of the run directory, with the options as parameters; a resumed one is another.
 
     That has the metrics of all iterations, those before it was resumed among them.
     """
@@ -34,9 +34,9 @@ class MLflow(Logger):
     def __init__(self, setting: LoggerSetting) -> None:
         super().__init__(setting)
         tracking = package("mlflow.tracking")
-        place = (setting.directory / "mlruns").absolute()
+        place = (setting.directory / "mlflow.db").absolute()
         # Not mlflow's own functions: their state is the process's, which may have runs of its own.
-        self._client = tracking.MlflowClient(tracking_uri=place.as_uri())
+        self._client = tracking.MlflowClient(tracking_uri=f"sqlite:///{place}")
         self._run = self._client.create_run("0", run_name=setting.directory.name).info.run_id
         for name, value in setting.configuration.items():
             self._client.log_param(self._run, name, value)
