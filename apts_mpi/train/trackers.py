@@ -74,13 +74,16 @@ class WandB(Logger):
 
     def __init__(self, setting: LoggerSetting) -> None:
         super().__init__(setting)
-        self._run = package("wandb").init(
+        wandb = package("wandb")
+        self._run = wandb.init(
             dir=setting.directory,
             name=setting.directory.name,
             project="apts_mpi",
             mode="offline",
             config=dict(setting.configuration),
             reinit="create_new",
+            # It would take over standard output, and write there.
+            settings=wandb.Settings(console="off", silent=True),
         )
         for record in setting.earlier:
             self._log(record)

@@ -323,7 +323,7 @@ class Training:
         return {
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
-            "reason": self.reason,
+            "reason": self.reason and self.reason.value,
             "ranks": self.comm.size,
             "subdomains": self.solver.subdomains,
             "batch_size": self.batch_size,

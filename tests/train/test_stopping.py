@@ -19,7 +19,7 @@ from apts_mpi.train.stopping import Reason, Stopping, metric_and_sign
 
 USAGE = 2
 PROBLEM = "--problem=networks:problem"
-COMMON = f"{PROBLEM} --dtype=float64 --device=cpu --batch-size=30".split()
+COMMON = f"{PROBLEM} --dtype=float64 --device=cpu --batch-size=30 --trust-region.initial-radius=0.01".split()
 REPLICATED = [*COMMON, *"--local.solver=sgd --schwarz.variant=exact --schwarz.local_data=shard --coarse=none".split()]
 STAGED = [*COMMON, *"--layout=staged --micro-batches=2 --local.solver=sgd".split()]
 LAYOUTS = pytest.mark.parametrize("arguments", [REPLICATED, STAGED], ids=["replicated", "staged"])
@@ -104,7 +104,7 @@ def test_gradients_of_an_epoch_of_batches_in_a_row():
     assert other.reason is Reason.CONVERGED_RELATIVE_GRADIENT
 
 
-RISING = "--stop-on=max:test_loss --patience=2 --keep-best --epochs=9 --checkpoint-keep-last=1 --checkpoint-every=1"
+RISING = "--stop-on=max:train_loss --patience=2 --keep-best --epochs=9 --checkpoint-keep-last=1 --checkpoint-every=1"
 
 
 @pytest.mark.mpi
@@ -124,7 +124,7 @@ def test_run_stops_and_keeps_the_best(world, directory, trained, arguments):
         found, records = summary_of(path), epochs_of(path)
         assert last_line(output).startswith("STOPPED_EARLY") and found["reason"] == "STOPPED_EARLY"
         assert len(records) == epochs and found["best_epoch"] == 1
-        assert found["best_test_loss"] == records[0]["test_loss"] == max(record["test_loss"] for record in records)
+        assert found["best_train_loss"] == records[0]["train_loss"] == max(record["train_loss"] for record in records)
     names = {file.name for file in (directory / "run" / "checkpoints").glob("*.h5")}
     best = records[0]["iteration"]
     assert len(names) == 2 and f"step-{best:08d}.h5" in names
@@ -138,13 +138,13 @@ def test_run_stops_and_keeps_the_best(world, directory, trained, arguments):
 @pytest.mark.usefixtures("few_ranks")
 @LAYOUTS
 def test_interrupted_counter_goes_on(world, directory, trained, arguments):
-    watched = "--stop-on=max:test_loss --patience=3 --epochs=9".split()
+    watched = "--stop-on=max:train_loss --patience=3 --epochs=9".split()
     trained(*arguments, *watched, "--run-dir=whole")
     trained(*arguments, *watched, "--run-dir=parts", "--max-iterations=5")
     trained(PROBLEM, "--resume", "--run-dir=parts", "--max-iterations=100")
     if world.rank == 0:
         whole, parts = summary_of(directory / "whole"), summary_of(directory / "parts")
-        names = ("reason", "iterations", "epochs", "best_epoch", "best_test_loss", "test_loss")
+        names = ("reason", "iterations", "epochs", "best_epoch", "best_train_loss", "test_loss")
         assert [whole[name] for name in names] == [parts[name] for name in names]
         assert whole["reason"] == "STOPPED_EARLY" and whole["epochs"] == 4
 
@@ -174,8 +174,10 @@ def test_reasons(world, directory, trained, arguments, option):
 
 
 def test_other_optimizers_have_reasons(directory, trained):
-    output = trained(*COMMON, "--optimizer=sgd", "--learning-rate=1e300", "--epochs=2", "--run-dir=run")
-    assert last_line(output).startswith("DIVERGED_LOSS: ") and summary_of(directory / "run")["reason"] == "DIVERGED_LOSS"
+    output = trained(*COMMON, "--optimizer=sgd", "--learning-rate=1e308", "--epochs=2", "--run-dir=run")
+    assert (
+        last_line(output).startswith("DIVERGED_LOSS: ") and summary_of(directory / "run")["reason"] == "DIVERGED_LOSS"
+    )
     output = trained(*COMMON, "--optimizer=adam", "--epochs=20", "--gradient-tolerance=1e9", "--run-dir=other")
     assert last_line(output).startswith("CONVERGED_GRADIENT: converged after iteration ")
 
@@ -194,7 +196,9 @@ def test_wrong_names_are_told_before_the_work(world, directory, command, argumen
 def test_reason_for_a_program(world):
     torch.manual_seed(0)
     data = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 1, dtype=torch.float64)
-    problem = Problem(name="line", network=nn.Linear(3, 1, dtype=torch.float64), loss=nn.functional.mse_loss, train=data)
+    problem = Problem(
+        name="line", network=nn.Linear(3, 1, dtype=torch.float64), loss=nn.functional.mse_loss, train=data
+    )
     options = TrainingOptions(epochs=50, relative_gradient_tolerance=1e-6, dtype="float64", subdomains=1)
     training = train_problem(problem, options, torch.device("cpu"), world)
     assert training.reason is None
@@ -218,5 +222,3 @@ def test_link_to_what_is_no_longer_the_best_goes(tmp_path):
         checkpoints.name_best(4)
         checkpoints.clear()
         assert not (tmp_path / "best").is_symlink()
-
-
