@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from apts_mpi.checkpoint import Array, Checkpoint
+from apts_mpi.checkpoint.arrays import Array
+from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.checkpoint.values import check_finite
 from apts_mpi.errors import InvalidInput
 from apts_mpi.state.tensors import PARAMETERS, named_tensors, to_numpy

@@ -120,7 +120,7 @@ def test_one_that_fails_ends_all_ranks_and_leaves_a_checkpoint(world, directory,
     assert status == FAILED
     if world.rank == 0:
         words = (
-            f"logger {mine}:Broken failed in on_epoch with OSError: no room for it; the run is saved after iteration"
+            f"logger {mine}:Broken failed in on_epoch with OSError: no room for it; the run is saved after"
         )
         assert errors.count("\n") == 1 and words in errors
         assert len(rows(directory / "run" / "epochs.csv")) == 1
