@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 from apts_mpi.errors import InvalidInput, shortened
@@ -95,9 +94,10 @@ class Loggers:
 
     def _leave(self, names: Sequence[str]) -> None:
         for name in names:
-            # What it says here is no more than what has been said.
-            with contextlib.suppress(Exception):
+            try:
                 self._loggers.pop(name).close()
+            except Exception as error:
+                self.failure = self.failure or f"logger {name} failed in close with {in_words(error)}"
 
     def close(self) -> None:
         """Let all leave."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from apts_mpi.apts import APTS
-from apts_mpi.train.average import TensorArrays
-from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.metrics import Outputs
+if TYPE_CHECKING:
+    from apts_mpi.apts import APTS
+    from apts_mpi.train.average import TensorArrays
+    from apts_mpi.train.baselines import DataParallel
+    from apts_mpi.train.metrics import Outputs
 
 
 @dataclass(frozen=True)
