@@ -27,12 +27,11 @@ from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.tools.events import Events
 from apts_mpi.train.baselines import DataParallel
-from apts_mpi.train.method import Method
 from apts_mpi.train.metrics import PIECE, Consume, Data, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.sharing import check_same_problem
-from apts_mpi.train.training import Training
+from apts_mpi.train.training import Method, Training
 
 
 def make_training(options: TrainingOptions, device: torch.device, comm: Communicator, world: MPI.Intracomm) -> Training:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
@@ -16,19 +17,16 @@ from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
-from apts_mpi.train.average import Average, restore_average
+from apts_mpi.train.average import Average, TensorArrays, restore_average
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.ending import Ending
 from apts_mpi.train.identity import check_identity, identity
-from apts_mpi.train.method import Method
-from apts_mpi.train.metrics import Data, Metrics
+from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress, check_metadata, check_progress, is_timed, share_of_steps, share_of_time
+from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps
 from apts_mpi.train.rejection import Rejections
 from apts_mpi.train.stopping import Reason, Stopping
-
-# What cuts a run off, and is no reason of the method's.
-LIMITS = (Reason.LIMIT_EPOCHS, Reason.LIMIT_ITERATIONS, Reason.LIMIT_SECONDS)
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
@@ -36,6 +34,34 @@ RETRIES = 3
 # Takes what an iteration or an epoch did, and a message.
 Record = Callable[[dict[str, Any]], None]
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains a problem, and what depends on the part of the network that a rank holds.
+
+    Attributes
+    ----------
+    solver : APTS or DataParallel
+        Makes the steps.
+    outputs : callable
+        How samples come through the network, see `apts_mpi.train.metrics.Outputs`.
+    arrays : callable
+        Makes arrays of a checkpoint of named tensors of the network, of which this rank may hold a part. Collective.
+    part : int
+        Ranks with the same one share the tensors of their part of the network.
+    places : str
+        Where the parts are, for those who watch; empty where all ranks hold all.
+    notes : sequence of str
+        What of a new run is other than asked for, one sentence each; a resumed one has them from `Training.load`.
+    """
+
+    solver: APTS | DataParallel
+    outputs: Outputs
+    arrays: TensorArrays
+    part: int = 0
+    places: str = ""
+    notes: Sequence[str] = ()
 
 
 class Training:
@@ -86,9 +112,7 @@ class Training:
         self.places = method.places
         self.notes = method.notes
         self._resumed = False
-        self._time_share = 0.0
-        self._found: Reason | None = None
-        self._diverged = self._interrupted = False
+        self._ending = Ending(options, self.epochs, self.batches, self.stopping, self.comm)
         self._last: StepResult | BaselineResult | None = None
         self._shuffled = 0
         self._rejections = Rejections()
@@ -139,8 +163,8 @@ class Training:
     def _run(self, record: Record, boundary: Callable[[bool], bool], tell: Tell) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
-        self._interrupted = False
-        self._look()
+        self._ending.interrupted = False
+        self._ending.look(progress)
         while not self.done:
             self.problem.network.train()
             started = cpu_seconds()
@@ -155,50 +179,25 @@ class Training:
                 self.stopping.see_epoch(progress.epoch, progress.iteration, metrics)
                 progress.epoch += 1
                 progress.batch = 0
-            self._look()
+            self._ending.look(progress)
             if boundary(self.done) and not self.done:
-                self._interrupted = True
+                self._ending.interrupted = True
                 return None
         if metrics is None:
             # A run that its limit ends within an epoch, or that had nothing left to do.
             metrics = self._end_epoch(record) if progress.within_epoch else self.metrics()
-        self._diverged = not math.isfinite(metrics["train_loss"])
+        self._ending.diverged = not math.isfinite(metrics["train_loss"])
         return metrics
-
-    def _look(self) -> None:
-        """Tell all ranks how much of its seconds rank 0 has used, and whether a tolerance is met. Collective."""
-        if is_timed(self.options) or self.stopping.is_asked:
-            known = [None, *Reason]
-            self._time_share, number = self.comm.decide(
-                lambda: [share_of_time(self.options, self.progress), known.index(self.stopping.reason)]
-            )
-            self._found = known[int(number)]
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return self._end() is not None
-
-    def _end(self) -> Reason | None:
-        """Why there is nothing left to do."""
-        progress = self.progress
-        if self._found is not None:
-            return self._found
-        if progress.at_rest >= self.batches:
-            return Reason.AT_REST
-        if progress.epoch > self.epochs:
-            return Reason.LIMIT_EPOCHS
-        if progress.iteration >= (self.options.max_iterations or math.inf):
-            return Reason.LIMIT_ITERATIONS
-        return Reason.LIMIT_SECONDS if self._time_share >= 1.0 else None
+        return self._ending.due(self.progress) is not None
 
     @property
     def reason(self) -> Reason | None:
         """Why the run ended, the same on all ranks; None as long as it has not."""
-        if self._interrupted:
-            return Reason.INTERRUPTED
-        reason = self._end()
-        return Reason.DIVERGED_LOSS if self._diverged and reason in LIMITS else reason
+        return self._ending.reason(self.progress)
 
     def _rows(self) -> torch.Tensor | None:
         """Samples of the present batch; None is the full batch."""
@@ -216,7 +215,7 @@ class Training:
         with self.solver.events.timed("data"):
             rows = self._rows()
         steps = share_of_steps(self.progress, self.epochs, self.batches)
-        share = max(steps, self._time_share)
+        share = max(steps, self._ending.time_share)
         if isinstance(self.solver, DataParallel):
             return self.solver.step(self.train, rows, share)
         known = self.progress.tries > 0 or (rows is None and self.progress.iteration > 0)
