@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from apts_mpi.checkpoint import Checkpoint
+from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.schema import allow, anything, instance, mapping, number, record, sequence, text, whole
 from apts_mpi.train.options import TrainingOptions
