@@ -42,7 +42,7 @@ class TrustRegionOptions:
         null: 0, or 0.2 with noise batches; then a training run of known epochs has 0.1 times their root, at most 0.3.
         It is a part of the step that is judged, and for the plain sum of the corrections (coarse.model none).
     weight_decay
-        After each accepted step s the n parameters are multiplied by 1 - weight_decay |s| / sqrt(n), at least by 0:
+        After each accepted step s the n parameters are multiplied by ``1 - weight_decay |s| / sqrt(n)``, or 0:
         decoupled weight decay as AdamW has it, whose step size is here the root mean square of the step. It is no part
         of the step that is judged, and ends with the steps.
     noise
