@@ -80,8 +80,14 @@ def compose(
     _check_whole_layers(name, solver, split)
     _check_noise(options)
     solver.check(options, split)
+    coarse = _compose_coarse(options.coarse, solver, noisy)
     trust_region = _compose_trust_region(options.trust_region, noisy)
-    return replace(options, trust_region=trust_region, coarse=_compose_coarse(options.coarse, solver, noisy))
+    if trust_region.pull and coarse.model != "none":
+        raise InvalidInput(
+            f"trust_region.pull: {trust_region.pull} is for the plain sum of the corrections; choose --coarse none, or "
+            "--weight-decay instead"
+        )
+    return replace(options, trust_region=trust_region, coarse=coarse)
 
 
 def _split(network: torch.nn.Module, called: bool, layers: Sequence[Layer], subdomains: Sequence[Subdomain]) -> Split:

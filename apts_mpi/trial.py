@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from math import sqrt
 
 import numpy as np
 import torch
@@ -60,6 +61,9 @@ class Trials:
         self._values = objective.vector.values
         # The last point that was judged.
         self._before = self._values.clone()
+        # Of the parameters on all ranks, and only where their shrinking is asked for, which costs a product.
+        self._decay = self._options.weight_decay
+        self._size = float(self._inner.sum(np.array([float(len(self._values))]))[0]) if self._decay else 0.0
         self._is_lower = options.autocast != "none"
         # Of the evaluations.
         self._epsilon = torch.finfo(lower_precision(options.autocast) or self._values.dtype).eps
@@ -101,7 +105,7 @@ class Trials:
         step: torch.Tensor,
         predicted_reduction: float | None,
         keep_graph: bool,
-    ) -> tuple[Judged, Run]:
+    ) -> tuple[Judged, Run | None]:
         """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point. Collective.
 
         Parameters
@@ -120,8 +124,8 @@ class Trials:
         Returns
         -------
         judged : Judged
-        trial : Run
-            The evaluation there.
+        trial : Run or None
+            The evaluation there; None where the parameters shrank after the step.
 
         Raises
         ------
@@ -148,19 +152,22 @@ class Trials:
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, 7])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, table[:, 0].max(), *table[:, -3:].max(axis=0)]
+                length = sqrt(self._inner.sum_of_table(table[:, -4])) if self._decay else 0.0
+                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *table[:, -3:].max(axis=0)]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
             products = self._inner.own(gradient, step)
             if self._last_step is not None:
                 products.append(torch.dot(gradient, self._last_step.vector).double())
+            if self._decay:
+                products.append(torch.linalg.vector_norm(step, dtype=torch.float64).square())
             moved = (self._values != self._before).any().double()
             fault = self._objective.loss.fault(moved)
             own = torch.stack([present.loss, trial.loss, moved, *products, fault]).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
             own += [froze, len(events.notes.fresh)]
-            *record, starting, retry, self.work, fault_seen, any_froze, news = self._comm.agree(
+            *record, starting, retry, length, self.work, fault_seen, any_froze, news = self._comm.agree(
                 [events.work, *own], decide
             )
             check_fault(fault_seen)
@@ -170,14 +177,26 @@ class Trials:
                 self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)
             judged, state.starting, state.retry = judged_of(record), bool(starting), retry
             if judged.accepted:
-                self._objective.buffers.accept((self._before, self._values))
+                self._objective.buffers.accept(*self._moves(length))
                 if self._last_step is not None:
                     self._last_step.vector.copy_(step)
             else:
                 self._values.copy_(self._before)
             state.move(judged, self._options)
         self._doubt(judged, batch)
-        return judged, trial
+        return judged, None if self._decay and judged.accepted else trial
+
+    def _moves(self, length: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What is copied where after an accepted step of that 2-norm: with weight decay, shrunk parameters to both.
+
+        It is no part of the step that is judged: rho says how good the model is, which knows nothing of it.
+        """
+        if not self._decay:
+            return [(self._before, self._values)]
+        share = min(self._decay * length / sqrt(self._size), 1.0)
+        # Frozen parameters stay as they are.
+        shrunk = self._values + self._objective.vector.still(self._values * -share)
+        return [(self._before, shrunk), (self._values, shrunk)]
 
     def _doubt(self, judged: Judged, batch: Batch) -> None:
         """See whether the loss still is the same the second time, where rho is of no model's making. Collective.

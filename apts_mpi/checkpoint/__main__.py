@@ -33,6 +33,9 @@ FOUND, ERROR = 1, 2
 PARAMETERS = "parameters/"
 STATE = (PARAMETERS, "buffers/")
 
+# Before their names, those of the average.
+AVERAGE = "average/"
+
 # Characters of one metadata value that are shown.
 SHOWN = 60
 
@@ -55,6 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         subparser = subparsers.add_parser(name, help=description, description=description)
         subparser.add_argument("files", nargs=number, metavar=metavar, type=Path)
         subparser.set_defaults(command=command)
+        if command is to_torch:
+            subparser.add_argument("--average", action="store_true", help="Those of the average of the iterates.")
     return parser.parse_args(arguments)
 
 
@@ -121,17 +126,21 @@ def compare(first: Checkpoint, second: Checkpoint, name: str) -> str:
     return f"largest difference {np.abs(values.astype(wide) - others.astype(wide)).max():.6g}"
 
 
-def to_torch(console: Console, files: Sequence[Path]) -> int:
-    """Write the tensors of a network for ``torch.load(OUT, weights_only=True)``."""
+def to_torch(console: Console, files: Sequence[Path], average: bool = False) -> int:
+    """Write the tensors of a network, or of its average, for ``torch.load(OUT, weights_only=True)``."""
     source, target = resolve(files[0]), files[1]
     with Checkpoint(source) as checkpoint:
         checkpoint.verify()
         state = {
             name.removeprefix(prefix): as_tensor(checkpoint, name)
-            for prefix in STATE
+            for prefix in ((AVERAGE + kind if average else kind) for kind in STATE)
             for name in checkpoint.names
             if name.startswith(prefix)
         }
+    if not state and average:
+        raise InvalidInput(
+            f"{source} has no average; give the checkpoint of a run with --average, or leave that out here"
+        )
     if not state:
         raise InvalidInput(f"{source} has neither parameters nor buffers; give the checkpoint of a network")
     with replaced(target) as temporary:
@@ -195,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         width = None if sys.stdout.isatty() else FILE_WIDTH
-        status = options.command(Console(width=width, markup=False, highlight=False), options.files)
+        chosen = {"average": True} if getattr(options, "average", False) else {}
+        status = options.command(Console(width=width, markup=False, highlight=False), options.files, **chosen)
     except InvalidInput as error:
         sys.stderr.write(f"apts_mpi.checkpoint: error: {error}\n")
         status = ERROR

@@ -1,7 +1,8 @@
 """The checkpoints of a run: ``step-00000100.h5``, perhaps with ``step-00000100.parts/``, and the link ``latest``.
 
 A save writes under names that begin with a dot. The new name of the main file makes the checkpoint: before that there
-is none, afterwards it is complete, and the latest. Whatever else a killed run has left is removed at the next save.
+is none, afterwards it is complete, and the latest. Where that is asked for, the link ``best`` names it as well.
+Whatever else a killed run has left is removed at the next save.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.claim import Claim
 from apts_mpi.checkpoint.format import Checkpoint, open_checkpoint, read_texts
-from apts_mpi.checkpoint.saving import LATEST, READY, Saving, explained, file_name
+from apts_mpi.checkpoint.saving import BEST, LATEST, READY, Saving, explained, file_name, name_best
 from apts_mpi.checkpoint.writers import Writer, choose_writer, prepare
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 
@@ -39,7 +40,11 @@ def saved_steps(directory: Path) -> list[int]:
 
 def latest_step(directory: Path) -> int | None:
     """Step that the link ``latest`` names, or is about to; None without one."""
-    link = READY if is_ready(directory) else LATEST
+    return named_step(directory, READY if is_ready(directory) else LATEST)
+
+
+def named_step(directory: Path, link: str) -> int | None:
+    """Step of the checkpoint that a link names; None without one."""
     match = FILE_NAME.fullmatch(os.path.basename(os.path.realpath(directory / link)))
     return int(match[1]) if match else None
 
@@ -133,6 +138,7 @@ class CheckpointDirectory:
         self._keep_every = keep_every
         self._writer = writer or choose_writer(comm)
         self._saving: Saving | None = None
+        self._saves_best = False
         self._remover = ThreadPoolExecutor(1)
         self._removal: Future[None] | None = None
         self._claim: Claim | None = None
@@ -149,10 +155,19 @@ class CheckpointDirectory:
             if self._comm.rank == 0:
                 for step in saved_steps(self.path):
                     (self.path / file_name(step)).unlink()
-                (self.path / LATEST).unlink(missing_ok=True)
+                for link in (LATEST, BEST):
+                    (self.path / link).unlink(missing_ok=True)
                 remove_leftovers(self.path)
 
-    def save(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int) -> Path:
+    def name_best(self, step: int | None) -> bool:
+        """Let the link ``best`` name the checkpoint of a step, or nothing; return whether there is one. Collective."""
+        found = False
+        with self._comm.shared_errors(), explained(self.path):
+            if self._comm.rank == 0:
+                found = name_best(self.path, step)
+        return bool(self._comm.decide(lambda: [found])[0])
+
+    def save(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int, best: bool = False) -> Path:
         """Save a checkpoint and make it the latest. Collective.
 
         Parameters
@@ -163,6 +178,8 @@ class CheckpointDirectory:
             Of numbers, texts, lists and mappings, as JSON has them; rank 0's is saved.
         step
             Its number, not negative; an earlier checkpoint of that number is replaced.
+        best
+            Whether the link ``best`` is to name it; what it names is kept until it names another.
 
         Returns
         -------
@@ -179,19 +196,19 @@ class CheckpointDirectory:
         with self._cleared_after_failure():
             saving = self._begin(arrays, metadata, step, copy=False)
             saving.write()
-            return self._complete(saving)
+            return self._complete(saving, best)
 
-    def start_save(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int) -> None:
+    def start_save(self, arrays: Sequence[Array], metadata: Mapping[str, Any], step: int, best: bool = False) -> None:
         """Copy the arrays and write them in the background; `finish` makes the checkpoint. Collective.
 
         With the writer ``mpio`` it is a plain `save`, as there all ranks write together. Raises as `save` does.
         """
         if self._writer == "mpio":
-            self.save(arrays, metadata, step)
+            self.save(arrays, metadata, step, best)
             return
         self._settle()
         with self._cleared_after_failure():
-            self._saving = self._begin(arrays, metadata, step, copy=True)
+            self._saving, self._saves_best = self._begin(arrays, metadata, step, copy=True), best
         self._saving.start()
 
     def finish(self) -> None:
@@ -200,7 +217,7 @@ class CheckpointDirectory:
         if saving is not None:
             with self._cleared_after_failure():
                 saving.wait()
-                self._complete(saving)
+                self._complete(saving, self._saves_best)
 
     def close(self) -> None:
         """Finish, and let other runs save here. Collective."""
@@ -252,11 +269,11 @@ class CheckpointDirectory:
                 remove_leftovers(self.path)
         return Saving(self.path, prepared, text, step, self._comm, self._writer)
 
-    def _complete(self, saving: Saving) -> Path:
+    def _complete(self, saving: Saving, best: bool) -> Path:
         saving.complete()
         with self._comm.shared_errors(), explained(self.path):
             if self._comm.rank == 0:
-                saving.commit()
+                saving.commit(best)
         # In the background: to remove a large file takes as long as half of its writing.
         self._removal = self._remover.submit(self._retain, saving.step)
         return self.path / file_name(saving.step)
@@ -267,8 +284,9 @@ class CheckpointDirectory:
             return
         # Those after the newest are left: the run was resumed before them and will replace them when it gets there.
         steps = [step for step in saved_steps(self.path) if step <= newest]
+        best = named_step(self.path, BEST)
         for step in steps[: -self._keep_last]:
-            if self._keep_every == 0 or step % self._keep_every:
+            if step != best and (self._keep_every == 0 or step % self._keep_every):
                 (self.path / file_name(step)).unlink(missing_ok=True)
         remove_leftovers(self.path)
 

@@ -34,7 +34,7 @@ from apts_mpi.errors import InvalidInput
 if TYPE_CHECKING:
     from apts_mpi.parallel.communicator import Communicator
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 
 # The link that becomes `LATEST`, ready before the file has its name.
 READY = ".step-latest.tmp"
@@ -179,8 +179,8 @@ class Saving:
         os.rename(self._temporary_parts, self._directory / name)
         return name
 
-    def commit(self) -> None:
-        """On rank 0: make it a checkpoint, and the latest.
+    def commit(self, best: bool) -> None:
+        """On rank 0: make it a checkpoint, and the latest; the best as well, or not what was so before under its name.
 
         The link lies ready before: of a run that is killed between the two names, it tells what is the latest.
         """
@@ -190,7 +190,23 @@ class Saving:
         os.replace(self._temporary, self._directory / file_name(self.step))
         synchronise(self._directory)
         os.replace(link, self._directory / LATEST)
+        if best:
+            name_best(self._directory, self.step)
+        elif os.path.basename(os.path.realpath(self._directory / BEST)) == file_name(self.step):
+            (self._directory / BEST).unlink()
         synchronise(self._directory)
+
+
+def name_best(directory: Path, step: int | None) -> bool:
+    """Let the link ``best`` name the checkpoint of a step, or nothing where there is none; return whether it does."""
+    link = directory / ".step-best.tmp"
+    link.unlink(missing_ok=True)
+    if step is None or not (directory / file_name(step)).exists():
+        (directory / BEST).unlink(missing_ok=True)
+        return False
+    link.symlink_to(file_name(step))
+    os.replace(link, directory / BEST)
+    return True
 
 
 @contextmanager

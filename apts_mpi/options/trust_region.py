@@ -40,6 +40,11 @@ class TrustRegionOptions:
     pull
         Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
         null: 0, or 0.2 with noise batches; then a training run of known epochs has 0.1 times their root, at most 0.3.
+        It is a part of the step that is judged, and for the plain sum of the corrections (coarse.model none).
+    weight_decay
+        After each accepted step s the n parameters are multiplied by ``1 - weight_decay |s| / sqrt(n)``, or 0:
+        decoupled weight decay as AdamW has it, whose step size is here the root mean square of the step. It is no part
+        of the step that is judged, and ends with the steps.
     noise
         Rounding noise of the loss, relative to it and to the epsilon of its dtype; numerator and denominator of rho
         are both raised by it, so that rho goes to 1 where reductions are below what the dtype can show.
@@ -56,6 +61,7 @@ class TrustRegionOptions:
     norm: Literal["2", "inf"] = "2"
     window: int = 0
     pull: float | None = None
+    weight_decay: float = 0.0
     noise: float = 1.0
 
     def __post_init__(self) -> None:
@@ -86,6 +92,7 @@ class TrustRegionOptions:
         require(
             self.pull is None or 0.0 <= self.pull < 1.0, name + "pull", self.pull, "give a number in [0, 1), or null"
         )
+        require(self.weight_decay >= 0.0, name + "weight_decay", self.weight_decay, "give 0 or more")
         require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
 
 

@@ -18,7 +18,8 @@ Records = tuple[dict[str, Any], ...]
 
 # Options that change nothing of what a run does in its iterations, and the seed.
 APART = {
-    *("seed", "overwrite", "view", "monitor", "log_view", "trace", "tensorboard", "walltime", "drift_check_every"),
+    *("seed", "overwrite", "view", "monitor", "log_view", "trace", "tensorboard", "logger", "walltime"),
+    *("drift_check_every", "keep_best"),
     *(f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")),
 }
 

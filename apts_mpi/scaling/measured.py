@@ -25,7 +25,7 @@ NEEDED = (
 )
 
 # Options that do not change what is measured.
-PLACES = ("run_dir", "overwrite", "resume", "view", "monitor", "log_view", "trace", "tensorboard")
+PLACES = ("run_dir", "overwrite", "resume", "view", "monitor", "log_view", "trace", "tensorboard", "logger")
 
 
 @dataclass(frozen=True)

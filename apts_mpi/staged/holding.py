@@ -220,7 +220,7 @@ class Staged:
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""
-        return save_solver(self._parts(), correction, self._arrays)
+        return save_solver(self._parts(), correction, self.arrays)
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
         """See `apts_mpi.holding.Holding`."""
@@ -229,7 +229,8 @@ class Staged:
         others_now = other_subdomains(self.options, self._extent.subdomains, metadata["subdomains"])
         return correction, [*self.notes, *others_now, *notes]
 
-    def _arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
+    def arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
+        """Arrays of a checkpoint of named tensors of this stage, and of vectors of its parameters. Collective."""
         return make_arrays(tensors, vectors, self._extent, self.decomposition.leads, self.comm)
 
     def _parts(self) -> SolverParts:

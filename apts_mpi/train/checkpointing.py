@@ -16,18 +16,20 @@ from apts_mpi.tools.signals import StopSignals, name_of
 from apts_mpi.train.consistency import check_shared
 from apts_mpi.train.options import TrainingOptions, as_seconds
 from apts_mpi.train.saved_history import history_array
+from apts_mpi.train.stopping import Stopping
 
 # Steps and saves may take that many times as long as the longest so far without being cut off by the wall time.
 MARGIN = 2.0
 
 # Why a run stops, beside the numbers of signals.
-GO_ON, WALLTIME = 0, -1
+GO_ON, WALLTIME, FAILURE = 0, -1, -2
 
 
 class SavedRun(Protocol):
     """What is to be known of a run that is saved: `apts_mpi.train.training.Training`."""
 
     comm: Communicator
+    stopping: Stopping
 
     @property
     def iteration(self) -> int:
@@ -42,6 +44,16 @@ class SavedRun(Protocol):
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Checksums of what ranks share."""
+
+
+class KeptRecords(Protocol):
+    """What is to be known of the records of a run: `apts_mpi.train.run.Destinations`."""
+
+    def history(self) -> bytes:
+        """The records so far, on rank 0."""
+
+    def failure(self) -> str:
+        """On rank 0: what of those who take them has failed, in words; empty as long as nothing has."""
 
 
 class Survival:
@@ -59,8 +71,8 @@ class Survival:
         What asks the run to stop.
     metadata
         What to save beside the state: configuration, versions.
-    history
-        On rank 0: the records so far.
+    records
+        Where the records are.
     tell
         Shows a message, on rank 0.
 
@@ -77,7 +89,7 @@ class Survival:
         options: TrainingOptions,
         signals: StopSignals,
         metadata: dict[str, Any],
-        history: Callable[[], bytes],
+        records: KeptRecords,
         tell: Callable[[str], None],
     ) -> None:
         self._training = training
@@ -86,7 +98,7 @@ class Survival:
         self._options = options
         self._signals = signals
         self._metadata = metadata
-        self._history = history
+        self._records = records
         self._tell = tell
         self._walltime = as_seconds(options.walltime) if options.walltime else None
         every = options.checkpoint_every
@@ -104,25 +116,28 @@ class Survival:
         Raises
         ------
         SharedFailure
-            If the ranks no longer share one state, or the last save of the run fails.
+            If the ranks no longer share one state, the last save of the run fails, or a logger has.
         """
         iteration = self._training.iteration
-        save, reason = self._decide(done, iteration)
+        save, best, reason = self._decide(done, iteration)
         watch = self._options.drift_check_every
         if save or (watch and iteration % watch == 0):
             check_shared(self._training.fingerprint(), iteration, self._comm)
         if save:
             with self._training.events.timed("checkpoint"):
-                self._save(iteration, last=done or reason != GO_ON)
+                self._save(iteration, best, last=done or reason != GO_ON)
         self._last_step = seconds()
+        if reason == FAILURE:
+            failure = self._comm.agree_on_text(self._records.failure())
+            raise SharedFailure(f"{failure}; the run is saved after iteration {iteration}, to go on with --resume")
         if reason == WALLTIME:
             self.stopped_by = "the wall time is nearly over"
         elif reason != GO_ON:
             self.stopped_by = f"{name_of(reason)} was received"
         return reason != GO_ON
 
-    def _decide(self, done: bool, iteration: int) -> tuple[bool, int]:
-        """Whether to save, and why to stop; rank 0's clock and any rank's signal decide."""
+    def _decide(self, done: bool, iteration: int) -> tuple[bool, bool, int]:
+        """Whether to save, as the best or not, and why to stop; rank 0's clock and any rank's signal decide."""
 
         def decide(table: np.ndarray) -> list[float]:
             now = seconds()
@@ -131,26 +146,29 @@ class Survival:
             if reason == GO_ON and self._walltime is not None:
                 needed = MARGIN * (self._longest_step + self._longest_save)
                 reason = WALLTIME if since_start() + needed > self._walltime else GO_ON
+            if reason == GO_ON and self._records.failure():
+                reason = FAILURE
+            best = self._options.keep_best and self._training.stopping.improved
             due = self._iterations is not None and iteration % self._iterations == 0
             due = due or (self._interval is not None and now - self._last_save >= self._interval)
             # The first save tells how long the one at the end of the wall time will take.
             due = due or (self._walltime is not None and self._saves == 0)
-            return [due or done or reason != GO_ON, reason]
+            return [due or best or done or reason != GO_ON, best, reason]
 
-        save, reason = self._comm.agree([self._signals.received], decide)
-        return bool(save), int(reason)
+        save, best, reason = self._comm.agree([self._signals.received], decide)
+        return bool(save), bool(best), int(reason)
 
-    def _save(self, iteration: int, last: bool) -> None:
+    def _save(self, iteration: int, best: bool, last: bool) -> None:
         started = seconds()
         # What is wrong with the one before is told, and no reason to do without this one.
         self._tolerate(self._directory.finish, f"checkpoint {self._under_way} could not be saved")
         self._tolerate(self._directory.finish_removal, "old checkpoints could not be removed")
         try:
             arrays, metadata = self._training.save()
-            arrays.append(history_array(self._history, self._comm))
+            arrays.append(history_array(self._records.history, self._comm))
             in_background = self._options.checkpoint_in_background and not last
             save = self._directory.start_save if in_background else self._directory.save
-            save(arrays, metadata | self._metadata, iteration)
+            save(arrays, metadata | self._metadata, iteration, best)
             self._under_way = iteration
         except SharedInvalidInput as error:
             if last:

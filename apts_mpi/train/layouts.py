@@ -25,6 +25,7 @@ from apts_mpi.problems import ALL, Parts, Problem, Wanted, build, read_parts
 from apts_mpi.staged.build import build_stage
 from apts_mpi.staged.micro_batches import placeholder
 from apts_mpi.staged.solver import StagedAPTS
+from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.trees import Tree, count_samples, first_sample, take, tensors_of
 from apts_mpi.train.baselines import DataParallel
@@ -81,10 +82,12 @@ def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Int
     called = torch.nn.Sequential(*segments_of(network, forward))
     if options.optimizer == "apts":
         apts = APTS(network, loss, comm=world, options=solver_options, forward=forward)
-        return Method(apts, whole_outputs(called, apts.comm, solver_options.group))
+        arrays = functools.partial(replicated_arrays, comm=apts.comm)
+        return Method(apts, whole_outputs(called, apts.comm, solver_options.group), arrays)
     baseline = replace(options.baseline_options(), group=solver_options.group)
     other = DataParallel(network, loss, comm=world, options=baseline, forward=forward)
-    return Method(other, whole_outputs(called, other.comm, solver_options.group), notes=other.notes)
+    arrays = functools.partial(replicated_arrays, comm=other.comm)
+    return Method(other, whole_outputs(called, other.comm, solver_options.group), arrays, notes=other.notes)
 
 
 def with_groups(options: TrainingOptions, problem: Problem) -> APTSOptions:
@@ -162,7 +165,8 @@ def staged_method(problem: Problem, options: TrainingOptions, world: MPI.Intraco
     )
     outputs = functools.partial(_staged_outputs, solver)
     held = solver.holding
-    return Method(solver, outputs, held.replica.rank, "\n".join(held.processes), held.notes)
+    arrays = functools.partial(held.arrays, vectors={})
+    return Method(solver, outputs, arrays, held.replica.rank, "\n".join(held.processes), held.notes)
 
 
 def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:

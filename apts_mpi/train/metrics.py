@@ -16,6 +16,7 @@ from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.tools.trees import Tree, count_samples, joined, take
+from apts_mpi.train.average import Average
 
 # Inputs and targets of some samples, on one device.
 Data = tuple[Tree, Tree]
@@ -70,16 +71,34 @@ class Metrics:
         The ranks.
     outputs
         How the samples come through the network.
+    average
+        That of its iterates, which is measured as well.
     """
 
-    def __init__(self, problem: Problem, comm: Communicator, outputs: Outputs) -> None:
+    def __init__(self, problem: Problem, comm: Communicator, outputs: Outputs, average: Average | None = None) -> None:
         self._problem = problem
         self._loss = MeanLoss(problem.loss)
         self._comm = comm
         self._outputs = outputs
+        self._average = average
+
+    def names(self, train: Data, test: Data | None) -> list[str]:
+        """What `measure` finds, known from a few of the samples. Collective."""
+        few = slice(2 * self._comm.size * self._problem.group_size)
+        samples = [None if data is None else (take(data[0], few), take(data[1], few)) for data in (train, test)]
+        assert samples[0] is not None  # a problem has training samples
+        return list(self.measure(samples[0], samples[1]))
 
     def measure(self, train: Data, test: Data | None) -> dict[str, Any]:
-        """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
+        """Losses and accuracies on all samples, the network in evaluation mode; of the average, too. Collective."""
+        values = self._measure(train, test)
+        if self._average is not None:
+            with self._average.in_network():
+                averaged = self._measure(train, test)
+            values |= {f"average_{name}": value for name, value in averaged.items()}
+        return values
+
+    def _measure(self, train: Data, test: Data | None) -> dict[str, Any]:
         network = self._problem.network
         network.eval()
         values = self._loss_and_accuracy("train", train)

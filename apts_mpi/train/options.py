@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from apts_mpi.errors import require, require_fields
+from apts_mpi.errors import require, require_fields, require_name
 from apts_mpi.options import (
     APTSOptions,
     CoarseOptions,
@@ -20,6 +20,9 @@ from apts_mpi.options import (
 # The optimizers that APTS is set beside. `PEERS` are those of the package pytorch_optimizer.
 Optimizer = Literal["apts", "adam", "sgd", "lbfgs", "adamw-cosine", "schedule-free", "muon", "soap", "prodigy"]
 PEERS = ("schedule-free", "muon", "soap", "prodigy")
+
+# Those of `apts_mpi.train.loggers.KINDS`.
+LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
 # The value of --resume that asks for the latest checkpoint in the run directory.
 LATEST_OF_RUN = "latest"
@@ -78,6 +81,22 @@ class TrainingOptions:
         Stop after that many seconds of iterations, whatever the epochs; metrics and checkpoints do not count.
     max_cpu_seconds
         The same of the processor time of rank 0, which other programs on the machine do not lengthen.
+    stop_on
+        Metric of the epochs that is watched, such as test_loss; with min: or max: before it where its name does not
+        say which is better.
+    patience
+        Stop after that many epochs in which it got no better. null: never.
+    keep_best
+        Keep the checkpoint of the best epoch so far, ``run_dir``/checkpoints/best, beside the last ones.
+    target_loss
+        Stop when the training loss at the end of an epoch is at most this.
+    gradient_tolerance
+        Stop when the gradients of as many batches in a row as an epoch has are at most so long.
+    relative_gradient_tolerance
+        The same as a share of the length of the first gradient.
+    average
+        Decay, such as 0.98, of an exponential average of the iterates, which is evaluated and saved beside them. null:
+        none.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
     seed
@@ -145,7 +164,10 @@ class TrainingOptions:
     trace
         Write what each rank did when to ``run_dir``/trace.json, for ui.perfetto.dev.
     tensorboard
-        Write event files for TensorBoard to ``run_dir``/tensorboard while training.
+        Write event files for TensorBoard to ``run_dir``/tensorboard while training: a logger, as those that follow.
+    logger
+        What takes the records while training, with commas between several: ``csv``, ``tensorboard``, ``mlflow``,
+        ``wandb`` (offline), all into ``run_dir``, or MODULE:CLASS for one of your own.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the solver's parts.
     """
@@ -161,6 +183,13 @@ class TrainingOptions:
     max_iterations: int | None = None
     max_seconds: float | None = None
     max_cpu_seconds: float | None = None
+    stop_on: str | None = None
+    patience: int | None = 3
+    keep_best: bool = False
+    target_loss: float | None = None
+    gradient_tolerance: float | None = None
+    relative_gradient_tolerance: float | None = None
+    average: float | None = None
     batch_size: int | None = None
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
@@ -188,6 +217,7 @@ class TrainingOptions:
     log_view: bool = False
     trace: bool = False
     tensorboard: bool = False
+    logger: str | None = None
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
@@ -197,7 +227,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         require_fields(self)
-        for name in ("train_samples", "epochs", "max_iterations", "batch_size"):
+        for name in ("train_samples", "epochs", "max_iterations", "batch_size", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         for name in ("max_seconds", "max_cpu_seconds"):
@@ -206,18 +236,37 @@ class TrainingOptions:
         for name in ("problem_args", "network_args"):
             for each in getattr(self, name):
                 require(re.match(r"[A-Za-z_]\w*=", each) is not None, name, each, "give NAME=VALUE")
+        self._check_end()
         both = self.autocast == "none" or self.dtype == "float32"
         require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")
         self._check_survival()
         remedy = "it is for optimizer apts; choose that, or --layout replicated"
         require(self.layout == "replicated" or self.optimizer == "apts", "layout", self.layout, remedy)
         require(self.learning_rate > 0.0, "learning_rate", self.learning_rate, "give a number above 0")
+        decay = self.trust_region.weight_decay
+        remedy = "it is for optimizer apts; choose that, or give 0"
+        require(self.optimizer == "apts" or decay == 0.0, "trust_region.weight_decay", decay, remedy)
         self.solver_options()
 
     def arguments(self, of: Literal["problem_args", "network_args"]) -> dict[str, str]:
         """Arguments of a function of the user's by their names; the last of a name counts."""
         pairs = (each.partition("=") for each in getattr(self, of))
         return {name: value for name, _, value in pairs}
+
+    def _check_end(self) -> None:
+        best = self.stop_on is not None or not self.keep_best
+        require(best, "keep_best", self.keep_best, "give --stop-on with the metric that is to be best")
+        for name in ("gradient_tolerance", "relative_gradient_tolerance"):
+            tolerance = getattr(self, name)
+            require(tolerance is None or tolerance >= 0.0, name, tolerance, "give 0 or more, or null")
+        average = self.average
+        require(average is None or 0.0 <= average < 1.0, "average", average, "give a number in [0, 1), or null")
+        for name in self.loggers():
+            require_name("logger", name, LOGGERS)
+
+    def loggers(self) -> list[str]:
+        """Names of the loggers."""
+        return [] if self.logger is None else [name.strip() for name in self.logger.split(",")]
 
     def _check_survival(self) -> None:
         every = self.checkpoint_every

@@ -17,15 +17,19 @@ from apts_mpi.tools.command import add_version
 from apts_mpi.train.configuration import expand
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 
-# Groups of which the first option is named by the group's own name: --global-step first-order.
-SHORT_FORMS = {"--global_step": "--global_step.model", "--coarse": "--coarse.model"} | {
+# Options that go without the name of their group, or by that alone: --global-step first-order.
+SHORT_FORMS = {
+    "--global_step": "--global_step.model",
+    "--coarse": "--coarse.model",
+    "--weight_decay": "--trust_region.weight_decay",
+} | {
     f"--{name}": f"--pipeline.{name}"
     for name in ("micro_batches", "schedule", "cuts", "balance", "cache_dtype", "recompute")
 }
 
 # Options that need no value.
 SWITCHES = (
-    *("--overwrite", "--checkpoint_in_background", "--view", "--monitor"),
+    *("--overwrite", "--keep_best", "--checkpoint_in_background", "--view", "--monitor"),
     *("--log_view", "--trace", "--tensorboard"),
 )
 

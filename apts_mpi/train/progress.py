@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from apts_mpi.checkpoint import Checkpoint
+from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.schema import allow, anything, instance, mapping, number, record, sequence, text, whole
 from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.stopping import CHECK_WATCHED
 
 
 @dataclass
@@ -47,6 +48,11 @@ class Progress:
     def within_epoch(self) -> bool:
         """Whether the present epoch has begun."""
         return self.batch > 0 or self.tries > 0
+
+
+def is_timed(options: TrainingOptions) -> bool:
+    """Whether seconds end a run."""
+    return options.max_seconds is not None or options.max_cpu_seconds is not None
 
 
 def share_of_time(options: TrainingOptions, progress: Progress) -> float:
@@ -92,7 +98,10 @@ _METADATA = record(
         ),
         "run": _IDENTITY,
     },
-    {"configuration": text, "versions": mapping()},
+    {
+        **{"configuration": text, "versions": mapping()},
+        **{"average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
+    },
 )
 
 

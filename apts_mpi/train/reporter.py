@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apts_mpi.records.directory import RunDirectory
-from apts_mpi.train.tensorboard import ScalarWriter
+from apts_mpi.train.loggers import Loggers
 
 
 class Reporter:
@@ -24,8 +24,8 @@ class Reporter:
         Where to print.
     monitor
         Whether to print a line an iteration.
-    scalars
-        Where records go as well, if any.
+    loggers
+        Where records go as well.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Reporter:
         directory: RunDirectory | None,
         console: Console,
         monitor: bool,
-        scalars: ScalarWriter | None,
+        loggers: Loggers | None,
     ) -> None:
         self._directory = directory
-        self._scalars = scalars
+        self._loggers = loggers
         self._console = console
         self._monitor = monitor
         self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
@@ -56,12 +56,10 @@ class Reporter:
         if self._directory is None:
             return
         self._directory.record(values)
-        if self._scalars is not None:
-            self._scalars.write(values)
+        if self._loggers is not None:
+            self._loggers.record(values)
         if "train_loss" in values:
             self._directory.flush()
-            if self._scalars is not None:
-                self._scalars.flush()
             self._print(values)
         else:
             if self._monitor:

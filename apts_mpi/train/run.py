@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from mpi4py import MPI
 from rich.console import Console
 
@@ -17,7 +19,7 @@ from apts_mpi.checkpoint import Checkpoint, CheckpointDirectory
 from apts_mpi.errors import InvalidInput, SharedFailure
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
-from apts_mpi.records.directory import TENSORBOARD, TRACE, RunDirectory, print_summary
+from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
 from apts_mpi.tools.signals import StopSignals, name_of
@@ -25,6 +27,8 @@ from apts_mpi.tools.status import REQUEUE
 from apts_mpi.train.checkpointing import Survival
 from apts_mpi.train.device import take_device
 from apts_mpi.train.log_view import event_table, print_events
+from apts_mpi.train.logger import Logger, LoggerSetting
+from apts_mpi.train.loggers import Loggers, chosen_loggers
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
 from apts_mpi.train.progress import check_metadata
@@ -40,7 +44,7 @@ from apts_mpi.train.resume import (
 )
 from apts_mpi.train.same_run import Asked, same_run
 from apts_mpi.train.saved_history import history_of
-from apts_mpi.train.tensorboard import ScalarWriter, check_tensorboard
+from apts_mpi.train.stopping import CONVERGED, Reason
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
 
@@ -60,18 +64,22 @@ class Destinations:
         The run directory.
     checkpoints
         Those in it.
-    records, scalars
-        On rank 0, what takes the records; scalars where they are asked for.
+    records, loggers
+        On rank 0, what takes the records.
     """
 
     path: Path
     checkpoints: CheckpointDirectory
     records: RunDirectory | None
-    scalars: ScalarWriter | None
+    loggers: Loggers | None = None
 
     def history(self) -> bytes:
         """The records so far, on rank 0."""
         return b"" if self.records is None else self.records.history()
+
+    def failure(self) -> str:
+        """On rank 0: which logger has failed, and how; empty as long as none has."""
+        return "" if self.loggers is None else self.loggers.failure
 
     def is_gone(self) -> bool:
         """On rank 0: whether the run directory is not there any more, or somebody else's."""
@@ -116,20 +124,22 @@ def run(
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
-            if options.tensorboard and comm.rank == 0:
-                check_tensorboard()
+            kinds = chosen_loggers(options) if comm.rank == 0 else {}
         training = make_training(options, take_device(options, comm), comm, world)
         begin(training, checkpoint, options.view, tell)
         if number := stopped_early(signals, comm):
             tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
             return REQUEUE
         destinations = open_destinations(training, options, config, checkpoint, comm, stack, tell)
+        destinations = open_loggers(destinations, kinds, training, config, comm, stack, tell)
+        if options.keep_best and checkpoint is not None:
+            find_best(training, destinations, tell)
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
-        survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations.history, tell)
+        survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
         total, done = training.epochs * training.batches, training.progress.accepted
-        records, scalars = destinations.records, destinations.scalars
-        with Reporter(total, done, records, console, options.monitor, scalars) as reporter:
+        records, loggers = destinations.records, destinations.loggers
+        with Reporter(total, done, records, console, options.monitor, loggers) as reporter:
             metrics = training.run(reporter.record, survival.boundary, tell)
         if trace is not None:
             trace.end()
@@ -138,17 +148,25 @@ def run(
         write_trace(trace, destinations, training.comm, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
-        tell(f"stopped after iteration {iteration}, as {survival.stopped_by}: go on with {to_go_on(options, path)}")
+        stopped = f"{Reason.INTERRUPTED.value}: stopped after iteration {iteration}, as {survival.stopped_by}"
+        tell(f"{stopped}: go on with {to_go_on(options, path)}")
         return REQUEUE
     if failure:
         raise SharedFailure(
             f"{failure}; the last checkpoint holds the trained network, and --resume --run-dir {destinations.path} "
             "writes what is missing"
         )
-    if training.converged:
-        tell(f"converged after iteration {training.progress.iteration}: no batch has anything left to gain")
     tell(f"records: {destinations.path}")
+    tell(ending(training))
     return 0
+
+
+def ending(training: Training) -> str:
+    """Why the run ended, on a line."""
+    reason = training.reason
+    assert reason is not None  # it has
+    converged = "converged after" if reason in CONVERGED else "ended after"
+    return f"{reason.value}: {converged} iteration {training.progress.iteration}: {reason.words}"
 
 
 def stopped_early(signals: StopSignals, comm: Communicator) -> int:
@@ -202,21 +220,47 @@ def open_destinations(
     place = Path(comm.agree_on_text(str((path / CHECKPOINTS).absolute())))
     checkpoints = CheckpointDirectory(place, comm, options.checkpoint_keep_last, options.checkpoint_keep_every)
     stack.enter_context(checkpoints)
-    records = scalars = None
+    records = None
     with comm.shared_errors():
         if comm.rank == 0:
             in_place = goes_on_in(path, checkpoint)
             overwrite = replaces(options, path, checkpoint)
             records = RunDirectory(path, config, tell, overwrite, history, in_place)
             stack.enter_context(records)
-            if options.tensorboard:
-                scalars = ScalarWriter(path / TENSORBOARD, tell, training.progress.iteration)
-                stack.enter_context(contextlib.closing(scalars))
     if checkpoint is None:
         checkpoints.clear()
     else:
         checkpoint.close()
-    return Destinations(path, checkpoints, records, scalars)
+    return Destinations(path, checkpoints, records)
+
+
+def open_loggers(
+    destinations: Destinations,
+    kinds: dict[str, type[Logger]],
+    training: Training,
+    config: str,
+    comm: Communicator,
+    stack: contextlib.ExitStack,
+    tell: Tell,
+) -> Destinations:
+    """The same with the loggers of these kinds, on rank 0; what cannot be made ends all ranks. Collective."""
+    loggers = None
+    with comm.shared_errors():
+        if destinations.records is not None:
+            earlier = [json.loads(line) for line in destinations.history().splitlines()]
+            done, configuration = training.progress.iteration, yaml.safe_load(config)
+            setting = LoggerSetting(destinations.path, done, earlier, configuration, tell)
+            loggers = Loggers(kinds, setting)
+            # Else they leave after they have been given the summary.
+            stack.push(lambda kind, *_: loggers.close() if kind is not None else None)
+    return replace(destinations, loggers=loggers)
+
+
+def find_best(training: Training, destinations: Destinations, tell: Tell) -> None:
+    """See that the link names the best checkpoint of a run that goes on, or say that it is not there. Collective."""
+    step = training.stopping.state.best_iteration
+    if not destinations.checkpoints.name_best(step or None) and step:
+        tell(f"note: the best checkpoint so far, of iteration {step}, is not in {destinations.checkpoints.path}")
 
 
 def report(
@@ -226,15 +270,20 @@ def report(
 
     Collective. Returns why the summary is not written, empty if it is, or if there is none.
     """
-    failure = ""
+    failure, of_loggers = "", {"reason": Reason.INTERRUPTED.value}
     events = event_table(training.solver.events, training.batch_size, training.comm)
     if metrics is not None:
         summary = training.summary(metrics) | {"events": events}
+        of_loggers = summary
         if destinations.records is not None:
             failure = destinations.records.write_summary(summary)
             print_summary(console, summary)
         if warning := training.warning():
             say(console, f"warning: {warning}")
+    if destinations.loggers is not None:
+        destinations.loggers.end(of_loggers)
+        destinations.loggers.close()
+        failure = failure or destinations.failure()
     if log_view:
         print_events(events, training.comm.size, console)
     return training.comm.agree_on_text(failure)

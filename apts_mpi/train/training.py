@@ -11,20 +11,24 @@ import torch
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.errors import InvalidInput, SharedInvalidInput, shown
+from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
 from apts_mpi.tools.trees import numbers_of_sample
+from apts_mpi.train.average import Average, TensorArrays, restore_average
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.consistency import fingerprint
+from apts_mpi.train.ending import Ending
+from apts_mpi.train.identity import check_identity, identity
 from apts_mpi.train.metrics import Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
-from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps, share_of_time
+from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps
 from apts_mpi.train.rejection import Rejections
+from apts_mpi.train.stopping import Reason, Stopping
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
 RETRIES = 3
@@ -44,6 +48,8 @@ class Method:
         Makes the steps.
     outputs : callable
         How samples come through the network, see `apts_mpi.train.metrics.Outputs`.
+    arrays : callable
+        Makes arrays of a checkpoint of named tensors of the network, of which this rank may hold a part. Collective.
     part : int
         Ranks with the same one share the tensors of their part of the network.
     places : str
@@ -54,6 +60,7 @@ class Method:
 
     solver: APTS | DataParallel
     outputs: Outputs
+    arrays: TensorArrays
     part: int = 0
     places: str = ""
     notes: Sequence[str] = ()
@@ -77,6 +84,10 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
+    average : Average or None
+        Of the iterates, where that is asked for.
+    stopping : Stopping
+        What may end the run before its limits.
     places, notes
         See `Method`.
     """
@@ -92,12 +103,17 @@ class Training:
         self.train, self.samples, self.batch_size = self._data.train, self._data.samples, self._data.size
         self.progress = Progress()
         self._check_batch()
-        self._metrics = Metrics(problem, self.comm, method.outputs)
+        average = options.average
+        self.average = None if average is None else Average(problem.network, average, method.arrays)
+        self._metrics = Metrics(problem, self.comm, method.outputs, self.average)
+        names = [] if options.stop_on is None else self._metrics.names(self.train, self.test)
+        with self.comm.shared_errors():
+            self.stopping = Stopping(options, self.batches, names)
         self._part = method.part
         self.places = method.places
         self.notes = method.notes
         self._resumed = False
-        self._time_share = 0.0
+        self._ending = Ending(options, self.epochs, self.batches, self.stopping, self.comm)
         self._last: StepResult | BaselineResult | None = None
         self._rejections = Rejections()
 
@@ -152,7 +168,8 @@ class Training:
     def _run(self, record: Record, boundary: Callable[[bool], bool], tell: Tell) -> dict[str, Any] | None:
         metrics: dict[str, Any] | None = None
         progress = self.progress
-        self._look_at_the_time()
+        self._ending.interrupted = False
+        self._ending.look(progress)
         while not self.done:
             self.problem.network.train()
             started = cpu_seconds()
@@ -161,42 +178,38 @@ class Training:
             record(self._note(result))
             if warning := self._rejections.note(result, progress.iteration):
                 tell(warning)
-            self._look_at_the_time()
             metrics = None
             if progress.batch == self.batches:
                 metrics = self._end_epoch(record)
+                self.stopping.see_epoch(progress.epoch, progress.iteration, metrics)
                 progress.epoch += 1
                 progress.batch = 0
+            self._ending.look(progress)
             if boundary(self.done) and not self.done:
+                self._ending.interrupted = True
                 return None
         if metrics is None:
             # A run that its limit ends within an epoch, or that had nothing left to do.
             metrics = self._end_epoch(record) if progress.within_epoch else self.metrics()
+        self._ending.diverged = not math.isfinite(metrics["train_loss"])
         return metrics
-
-    def _look_at_the_time(self) -> None:
-        """Tell all ranks how much of its seconds rank 0 has used. Collective."""
-        if self.options.max_seconds is not None or self.options.max_cpu_seconds is not None:
-            (self._time_share,) = self.comm.decide(lambda: [share_of_time(self.options, self.progress)])
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        progress = self.progress
-        last = progress.iteration >= (self.options.max_iterations or math.inf)
-        return progress.epoch > self.epochs or last or self._time_share >= 1.0 or self.converged
+        return self._ending.due(self.progress) is not None
 
     @property
-    def converged(self) -> bool:
-        """Whether no batch of an epoch has anything left to gain."""
-        return self.progress.at_rest >= self.batches
+    def reason(self) -> Reason | None:
+        """Why the run ended, the same on all ranks; None as long as it has not."""
+        return self._ending.reason(self.progress)
 
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
         with self.solver.events.timed("data"):
             batch, rows = self._data.batch(self.progress.epoch, self.progress.batch)
         steps = share_of_steps(self.progress, self.epochs, self.batches)
-        share = max(steps, self._time_share)
+        share = max(steps, self._ending.time_share)
         if isinstance(self.solver, DataParallel):
             return self.solver.step(batch, rows, share)
         known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0)
@@ -225,10 +238,13 @@ class Training:
                 values["notes"] = list(result.notes)
         else:
             values |= {"loss": result.loss, "gradient_norm": result.gradient_norm, "accepted": True}
+        if self.average is not None and result.accepted:
+            self.average.follow()
         progress.tries += 1
         if result.accepted or result.skipped or result.at_rest or progress.tries > RETRIES:
             progress.tries = 0
             progress.batch += 1
+        self.stopping.see_iteration(values["gradient_norm"], progress.tries == 0)
         return values | self._totals()
 
     def _end_epoch(self, record: Record) -> dict[str, Any]:
@@ -243,11 +259,20 @@ class Training:
     def save(self) -> tuple[list[Array], dict[str, Any]]:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
         arrays, solver = self.solver.save()
-        return arrays, {"solver": solver, "progress": asdict(self.progress), "run": self._identity()}
+        run = identity(self.problem, self.options, self.batch_size)
+        metadata = {"solver": solver, "progress": asdict(self.progress), "run": run}
+        if self.stopping.is_asked:
+            metadata["stopping"] = asdict(self.stopping.state)
+        if self.average is not None:
+            of_average, metadata["average"] = self.average.save()
+            arrays = [*arrays, *of_average]
+        return arrays, metadata
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Checksums of what ranks share, see `apts_mpi.train.consistency`."""
-        return fingerprint(*self.solver.shared(), part=self._part)
+        tensors, numbers = self.solver.shared()
+        averaged = [] if self.average is None else self.average.tensors.values()
+        return fingerprint([*tensors, *averaged], numbers, part=self._part)
 
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where a checkpoint was saved; return what could not be taken over, one sentence each. Collective.
@@ -259,31 +284,14 @@ class Training:
         """
         with self.comm.shared_errors():
             saved = check_metadata(checkpoint)
-            self._check_identity(saved["run"], checkpoint)
+            check_identity(identity(self.problem, self.options, self.batch_size), saved["run"], checkpoint)
             check_progress(saved["progress"], self.batches, RETRIES, checkpoint)
+            if self.average is not None and "average" in saved:
+                self.average.check(checkpoint)
         notices = self.solver.load(checkpoint, checkpoint.metadata["solver"])
+        averaged = restore_average(self.average, checkpoint, saved.get("average"))
         self.progress, self._resumed = saved["progress"], True
-        return notices
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run has to share with one that it goes on with: the order of the batches depends on it."""
-        options = self.options
-        return {
-            "problem": self.problem.name,
-            "optimizer": options.optimizer,
-            "dtype": options.dtype,
-            "seed": options.seed,
-            "train_samples": self.samples,
-            "batch_size": self.batch_size,
-        }
-
-    def _check_identity(self, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
-        for name, value in self._identity().items():
-            if saved[name] != value:
-                raise InvalidInput(
-                    f"{name}: {value!r} differs from the {shown(saved[name])} with which {checkpoint.path} was made; "
-                    "resume with the same, or start a new run"
-                )
+        return [*notices, *averaged, *self.stopping.restore(saved.get("stopping"))]
 
     def metrics(self) -> dict[str, Any]:
         """Losses and accuracies on all samples, the network in evaluation mode. Collective."""
@@ -310,6 +318,7 @@ class Training:
         return {
             "problem": self.problem.name,
             "optimizer": self.options.optimizer,
+            "reason": self.reason and self.reason.value,
             "ranks": self.comm.size,
             "subdomains": self.solver.subdomains,
             "batch_size": self.batch_size,
@@ -318,6 +327,7 @@ class Training:
             "epochs": self.progress.epoch - (not self.progress.within_epoch),
             "iterations": self.progress.iteration,
             **metrics,
+            **self.stopping.summary(),
             "accepted_steps": self.progress.accepted,
             "rejected_steps": self.progress.rejected,
             "skipped_steps": self.progress.skipped,

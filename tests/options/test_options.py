@@ -74,6 +74,8 @@ BAD_VALUES = [
     (TrustRegionOptions, {"norm": "1"}, "trust_region.norm: '1' .* choose one of 2, inf"),
     (TrustRegionOptions, {"window": -1}, "trust_region.window: -1"),
     (TrustRegionOptions, {"pull": -0.1}, r"trust_region.pull: -0.1 .* give a number in \[0, 1\), or null"),
+    (TrustRegionOptions, {"weight_decay": -0.1}, "trust_region.weight_decay: -0.1 .* give 0 or more"),
+    (TrustRegionOptions, {"weight_decay": math.inf}, "trust_region.weight_decay: inf .* give a finite number"),
     (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
     (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
@@ -117,6 +119,13 @@ BAD_VALUES = [
     (TrainingOptions, {"checkpoint_keep_last": 0}, "checkpoint_keep_last: 0 .* give 1 or more"),
     (TrainingOptions, {"checkpoint_keep_every": -1}, "checkpoint_keep_every: -1 .* give 0 or more"),
     (TrainingOptions, {"drift_check_every": -1}, "drift_check_every: -1 .* give 0 or more"),
+    (TrainingOptions, {"patience": 0}, "patience: 0 .* give 1 or more, or null"),
+    (TrainingOptions, {"keep_best": True}, "keep_best: True .* give --stop-on"),
+    (TrainingOptions, {"gradient_tolerance": -1.0}, "gradient_tolerance: -1.0 .* give 0 or more, or null"),
+    (TrainingOptions, {"relative_gradient_tolerance": -1.0}, "relative_gradient_tolerance: -1.0 .* give 0 or more"),
+    (TrainingOptions, {"target_loss": math.nan}, "target_loss: nan .* give a finite number"),
+    (TrainingOptions, {"average": 1.0}, r"average: 1.0 .* give a number in \[0, 1\), or null"),
+    (TrainingOptions, {"logger": "csv,tensorbord"}, "logger: 'tensorbord' .* choose one of csv, tensorboard, mlflow"),
     (TrainingOptions, {"walltime": "1:2"}, "walltime: '1:2' .* give HH:MM:SS"),
     (TrainingOptions, {"stall_timeout": -1.0}, "stall_timeout: -1.0 .* give seconds above 0, or null"),
     (TrainingOptions, {"replicas": 0}, "replicas: 0"),
@@ -147,7 +156,7 @@ def test_every_option_has_a_bad_value_above(kind):
         "view",
         "monitor",
     }
-    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard"}
+    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard", "stop_on"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}

@@ -41,7 +41,7 @@ EPOCH = {
     "test_loss", "test_accuracy",
 }  # fmt: skip
 SUMMARY = {
-    "problem", "optimizer", "ranks", "subdomains", "batch_size", "targets_per_sample", "parameters", "epochs",
+    "problem", "optimizer", "reason", "ranks", "subdomains", "batch_size", "targets_per_sample", "parameters", "epochs",
     "iterations", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "accepted_steps", "rejected_steps",
     "skipped_steps", "gradient_evaluations", "seconds", "cpu_seconds", "seconds_in_communication",
     "seconds_in_checkpoints", "events",
