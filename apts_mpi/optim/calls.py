@@ -28,12 +28,13 @@ class Calls:
         self.records: list[LayerRecord] = []
         self._layers: set[int] = set()
         self._handle: RemovableHandle | None = None
+        self._is_compiled = False
 
     def begin(self, layers: Iterable[nn.Module]) -> None:
-        """Record the calls of these layers from now on."""
+        """Record the calls of these layers from now on, unless they are known to be in a graph."""
         self.end()
         self._layers = {id(layer) for layer in layers}
-        if self._layers:
+        if self._layers and not self._is_compiled:
             self._handle = register_module_forward_hook(self._see)
 
     def clear(self) -> None:
@@ -51,8 +52,19 @@ class Calls:
             self._handle = None
         self.clear()
 
+    def leave_out_compiled(self, network: nn.Module) -> None:
+        """Record nothing of a network that torch compiles: a hook would be traced, and its graph thrown away."""
+        self._is_compiled |= any(map(_is_compiled, network.modules()))
+
     def _see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
-        if id(module) in self._layers and not torch.compiler.is_compiling():
+        if _is_compiled(module):
+            self._is_compiled = True
+        elif id(module) in self._layers and not torch.compiler.is_compiling():
             record = record_of(module, given, outputs)
             if record is not None:
                 self.records.append(record)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``module.compile`` made it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

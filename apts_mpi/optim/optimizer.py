@@ -25,7 +25,7 @@ from apts_mpi.optim.checks import (
     composed,
 )
 from apts_mpi.optim.gathered import Gathered, gather
-from apts_mpi.optim.subdomains import LayerSubdomain, find_subdomains
+from apts_mpi.optim.subdomains import LayerSubdomain, find_subdomains, shorten_rounding
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.parallel.transport import Mirror
@@ -97,6 +97,8 @@ class APTS(torch.optim.Optimizer):
         self._network = params if isinstance(params, nn.Module) else network
         self._comm = guarded(comm, None)
         self._calls, self._ball, self._initial_radius = Calls(), Ball(initial_radius), initial_radius
+        if self._network is not None:
+            self._calls.leave_out_compiled(self._network)
         self._subdomains: list[LayerSubdomain] = []
         with self._comm.shared_errors():
             check_radius(initial_radius)
@@ -202,15 +204,16 @@ class APTS(torch.optim.Optimizer):
 
     def _direction(self, found: Gathered) -> torch.Tensor:
         """The corrections of the subdomains that have gradients, shape (n,), on all ranks the same. Collective."""
-        direction, start, weight = torch.zeros_like(found.gradient), 0, 1.0 / self._comm.size
-        for part, active, called, records in zip(
-            self._subdomains, found.active, found.called, found.records, strict=True
-        ):
-            stop = start + part.size
-            if any(active):
-                part.make_solver(called, self._local, self._comm)
-                direction[start:stop] = part.direction(found.gradient[start:stop], records, found.samples, weight)
-            start = stop
+        gradients = found.gradient.split([part.size for part in self._subdomains])
+        directions, weight = [], 1.0 / self._comm.size
+        for number, part in enumerate(self._subdomains):
+            if any(found.active[number]):
+                part.make_solver(found.called[number], self._local, self._comm)
+                directions.append(part.direction(gradients[number], found.records[number], found.samples, weight))
+            else:
+                directions.append(torch.zeros_like(gradients[number]))
+        shorten_rounding(directions, gradients)
+        direction = torch.cat(directions)
         if self._comm.size > 1:
             # Sums may have other bits on other ranks.
             ranges = [split(len(direction), self._comm.size, rank) for rank in range(self._comm.size)]

@@ -17,6 +17,9 @@ from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 
+# Of a machine number, as a power: curvature below that share of the largest is taken for rounding.
+ROUNDING = 0.75
+
 
 class GradientObjective:
     """What K-FAC is given of a layer: gradients and records, and no function to evaluate.
@@ -150,9 +153,8 @@ class LayerSubdomain:
         self.make_solver(not state["signed"], options, team)
         assert self.solver is not None
         vectors = {} if state["momentum"] is None else {"momentum": state["momentum"]}
-        # Not those of the file's owner, which these means move.
-        tensors = [tensor.clone() for tensor in state["factors"]]
-        layers = [LayerState(self.solver.layers[0].curvature.kind, tensors)] if tensors else []
+        # Copies, as running means move in place. Of no kind by name: the curvature is there already.
+        layers = [LayerState("", [tensor.clone() for tensor in state["factors"]])] if state["factors"] else []
         self.solver.restore(LocalState({name: state[name] for name in ("count", "updates")}, vectors, layers))
         self._earlier = [gradient.clone() for gradient in state["earlier"]]
 
@@ -166,3 +168,19 @@ def find_subdomains(network: nn.Module | None, parameters: Sequence[nn.Parameter
         if own:
             found.append(LayerSubdomain(module, own))
     return found + [LayerSubdomain(None, [parameter]) for parameter in left.values()]
+
+
+def shorten_rounding(directions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+    """Shorten, in place, the directions of subdomains that the loss does not depend on but by rounding.
+
+    Such as a bias before batch normalisation: gradient and noise are tiny alike, and the inverse of the one times the
+    other is long. The curvature that a direction reckons with, ``|gradient| / |direction|``, has to be more than
+    rounding beside that of other subdomains.
+    """
+    slopes, lengths = (torch.stack(torch._foreach_norm(list(vectors))) for vectors in (gradients, directions))
+    curvatures = (slopes / lengths).nan_to_num(nan=0.0, posinf=0.0)
+    least = torch.finfo(slopes.dtype).eps ** ROUNDING * curvatures.max()
+    scales = (curvatures / least).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0).tolist()
+    for direction, slope, scale in zip(directions, slopes.tolist(), scales, strict=True):
+        if scale < 1.0 and slope > 0.0:
+            direction.mul_(scale)
