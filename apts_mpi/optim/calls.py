@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +37,10 @@ class Calls:
         self.end()
         self._layers = {id(layer) for layer in layers}
         if self._layers and not self._is_compiled:
-            self._handle = register_module_forward_hook(self._see)
+            # Torch keeps the hook; that must not keep this object and its optimizer.
+            this = weakref.ref(self)
+            self._handle = register_module_forward_hook(functools.partial(_tell, this))
+            self._unlisten = weakref.finalize(self, self._handle.remove)
 
     def clear(self) -> None:
         """Forget what was recorded."""
@@ -48,7 +53,7 @@ class Calls:
     def end(self) -> None:
         """Record nothing any more, and forget what was recorded."""
         if self._handle is not None:
-            self._handle.remove()
+            self._unlisten()
             self._handle = None
         self.clear()
 
@@ -56,13 +61,20 @@ class Calls:
         """Record nothing of a network that torch compiles: a hook would be traced, and its graph thrown away."""
         self._is_compiled |= any(map(_is_compiled, network.modules()))
 
-    def _see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
+    def see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
+        """A module was called."""
         if _is_compiled(module):
             self._is_compiled = True
         elif id(module) in self._layers and not torch.compiler.is_compiling():
             record = record_of(module, given, outputs)
             if record is not None:
                 self.records.append(record)
+
+
+def _tell(calls: weakref.ref[Calls], module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
+    alive = calls()
+    if alive is not None:
+        alive.see(module, given, outputs)
 
 
 def _is_compiled(module: nn.Module) -> bool:
