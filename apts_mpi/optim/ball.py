@@ -62,7 +62,7 @@ class Ball:
         return self.radius
 
     def judge(self, slope: float, after: float, factor: float) -> bool:
-        """Follow the slope of this batch along the last step; whether its own step, along which it has ``slope``, is taken.
+        """Follow the slope of this batch along the last step, and say whether its own step is taken.
 
         One that the memory of the gradients leads uphill is not.
 

@@ -81,8 +81,8 @@ def check_processes(comm: Communicator) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != comm.size:
         raise InvalidInput(
-            f"step: torch.distributed has {distributed.get_world_size()} processes and the communicator {comm.size}, so "
-            "that they would part; start the program by mpirun, with as many ranks"
+            f"step: torch.distributed has {distributed.get_world_size()} processes and the communicator {comm.size}, so that "
+            "they would part; start the program by mpirun, with as many ranks"
         )
 
 

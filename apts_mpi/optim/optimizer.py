@@ -275,8 +275,8 @@ class APTS(torch.optim.Optimizer):
         if self._ball.useless == LOST and self._comm.rank == 0:
             done = "the last step is undone and the radius halved" if lost else "no step is taken"
             warnings.warn(
-                f"apts_mpi.optim: the gradients of {LOST} batches in a row are not finite, {done}; look for nan and inf "
-                "in the inputs, the targets and the loss",
+                f"apts_mpi.optim: the gradients of {LOST} batches in a row are not finite, {done}; look for nan and "
+                "inf in the inputs, the targets and the loss",
                 stacklevel=3,
             )
 

@@ -1,4 +1,4 @@
-"""A plain loop of PyTorch with APTS as its optimizer: ``python plain_loop.py``, or ``mpirun -n 2 python plain_loop.py``."""
+"""A plain loop of PyTorch with APTS as its optimizer, alone or as ``mpirun -n 2 python plain_loop.py``."""
 
 import torch
 from mpi4py import MPI

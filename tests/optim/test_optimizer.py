@@ -170,7 +170,10 @@ def test_groups_have_factors_of_their_own():
     for factors in ((1.0, 1.0), (0.5, 0.0)):
         network = make_network()
         start = flat(network)
-        groups = [{"params": [*network[part].parameters()], "lr": factor} for part, factor in zip((3, 0), factors)]
+        groups = [
+            {"params": [*network[part].parameters()], "lr": factor}
+            for part, factor in zip((3, 0), factors, strict=True)
+        ]
         train(network, APTS(groups, network=network, comm=ALONE, initial_radius=0.1), batches(1))
         steps.append(flat(network) - start)
     first, norm, last = (sum(value.numel() for value in make_network()[part].parameters()) for part in (0, 1, 3))
@@ -240,7 +243,7 @@ def test_nothing_stays_on_the_network():
         if batch is not None:
             train(network, optimizer, [batch])
         assert not any(module._forward_hooks or module._backward_hooks for module in network.modules())
-        assert all(not value._backward_hooks and not value._post_accumulate_grad_hooks for value in network.parameters())
+        assert not any(value._backward_hooks or value._post_accumulate_grad_hooks for value in network.parameters())
         pickle.loads(pickle.dumps(network))
         torch.save(network, io.BytesIO())
         copy.deepcopy(network)
@@ -378,12 +381,15 @@ def test_another_network_on_a_rank_is_named_on_all():
     ("make", "words"),
     [
         (lambda net: APTS(net, lr=-1.0), "lr: -1.0 is not allowed; give a number of 0 or more"),
-        (lambda net: APTS(net, weight_decay=1.0), "weight_decay: 1.0 is not allowed; give a number of 0 or more below 1"),
+        (lambda net: APTS(net, weight_decay=1.0), "weight_decay: 1.0 is not allowed; give a number of 0 or more"),
         (lambda net: APTS(net, initial_radius=0.0), "initial_radius: 0.0 is not allowed; give a number above 0"),
         (lambda net: APTS(net, local=LocalOptions(solver="adam")), "local.solver: 'adam' is not allowed"),
         (lambda net: APTS(net, local=LocalOptions(iterations=2)), "local.iterations: 2 is not allowed"),
         (lambda net: APTS(net.bfloat16()), "bfloat16, which MPI cannot reduce; convert the network"),
-        (lambda net: APTS([net[0].weight, nn.Parameter(net[3].weight.detach().float())]), "float32 on cpu, the first one torch.float64"),
+        (
+            lambda net: APTS([net[0].weight, nn.Parameter(torch.zeros(3))]),
+            "float32 on cpu, the first one torch.float64",
+        ),
         (lambda net: APTS([net[0].weight, net[0].weight]), "a parameter is in it twice; give each once"),
         (lambda net: APTS([nn.UninitializedParameter()]), "has no shape yet"),
         (lambda net: copy.deepcopy(APTS(net)), "save or copy its state_dict"),
