@@ -79,10 +79,12 @@ def check_ranks(parameters: Sequence[torch.Tensor], comm: Communicator) -> None:
 def check_processes(comm: Communicator) -> None:
     """Raise `InvalidInput` where torch has processes that the communicator does not join."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != comm.size:
+    alone = not (distributed.is_available() and distributed.is_initialized())
+    processes = comm.size if alone else distributed.get_world_size()
+    if processes != comm.size:
         raise InvalidInput(
-            f"step: torch.distributed has {distributed.get_world_size()} processes and the communicator {comm.size}, so that "
-            "they would part; start the program by mpirun, with as many ranks"
+            f"step: torch.distributed has {processes} processes and the communicator {comm.size}, so "
+            "that they would part; start the program by mpirun, with as many ranks"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from apts_mpi.parallel.communicator import Communicator
 
 # Of a machine number, as a power: curvature below that share of the largest is taken for rounding.
 ROUNDING = 0.75
+
+# Share of a gradient's length below which the differences of successive ones are not the noise of batches.
+LEAST_NOISE = 1e-2
 
 
 class GradientObjective:
@@ -123,8 +127,7 @@ class LayerSubdomain:
         differences: list[torch.Tensor] = []
         if self.is_signed:
             self._earlier = [*self._earlier, gradient.clone()][-DRAWS - 1 :]
-            pairs = zip(self._earlier, self._earlier[1:], strict=False)
-            differences = [(after - before) * 0.5**0.5 for before, after in pairs] if self.solver.is_due else []
+            differences = _differences(self._earlier) if self.solver.is_due else []
         local = GradientObjective(gradient, records, differences, samples, weight)
         # One gradient says nothing about its noise.
         if not self.is_signed or len(self._earlier) > 1:
@@ -157,6 +160,14 @@ class LayerSubdomain:
         layers = [LayerState("", [tensor.clone() for tensor in state["factors"]])] if state["factors"] else []
         self.solver.restore(LocalState({name: state[name] for name in ("count", "updates")}, vectors, layers))
         self._earlier = [gradient.clone() for gradient in state["earlier"]]
+
+
+def _differences(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of successive gradients, as noise of the last one; or that itself where there is no noise to speak of."""
+    found = [(after - before) * 0.5**0.5 for before, after in itertools.pairwise(gradients)]
+    lengths = [*(torch.linalg.vector_norm(one) for one in found), torch.linalg.vector_norm(gradients[-1])]
+    *noise, length = torch.stack(lengths).tolist()
+    return found if found and max(noise) > LEAST_NOISE * length else [gradients[-1]]
 
 
 def find_subdomains(network: nn.Module | None, parameters: Sequence[nn.Parameter]) -> list[LayerSubdomain]:

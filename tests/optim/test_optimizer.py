@@ -319,6 +319,13 @@ def test_a_bias_before_batch_normalisation_does_not_take_the_ball():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("layers", [True, False])
+def test_one_batch_again_and_again_has_no_noise_and_is_fitted(layers):
+    network, data = make_network(), batches(1)
+    losses = train(network, APTS(network if layers else network.parameters(), comm=ALONE), 80 * data)
+    assert losses[-1] < 0.1 * losses[0]
+
+
 def test_it_leads_lower_than_adam_without_an_option():
     problem = build("digits")
     inputs, targets = problem.train
