@@ -102,14 +102,8 @@ class LayerRecorder:
 
     def see(self, module: nn.Module, given: tuple[Any, ...], outputs: Any) -> None:
         """A layer was called with ``given``, by position or by keyword."""
-        if len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
-            return
-        if _whole(outputs).requires_grad and _whole(outputs).numel() == outputs.numel():
-            inputs = given[0].detach()
-            if inputs.is_floating_point():
-                inputs = inputs.to(_dtype_of(module))
-            record = LayerRecord(module, inputs)
-            record.follow(outputs)
+        record = record_of(module, given, outputs)
+        if record is not None:
             self._records.append(record)
 
     def _see_product(self, inputs: torch.Tensor, weight: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -117,6 +111,20 @@ class LayerRecorder:
         for module, name in self._multiplied:
             if getattr(module, name) is weight:
                 self.see(module, (inputs,), outputs)
+
+
+def record_of(module: nn.Module, given: tuple[Any, ...], outputs: Any) -> LayerRecord | None:
+    """The record of a layer's call; None for a call that is not recorded, see `LayerRecorder`."""
+    if len(given) != 1 or not (_is_plain(given[0]) and _is_plain(outputs)):
+        return None
+    if not _whole(outputs).requires_grad or _whole(outputs).numel() != outputs.numel():
+        return None
+    inputs = given[0].detach()
+    if inputs.is_floating_point():
+        inputs = inputs.to(_dtype_of(module))
+    record = LayerRecord(module, inputs)
+    record.follow(outputs)
+    return record
 
 
 @contextmanager

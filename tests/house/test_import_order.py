@@ -21,7 +21,7 @@ LONGEST_CHAIN = 16
 
 # What the package imports from outside, where few files may.
 PLACES = {
-    "mpi4py": {"parallel", "apts", "replicated", "staged", "train", "bench", "doctor"},
+    "mpi4py": {"parallel", "apts", "replicated", "staged", "optim", "train", "bench", "doctor"},
     "time": {"tools"},
     "jsonargparse": {"train", "compare"},
     "rich": {"tools", "records", "train", "scaling", "compare", "bench", "checkpoint", "doctor"},
