@@ -76,7 +76,8 @@ class APTS:
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
-        self._trials, self._saved = Trials(holding), Saved()
+        parts = holding.objective, holding.inner, self.comm, self.options, holding.last_step, holding.check_loss
+        self._trials, self._saved = Trials(*parts), Saved()
         self._forget()
 
     def step(self, batch: Samples | None = None, rows: Rows = None, done: float | None = None) -> StepResult:

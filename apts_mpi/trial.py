@@ -13,18 +13,21 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import SharedInvalidInput
-from apts_mpi.holding import Holding
 from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.mean_loss import check_fault
+from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
+from apts_mpi.options import APTSOptions
+from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
-from apts_mpi.trust_region.next_batch import BEGIN
+from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.next_batch import BEGIN, LastStep
 
 # A ratio that a model of the loss seldom has, however long the step: losses that do not belong together have it.
 LEAST_RHO, LARGEST_RHO = -1.0, 3.0
@@ -38,8 +41,18 @@ class Trials:
 
     Parameters
     ----------
-    holding
-        What the rank holds: the objective, inner products over all parameters, and the options.
+    objective
+        The global objective.
+    inner
+        Inner products over all parameters.
+    comm
+        All ranks.
+    options
+        Of the whole solver.
+    last_step
+        The last accepted step, where the next batch judges the radius.
+    check_loss
+        See `apts_mpi.holding.Holding`.
 
     Attributes
     ----------
@@ -49,14 +62,21 @@ class Trials:
         Of the present iteration, what ranks did for the first time in the place of what they could not do.
     """
 
-    def __init__(self, holding: Holding) -> None:
-        options = holding.options
-        self._objective = objective = holding.objective
-        self._inner = holding.inner
-        self._comm = holding.comm
+    def __init__(
+        self,
+        objective: Objective,
+        inner: InnerProducts,
+        comm: Communicator,
+        options: APTSOptions,
+        last_step: LastStep | None,
+        check_loss: Callable[..., None],
+    ) -> None:
+        self._objective = objective
+        self._inner = inner
+        self._comm = comm
         self._options = options.trust_region
-        self._last_step = holding.last_step
-        self._check_loss = holding.check_loss
+        self._last_step = last_step
+        self._check_loss = check_loss
         self._doubts = 0
         self._values = objective.vector.values
         # The last point that was judged.

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
-from apts_mpi.curvature.differences import by_differences, check_close
-from apts_mpi.curvature.transposes import has_functions_of_users
-from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.network.activations import Bundle, at_point, detached, differentiable, with_differentiable, with_tensors
+from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, read_outputs, roots, side_by_side
+from apts_mpi.errors import named_failures
+from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
 from apts_mpi.objective.passes import Mean
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
@@ -25,12 +24,6 @@ SAMPLES_AT_ONCE = 1024
 
 # The same where every one of these takes the memory of a backward pass of all samples.
 OUTPUTS_AT_ONCE = 32
-
-# What is said where outputs cannot be differentiated.
-WITHOUT_ROWS = (
-    "local.solver: 'gauss-newton' cannot be used: it differentiates each output by all parameters",
-    "choose kfac or another one",
-)
 
 
 class BlockJacobian:
@@ -222,93 +215,6 @@ def of_rows(rows: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     basis, triangle = torch.linalg.qr(torch.cat([rows, slope[None]]).T)
     return basis, triangle[:, :-1].T, triangle[:, -1].contiguous()
-
-
-def read_outputs(loss: Mean, outputs: Bundle, targets: Tree) -> list[int]:
-    """Places, among the differentiable outputs, of those with samples in their first dimension that the loss reads.
-
-    Of all with samples where it reads none of them.
-
-    Raises
-    ------
-    InvalidInput
-        If the loss is curved in one without samples, such as tokens of all samples in one dimension.
-    """
-    samples = count_samples(targets)
-    with torch.enable_grad():
-        point, variables = at_point(outputs)
-        value = loss(point, targets)
-        slopes = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
-    counted, read = [], []
-    for place, (tensor, slope) in enumerate(zip(variables, slopes, strict=True)):
-        if tensor.dim() and len(tensor) == samples:
-            counted.append(place)
-            read += [] if slope is None else [place]
-        elif slope is not None and slope.requires_grad:
-            raise InvalidInput(
-                f"{WITHOUT_ROWS[0]}, and the loss of {samples} samples reads an output of shape {tuple(tensor.shape)}; "
-                f"{WITHOUT_ROWS[1]}"
-            )
-    return read or counted
-
-
-def side_by_side(outputs: Bundle, places: Sequence[int]) -> torch.Tensor:
-    """Some of the differentiable outputs as one tensor of shape (samples, o)."""
-    tensors = differentiable(outputs)
-    return torch.cat([tensors[place].reshape(len(tensors[place]), -1) for place in places], dim=1)
-
-
-def roots(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
-    """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o).
-
-    The outputs of a sample are those in some ``places``, side by side.
-    """
-    hessians = _hessians(loss, outputs, targets, places)
-    # What is not finite leads to a rejected step; it has no eigenvalues.
-    values, vectors = torch.linalg.eigh(hessians.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-    # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
-    # it is unique, so that rows of different ranks belong together.
-    return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
-
-
-def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
-    """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
-    tensors = differentiable(outputs)
-    start = side_by_side(detached(outputs), places)
-    samples, size = start.shape
-    units = torch.eye(size, dtype=start.dtype, device=start.device)
-    directions = units[:, None].expand(size, samples, size)
-
-    def value_at(point: torch.Tensor) -> torch.Tensor:
-        parts = point.split([tensors[place][0].numel() for place in places], dim=1)
-        shaped = {place: part.view_as(tensors[place]) for place, part in zip(places, parts, strict=True)}
-        given = [shaped.get(place, tensor) for place, tensor in enumerate(tensors)]
-        return loss(with_differentiable(outputs, given), targets)
-
-    def slope_at(points: Sequence[torch.Tensor]) -> torch.Tensor:
-        with torch.enable_grad():
-            point = points[0].detach().requires_grad_()
-            return torch.autograd.grad(value_at(point), point)[0]
-
-    curved = None
-    with torch.enable_grad():
-        point = start.requires_grad_()
-        value = value_at(point)
-        try:
-            if value.requires_grad:  # not of a loss that reads none of them
-                (slope,) = torch.autograd.grad(value, point, create_graph=True)
-                if slope.requires_grad:
-                    (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
-                if has_functions_of_users([value_at(point)]):
-                    known = torch.zeros_like(directions) if curved is None else curved
-                    check_close(known, by_differences(slope_at, [point.detach()], [directions])[1][0])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
-            curved = by_differences(slope_at, [point.detach()], [directions])[1][0]
-    if curved is None:  # a loss linear in the outputs
-        return point.new_zeros(samples, size, size)
-    return curved.transpose(0, 1)
 
 
 def pull_rows(

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature import closed_forms  # noqa: F401 (for the forms that it registers)
 from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, columns_of, value_of
-from apts_mpi.curvature.differences import by_differences, check_close
-from apts_mpi.curvature.transposes import by_transposes, has_functions_of_users
+from apts_mpi.curvature.differences import by_differences
+from apts_mpi.curvature.loss_curvature import curved
+from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
-from apts_mpi.network.activations import Bundle, at_point, differentiable, with_differentiable, with_tensors
+from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
 from apts_mpi.network.parameters import Entry, shaped_like
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.objective import Objective
@@ -135,43 +136,17 @@ class Linearisation:
         """The loss's Hessian between tangents of the differentiable outputs, shape (m, m), float64."""
         count = len(tangents[0])
         total = tangents[0].new_zeros(count, count, dtype=torch.float64)
-        for tangent, curved in zip(tangents, self._curved(outputs, targets, tangents), strict=True):
-            if curved is not None:
-                total += tangent.reshape(count, -1).double() @ curved.reshape(count, -1).double().T
+        products = curved(self._loss, outputs, targets, tangents, self._differs)
+        for tangent, product in zip(tangents, products, strict=True):
+            if product is not None:
+                total += tangent.reshape(count, -1).double() @ product.reshape(count, -1).double().T
         return total
 
-    def _curved(
-        self, outputs: Bundle, targets: Tree, tangents: Sequence[torch.Tensor]
-    ) -> Sequence[torch.Tensor | None]:
-        """H times each tangent, by differentiating the gradient of the loss alone, or by differences of it.
-
-        None stands for zeros. H is that of all outputs together: a loss may multiply one with another.
-        """
-
-        def slopes_at(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            with torch.enable_grad():
-                point, variables = at_point(with_differentiable(outputs, values))
-                return torch.autograd.grad(self._loss(point, targets), variables, materialize_grads=True)
-
-        def by_difference() -> Sequence[torch.Tensor]:
-            return by_differences(slopes_at, [value.detach() for value in differentiable(outputs)], tangents)[1]
-
-        with torch.enable_grad():
-            point, variables = at_point(outputs)
-            value = self._loss(point, targets)
-            try:
-                curved = _by_second_derivatives(value, variables, tangents)
-                if has_functions_of_users([self._loss(point, targets)]):
-                    for own, other in zip(curved, by_difference(), strict=True):
-                        check_close(torch.zeros_like(other) if own is None else own, other)
-                return curved
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError) as error:
-                if not self._approximates:
-                    raise
-                self._tell("the loss", error)
-        return by_difference()
+    def _differs(self, error: Exception) -> None:
+        """Tell that the loss has differences in the place of derivatives, or raise the error where it may not."""
+        if not self._approximates:
+            raise error
+        self._tell("the loss", error)
 
     def _tell(self, what: str, error: Exception) -> None:
         reason = str(error).strip().partition("\n")[0]
@@ -301,19 +276,6 @@ class Linearisation:
                 if way > 0:
                     self._tell(type(self._segmented.segments[index]).__name__, error)
         return ways[last]()
-
-
-def _by_second_derivatives(
-    value: torch.Tensor, variables: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """The Hessian of ``value`` by variables times each of their tangents together; None stands for zeros."""
-    slopes = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
-    # Without the outputs that the loss does not read, and those in which it is linear.
-    pairs = [pair for pair in zip(slopes, tangents, strict=True) if pair[0] is not None and pair[0].requires_grad]
-    if not pairs:
-        return [None] * len(variables)
-    bent, along_them = zip(*pairs, strict=True)
-    return torch.autograd.grad(bent, variables, along_them, is_grads_batched=True, allow_unused=True)
 
 
 def _import_what_torch_imports_late() -> None:

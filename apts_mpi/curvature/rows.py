@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from apts_mpi.curvature.dense import BlockJacobian, read_outputs, side_by_side
+from apts_mpi.curvature.dense import BlockJacobian
+from apts_mpi.curvature.loss_curvature import read_outputs, side_by_side
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache
 from apts_mpi.tools.trees import take

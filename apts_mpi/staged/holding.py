@@ -188,13 +188,11 @@ class Staged:
         batch = cut_micro_batches(
             samples,
             rows,
-            micro_batches=self.options.pipeline.micro_batches,
+            options=self.options,
             decomposition=self.decomposition,
             stages=self.replica,
             comm=self.comm,
-            whole=self.options.batch == "whole",
             stream=stream,
-            group=self.options.group,
         )
         with self.comm.shared_errors():
             if min(part.samples for part in batch.passes) < self._least:

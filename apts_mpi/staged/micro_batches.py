@@ -9,6 +9,7 @@ from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import split
 from apts_mpi.objective.batch import Batch, Samples, Selection, as_batch, check_counts, check_groups, check_rows
 from apts_mpi.objective.passes import Pass
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.trees import Tree, count_samples, numbers_of_sample
 
@@ -22,44 +23,40 @@ def cut_micro_batches(
     samples: Samples,
     rows: torch.Tensor | None,
     *,
-    micro_batches: int,
+    options: APTSOptions,
     decomposition: Decomposition,
     stages: Communicator,
     comm: Communicator,
-    whole: bool,
     stream: tuple[int, ...],
-    group: int | None = 1,
 ) -> Batch:
     """Cut a batch into the micro-batches of this replica. Collective.
 
     Parameters
     ----------
     samples
-        Inputs, which the first stage needs, and targets, which the last stage needs: of the whole batch, or (``whole``
-        false) of this replica's share.
+        Inputs, which the first stage needs, and targets, which the last stage needs: of the whole batch, or (batch
+        ``shard``) of this replica's share.
     rows
         Those that count, in this order; None: all.
-    micro_batches
-        Their number.
+    options
+        The number of micro-batches, whether the batch is that of all replicas, and which samples belong together: where
+        all do, every replica has them in one micro-batch.
     decomposition
         Of this stage; its team holds the stage, one a replica.
     stages
         The ranks of this replica, one a stage.
     comm
         The ranks of all replicas.
-    whole
-        Whether the batch is that of all replicas.
     stream
         First part of the keys of the random streams.
-    group
-        Number of consecutive samples that belong together; None: all, which then every replica has in one micro-batch.
 
     Raises
     ------
     InvalidInput
         On every rank of the replica, if inputs and targets differ in samples, or there are too few.
     """
-    team = decomposition.team
+    team, group, whole = decomposition.team, options.group, options.batch == "whole"
+    micro_batches = options.pipeline.micro_batches
     with stages.shared_errors():
         samples = as_batch(samples)
     inputs = samples[0] if stages.rank == 0 else None

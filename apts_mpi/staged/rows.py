@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from apts_mpi.curvature.dense import WITHOUT_ROWS, pull_rows, read_outputs, roots
+from apts_mpi.curvature.dense import pull_rows
+from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, read_outputs, roots
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.activations import Bundle, differentiable

@@ -10,7 +10,8 @@ from networks import CLASSES, FEATURES, classified, classifier, cross_entropy, f
 from torch import nn
 
 from apts_mpi import APTS, APTSOptions, InvalidInput, LocalOptions, TrustRegionOptions
-from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, roots, uses_rows
+from apts_mpi.curvature.dense import LARGEST_DENSE, BlockJacobian, of_rows, pull_rows, uses_rows
+from apts_mpi.curvature.loss_curvature import roots
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.network.partition import split
 from apts_mpi.staged.solver import StagedAPTS
