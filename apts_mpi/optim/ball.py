@@ -77,6 +77,7 @@ class Ball:
         if not slope < 0.0:
             self.slope = 0.0
             return False
+        # Without the fast start of the solver: here no trial on its own batch rejects a step that became too long.
         # A radius that followed while a schedule lets the steps go down would grow against it.
         if self.radius is not None and factor >= (1.0 - CONSTANT) * self.largest:
             self.radius = self._bound(following(self.radius, self.slope, after))
