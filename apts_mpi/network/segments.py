@@ -90,8 +90,9 @@ class SegmentedNetwork:
         versions = [tensor._version for tensor in tensors_of(activations)]
         outputs = self._run(segment, activations)
         if [tensor._version for tensor in tensors_of(activations)] != versions:
+            name = type(segment.module if isinstance(segment, FirstSegment) else segment).__name__
             raise InvalidInput(
-                f"network: {type(segment).__name__} overwrites its inputs; use operations that are not in place (relu "
+                f"network: {name} overwrites its inputs; use operations that are not in place (relu "
                 "for relu_, x + y for x += y) on what it is given"
             )
         self.ran()

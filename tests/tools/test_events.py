@@ -176,17 +176,19 @@ def test_an_iteration_by_hand(world):
     found = {name: (event["messages"], event["bytes"]) for name, event in table.items()}
     own = world.allgather(solver.events.totals["assembly"].bytes)
     assert sum(own) == 8 * count  # of all corrections each rank hands out its own
+    several = world.size > 1
     assert found == {
-        # Whether all ranks can use the batch and the network. In the first step twelve in all: on the loss, and whether
-        # it is the same again (a number) and on all ranks (three numbers, of which rank 0 makes four).
-        "data": (12, 8 * (1 + 3) + 8 * (1 + 4)),
+        # Whether all ranks can use the batch, have the same one, and of how many targets it is (two numbers, of which
+        # rank 0 makes one). In the first step seventeen in all: on the loss, on its kind (two numbers), and whether it
+        # is the same again (a number) and on all ranks (three numbers, of which rank 0 makes four).
+        "data": (16 + several, 8 * (2 + 2 + 1 + 3) + 8 * (1 + 2 + 1 + 4)),
         "global evaluation": (1, 8 * count),
         "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Seven numbers of each rank, and thirteen that rank 0 decides.
-        "judge": (2, 8 * 7 + 8 * 13),
+        # Ten numbers of each rank, and nineteen that rank 0 decides; and which buffers have moved.
+        "judge": (2 + several, 8 * 10 + 8 * 19),
         "wait": (0, 0),
-        OTHER: (0, 0),
+        OTHER: (1, 0),  # whether the network is as it was
     }
     work = {name: event["gradient_evaluations"] for name, event in table.items() if event["gradient_evaluations"]}
     assert work == pytest.approx({"global evaluation": 1.0, "judge": FORWARD}, rel=1e-12)
@@ -194,9 +196,9 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the twelve of the batch, the one of local solves and the two of the verdict
-    # block.
-    assert table["wait"]["calls"] == 17 and table["judge"]["calls"] == 1
+    # Reduction and assembly are completed, the seventeen of the batch, those of the network and of local solves and the
+    # three of the verdict block.
+    assert table["wait"]["calls"] == 22 + 2 * several and table["judge"]["calls"] == 1
 
 
 @pytest.mark.mpi
@@ -213,8 +215,8 @@ def test_baselines(world, optimizer):
     evaluations = table["global evaluation"]["calls"]
     assert evaluations == 1 if optimizer == "adam" else evaluations > 1
     assert table["optimizer"]["calls"] == 1 and table["optimizer"]["messages"] == 0
-    assert table["global evaluation"]["bytes"] == evaluations * 8 * (count + 2 + 2)
-    assert table["global evaluation"]["messages"] == 3 * evaluations
+    assert table["global evaluation"]["bytes"] == evaluations * 8 * (count + 3 + 3)
+    assert table["global evaluation"]["messages"] == 3 * evaluations + (world.size > 1)  # which buffers moved
     work = table["global evaluation"]["gradient_evaluations"]
     assert work == pytest.approx(evaluations) and work == pytest.approx(result.gradient_evaluations)
 
