@@ -209,7 +209,7 @@ class Staged:
 
     def check_loss(self, batch: Batch, doubted: bool = False) -> None:
         """See `apts_mpi.holding.Holding`."""
-        if self._loss_is_checked:
+        if self._loss_is_checked and not doubted:
             return
         whole = self.options.batch == "whole"
         given = batch.size if whole else sum(part.samples for part in batch.passes)
