@@ -18,7 +18,7 @@ from apts_mpi.parallel.guard import guarded
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
 from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of
 from apts_mpi.staged.subdomains import modules_begun, subdomains_asked_for
-from apts_mpi.tools.trees import Tree
+from apts_mpi.tools.trees import Tree, take
 
 Made = TypeVar("Made")
 
@@ -105,5 +105,5 @@ def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, samp
     if options.pipeline.balance == "cost" and options.pipeline.cuts is None:
         if sample is None:
             raise InvalidInput("balance: 'cost' needs a sample of the inputs; give sample=, or choose parameters")
-        costs = multiplications(places, sample[:8])
+        costs = multiplications(places, take(sample, slice(8)))
     return cut(places, stages, options.pipeline, costs, beginnings)

@@ -11,13 +11,12 @@ from apts_mpi.train.options import TrainingOptions
 
 # Steps from which on it is worth while that the next batch judges the radius: with fewer of them the best step for each
 # batch leads lower. See docs/results.md.
-MANY_STEPS = 250
+MANY_STEPS = 100
 
 # Batches an epoch from which on one of them says little about the others. With fewer, many steps are many passes over
-# few samples, which are there to be fitted: on 512 sequences with random labels, batch 32, the loss was 0.36 after 20
-# epochs of noisy batches, and 0.0004 with each batch minimised for itself; batches of 8 and 16 are no better off.
-MANY_BATCHES = 100
-
+# few samples, which are there to be fitted: on 512 sequences with random labels, batch 32, the loss was 0.004 after 20
+# epochs of noisy batches, and 0.0005 with each batch minimised for itself.
+MANY_BATCHES = 20
 
 # The more passes over the samples, the more has to be done against fitting them: see docs/results.md.
 PULL_OF_ONE_PASS, LARGEST_PULL = 0.1, 0.3

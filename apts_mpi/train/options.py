@@ -127,8 +127,8 @@ class TrainingOptions:
         Ranks that share the work of one subdomain rank over its samples.
     noise
         ``batches``: for many steps on small batches, each judged by the next one, with a radius that goes to zero at
-        the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 250 steps
-        or more, with 100 batches or more an epoch.
+        the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 100 steps
+        or more, with 20 batches or more an epoch.
     run_dir
         Directory that keeps the records. null: a new one under ``runs``.
     overwrite

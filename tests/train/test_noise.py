@@ -21,11 +21,11 @@ def problem(**changes):
 @pytest.mark.parametrize(
     ("options", "noise"),
     [
-        ({}, "none"),  # 200 steps
-        ({"epochs": MANY_STEPS // 100 + 1}, "batches"),
-        ({"epochs": MANY_STEPS // 100}, "none"),
-        ({"epochs": 3, "batch_size": 10}, "batches"),
-        ({"epochs": 1000, "batch_size": 11}, "none"),  # 90 batches, which are no small parts
+        ({}, "batches"),  # 200 steps
+        ({"epochs": MANY_STEPS // 50, "batch_size": 20}, "batches"),
+        ({"epochs": MANY_STEPS // 50 - 1, "batch_size": 20}, "none"),
+        ({"epochs": 1000, "batch_size": 50}, "batches"),
+        ({"epochs": 1000, "batch_size": 51}, "none"),  # 19 batches, which are no small parts
         ({"epochs": 1000, "batch_size": 1000}, "none"),  # all samples in each batch
         ({"epochs": 1000, "batch_size": 5000}, "none"),
         ({"epochs": 1000, "noise": "none"}, "none"),

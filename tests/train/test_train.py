@@ -18,6 +18,7 @@ from torch import nn
 from apts_mpi.problems import Problem, build
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.train.__main__ import main
+from apts_mpi.train.ending import Ending
 from apts_mpi.train.layouts import train_problem
 from apts_mpi.train.metrics import dimension_of_classes
 from apts_mpi.train.parser import make_parser, parse, spell
@@ -447,8 +448,9 @@ def test_limit_of_seconds(world, optimizer):
     assert "train_loss" in records[-1]
     training.run(records.append)
     assert training.progress.iteration == 1
-    training.options = replace(training.options, max_seconds=1e9, epochs=3)
-    training.epochs = 3
+    longer = replace(training.options, max_seconds=1e9, epochs=3)
+    training.options, training.epochs = longer, 3
+    training._ending = Ending(longer, 3, training.batches, training.stopping, training.comm)
     training.run(records.append)
     assert training.progress.epoch == 4
 
