@@ -91,7 +91,7 @@ class SegmentedNetwork:
         outputs = self._run(segment, activations)
         if [tensor._version for tensor in tensors_of(activations)] != versions:
             raise InvalidInput(
-                f"network: {type(segment).__name__} overwrites its inputs; use operations that are not in place (relu "
+                f"network: {class_of(segment)} overwrites its inputs; use operations that are not in place (relu "
                 "for relu_, x + y for x += y) on what it is given"
             )
         self.ran()

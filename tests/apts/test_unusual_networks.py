@@ -215,6 +215,7 @@ def test_modules_that_may_work_in_place_train_the_same(world, bent, options):
 
 
 @pytest.mark.mpi
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
