@@ -20,7 +20,7 @@ from apts_mpi.curvature.transposes import by_transposes
 from apts_mpi.errors import InvalidInput, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
 from apts_mpi.network.parameters import Entry, shaped_like
-from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.network.segments import SegmentedNetwork, class_of
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.tools.environment import random_state, set_random_state, uncompiled
@@ -211,8 +211,9 @@ class Linearisation:
         moved = [torch.cat(parts) for parts in zip(*tangents, strict=True)]
         if not moved:
             return outputs
-        pairs = zip(differentiable(outputs), moved, strict=True)
-        return with_differentiable(outputs, [Carrying(value, of_value, moving + resting) for value, of_value in pairs])
+        # Forward mode of a single number times one of Python's, along several columns, is float64.
+        pairs = [(value, found.to(value.dtype)) for value, found in zip(differentiable(outputs), moved, strict=True)]
+        return with_differentiable(outputs, [Carrying(*pair, moving + resting) for pair in pairs])
 
     def _differentiate(
         self,
@@ -274,7 +275,7 @@ class Linearisation:
                 self._ways[index] = way + 1
                 set_random_state(state, device)
                 if way > 0:
-                    self._tell(type(self._segmented.segments[index]).__name__, error)
+                    self._tell(class_of(self._segmented.segments[index]), error)
         return ways[last]()
 
 

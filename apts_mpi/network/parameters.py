@@ -34,6 +34,12 @@ def _is_trained(parameter: torch.nn.Parameter) -> bool:
 
 def trained_parameters(network: torch.nn.Module) -> list[tuple[Entry, torch.nn.Parameter]]:
     """The trainable parameters in the order of the flat vector, and where they lie in it; their values are not read."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InvalidInput(
+                f"network: {name or 'it'} is a module of torch.jit's, whose tensors cannot be exchanged in a pass; "
+                "train the network that it was made of, and script or trace it afterwards"
+            )
     found = []
     start = 0
     for name, parameter in network.named_parameters():

@@ -90,9 +90,8 @@ class SegmentedNetwork:
         versions = [tensor._version for tensor in tensors_of(activations)]
         outputs = self._run(segment, activations)
         if [tensor._version for tensor in tensors_of(activations)] != versions:
-            name = type(segment.module if isinstance(segment, FirstSegment) else segment).__name__
             raise InvalidInput(
-                f"network: {name} overwrites its inputs; use operations that are not in place (relu "
+                f"network: {class_of(segment)} overwrites its inputs; use operations that are not in place (relu "
                 "for relu_, x + y for x += y) on what it is given"
             )
         self.ran()
@@ -227,32 +226,39 @@ class FirstSegment(torch.nn.Module):
     argument each would be is for the user to say.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.network = network
 
     def forward(self, inputs: Bundle) -> Any:
         if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs) and self._takes(**inputs):
-            return self.module(**inputs)
+            return self.network(**inputs)
         if not isinstance(inputs, torch.Tensor) and not self._takes(inputs):
-            raise InvalidInput(f"network: {type(self.module).__name__} has {self._why_not(inputs)}")
-        return self.module(inputs)
+            raise InvalidInput(f"network: {type(self.network).__name__} has {self._why_not(inputs)}")
+        return self.network(inputs)
 
     def _takes(self, *args: Any, **kwargs: Any) -> bool:
         try:
-            inspect.signature(self.module.forward).bind(*args, **kwargs)
+            inspect.signature(self.network.forward).bind(*args, **kwargs)
         except TypeError:
             return False
         return True
 
     def _why_not(self, inputs: Bundle) -> str:
-        arguments = f"the arguments {inspect.signature(self.module.forward)}"
+        arguments = f"the arguments {inspect.signature(self.network.forward)}"
         if isinstance(inputs, Mapping):
             return f"{arguments}, and the inputs are {', '.join(map(str, inputs))}; give them these names"
         return (
             f"{arguments}, and the inputs are one {type(inputs).__name__}; give a mapping with these names, or "
             "forward=lambda network, inputs: network(*inputs)"
         )
+
+
+def class_of(segment: torch.nn.Module) -> str:
+    """Name of a segment's class as the user knows it, without what calls it here."""
+    while isinstance(segment, CalledNetwork | FirstSegment):
+        segment = segment.network
+    return type(segment).__name__
 
 
 def segments_of(network: torch.nn.Module, forward: Forward | None) -> tuple[torch.nn.Module, ...]:

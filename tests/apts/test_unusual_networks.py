@@ -215,14 +215,17 @@ def test_modules_that_may_work_in_place_train_the_same(world, bent, options):
 
 
 @pytest.mark.mpi
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
         (lambda: [BentInPlace(), nn.Linear(FEATURES, CLASSES)], "BentInPlace overwrites its inputs"),
         (lambda: [nn.Linear(FEATURES, 8), BentInPlace(), nn.Linear(8, CLASSES)], "BentInPlace overwrites"),
         (lambda: [nn.LazyLinear(8), nn.Linear(8, CLASSES)], "call it once before"),
+        (lambda: [torch.jit.script(nn.Linear(FEATURES, CLASSES))], "network: 0 is a module of torch.jit's"),
+        (lambda: [nn.ReLU(), torch.jit.trace(nn.Linear(FEATURES, CLASSES), torch.ones(2, FEATURES))], "network: 1 is"),
     ],
-    ids=["data", "activations", "lazy"],
+    ids=["data", "activations", "lazy", "scripted", "traced"],
 )
 def test_networks_that_cannot_be_trained_are_refused_by_name(world, layers, words):
     with pytest.raises(InvalidInput, match=words):
