@@ -52,7 +52,7 @@ class Trials:
     last_step
         The last accepted step, where the next batch judges the radius.
     check_loss
-        See `apts_mpi.holding.Holding`.
+        Of the holding: sees whether the loss is what the method minimises, see ``apts_mpi.holding.Holding``.
 
     Attributes
     ----------

@@ -7,7 +7,7 @@ import torch
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, options
 
-from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, StagedAPTS, TrustRegionOptions
+from apts_mpi import APTS, APTSOptions, CoarseOptions, InvalidInput, TrustRegionOptions
 from apts_mpi.train.options import TrainingOptions
 
 
@@ -15,11 +15,11 @@ def vector(network):
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def solver_of(kind, world, decay, coarse="none", **changes):
+def solver_of(world, decay, coarse="none", **changes):
     chosen = options(subdomains=None, **{"initial_radius": 0.02, **changes})
     region = replace(chosen.trust_region, weight_decay=decay)
     chosen = replace(chosen, trust_region=region, coarse=CoarseOptions(model=coarse))
-    return kind(classifier(), cross_entropy, comm=world, options=chosen)
+    return APTS(classifier(), cross_entropy, comm=world, options=chosen)
 
 
 @pytest.mark.mpi
@@ -28,7 +28,7 @@ def solver_of(kind, world, decay, coarse="none", **changes):
 @pytest.mark.parametrize("norm", ["2", "inf"])
 def test_parameters_shrink_by_the_root_mean_square_of_the_step(world, norm, coarse):
     before = vector(classifier())
-    plain, shrunk = (solver_of(APTS, world, decay, coarse, norm=norm) for decay in (0.0, 0.5))
+    plain, shrunk = (solver_of(world, decay, coarse, norm=norm) for decay in (0.0, 0.5))
     for solver in (plain, shrunk):
         assert solver.step(classified()).accepted
     end = vector(plain.network)
@@ -41,24 +41,8 @@ def test_parameters_shrink_by_the_root_mean_square_of_the_step(world, norm, coar
     assert shrunk.step().schwarz.loss == pytest.approx(loss, rel=1e-12)
 
 
-@pytest.mark.mpi(min_size=2)
-def test_staged_parameters_shrink_as_those_of_one_rank(world):
-    if world.size > 3:
-        pytest.skip("for at most as many ranks as layers")
-    steps = []
-    for decay in (0.0, 0.5):
-        solver = solver_of(StagedAPTS, world, decay, local_data="full", variant="inexact")
-        before = vector(solver.network)
-        assert solver.step(classified()).accepted
-        steps.append((before, vector(solver.network)))
-    (before, end), (_, shrunk) = steps
-    parts = world.allgather((float((end - before).square().sum()), len(end)))
-    length, size = (sum(column) for column in zip(*parts, strict=True))
-    torch.testing.assert_close(shrunk, (1.0 - 0.5 * (length / size) ** 0.5) * end, rtol=1e-12, atol=1e-14)
-
-
 def test_rejected_steps_leave_the_parameters():
-    solver = solver_of(APTS, MPI.COMM_SELF, 0.5, initial_radius=1e3, eta1=0.25)
+    solver = solver_of(MPI.COMM_SELF, 0.5, initial_radius=1e3, eta1=0.25)
     before = vector(solver.network)
     assert not solver.step(classified()).accepted
     assert torch.equal(vector(solver.network), before)
