@@ -52,7 +52,7 @@ class Trials:
     last_step
         The last accepted step, where the next batch judges the radius.
     check_loss
-        See `apts_mpi.holding.Holding`.
+        See ``apts_mpi.holding.Holding``.
 
     Attributes
     ----------

@@ -75,7 +75,7 @@ def build(
     ----------
     name : str
         One of `names`; ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`); or
-        ``hdf5:FILE`` (see `apts_mpi.problems.hdf5.load`).
+        ``hdf5:FILE`` (see ``apts_mpi.problems.hdf5.load``).
     data_dir : str, optional
         Where the files of ``fashion-mnist*`` and ``text`` are.
     train_samples : int, optional

@@ -50,7 +50,7 @@ class Problem:
         numpy's or h5py's, or tensors and arrays of numpy's in tuples, lists, mappings or dataclasses, nested as one
         likes. Or a data set of torch's that gives such pairs sample by sample, by number or one after the other; or a
         ``torch.utils.data.DataLoader``, whose batch size, order, ``collate_fn`` and workers count. The attribute has
-        tensors, or halves of which a rank reads what it needs (`apts_mpi.data.Half`).
+        tensors, or halves of which a rank reads what it needs (``apts_mpi.data.Half``).
     test : optional
         Held-out samples, likewise.
     forward : callable, optional

@@ -73,7 +73,7 @@ class TangentCurvature:
     samples
         The share of the options.
     approximates
-        See `apts_mpi.curvature.linearisation.Linearisation`.
+        See ``apts_mpi.curvature.linearisation.Linearisation``.
     """
 
     own = slice(None)
