@@ -34,9 +34,7 @@ torch.manual_seed(0)
 inputs, targets = build("digits").train
 is_known = targets < KNOWN
 
-backbone = nn.Sequential(
-    nn.Flatten(), nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU()
-)
+backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU())
 pretrained = nn.Sequential(backbone, nn.Linear(32, KNOWN))
 solver = apts_mpi.APTS(pretrained, cross_entropy, comm=MPI.COMM_WORLD, options=OPTIONS)
 train(solver, inputs[is_known], targets[is_known], 5, 1)
