@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ def load(path: str, dtype: torch.dtype, parts: Parts) -> Problem:
     are_classes = train[1].dtype.kind in "biu"
     loss: Callable[..., torch.Tensor] = cross_entropy if are_classes else mse_loss
     if parts.loss is not None:
-        loss = import_named("--loss", parts.loss, "function", "give a function of (outputs, targets)")
+        loss = _loss(parts.loss)
     is_image = train[0].dtype == np.uint8 and len(train[0].shape) >= FEWEST_OF_IMAGES
     form = Form(dtype, prepare=(lambda images: images.to(dtype).div_(255)) if is_image else None)
 
@@ -106,6 +107,24 @@ def _network(parts: Parts, dtype: torch.dtype) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise InvalidInput(f"--network {name}: the function returned {type(network).__name__}; {NETWORK}")
     return network
+
+
+def _loss(name: str) -> Callable[..., Any]:
+    remedy = "give a function of (outputs, targets)"
+    loss: Callable[..., Any] = import_named("--loss", name, "function", remedy)
+    is_made = isinstance(loss, type)  # of a class it would be the instance
+    try:
+        inspect.signature(loss).bind(None, None)
+    except TypeError:
+        is_made = True
+    except ValueError:  # of what is written in C there may be none
+        pass
+    if is_made:
+        raise InvalidInput(
+            f"--loss {name}: it is not a loss, or has to be called to give one; {remedy}, such as a module of "
+            "yours with loss = apts_mpi.losses.mse()"
+        )
+    return loss
 
 
 def _samples(file: Any, which: str) -> tuple[FileRows, FileRows]:

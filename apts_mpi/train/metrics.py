@@ -126,8 +126,13 @@ class Metrics:
             sums[:2] = self._loss_and_count(*(joined(parts) for parts in zip(*together, strict=True)))
         loss, count, hits, targets, samples = self._comm.agree(sums.tolist(), lambda table: table.sum(axis=0))
         result = {f"{name}_loss": loss / (count or math.nan)}
-        is_classified = samples == count_samples(data[0]) and targets > 0
-        return result | ({f"{name}_accuracy": hits / targets} if is_classified else {})
+        # Whether there is one follows from shapes alone: a few of the samples tell it for all.
+        is_classified = 0 < samples == self._measured(count_samples(data[0]))
+        return result | ({f"{name}_accuracy": hits / (targets or math.nan)} if is_classified else {})
+
+    def _measured(self, count: int) -> int:
+        """Of so many samples those in whole groups."""
+        return count if self._problem.coupled else count - count % self._problem.group_size
 
     def _loss_and_count(self, outputs: Any, targets: Tree) -> tuple[float, float]:
         """The loss of some samples, summed, and what a sum over all is to be divided by."""

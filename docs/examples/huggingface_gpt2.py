@@ -2,10 +2,9 @@
 
 import torch
 from mpi4py import MPI
-from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import apts_mpi
+import apts_mpi.losses
 
 LINES = [f"{a} plus {b} is {a + b}." for a in range(8) for b in range(8)]
 LETTERS = sorted(set("".join(LINES)))
@@ -18,12 +17,12 @@ for row, line in zip(tokens, LINES, strict=True):
 inputs = {"input_ids": tokens, "attention_mask": (tokens != PADDING).long()}
 
 
+of_tokens = apts_mpi.losses.cross_entropy(ignore_index=PADDING)
+
+
 def loss(outputs, tokens):
-    """The mean over the lines of the mean over the tokens of each; padding does not count."""
-    scores, following = outputs.logits[:, :-1], tokens[:, 1:]
-    each = cross_entropy(scores.transpose(1, 2), following, reduction="none")
-    counts = (following != PADDING).to(each.dtype)
-    return ((each * counts).sum(dim=1) / counts.sum(dim=1)).mean()
+    """Each token tells the next one."""
+    return of_tokens(outputs.logits[:, :-1].transpose(1, 2), tokens[:, 1:])
 
 
 torch.manual_seed(0)

@@ -121,6 +121,25 @@ def test_metrics_of_stages(world, name, monkeypatch):
     assert training.run(lambda record: None)["train_loss"] < before["train_loss"]
 
 
+def classes_in_pairs():
+    """Classes, whose pairs leave one of the test samples over."""
+    train, test = (classified(samples, seed) for samples, seed in ((90, 1), (41, 2)))
+    return Problem(
+        name="pairs", network=classifier(), loss=pairs_told_apart, train=train, test=test, group_size=2, accuracy=True
+    )
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
+def test_the_accuracy_of_whole_groups_can_stop_a_run(world, directory, trained):
+    named = "--problem=test_denominators_of_runs:classes_in_pairs"
+    trained(named, *CHOSEN, "--stop-on=test_accuracy", "--run-dir=run")
+    if world.rank == 0:
+        lines = (directory / "run" / "history.jsonl").read_text().splitlines()
+        (*_, last) = map(json.loads, lines)
+        assert 0.0 <= last["test_accuracy"] <= 1.0 and round(40 * last["test_accuracy"], 9) % 1 == 0
+
+
 def history(directory, run):
     lines = (directory / run / "history.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]

@@ -151,6 +151,14 @@ REFUSED = {
     "no network": (["--problem=hdf5:data.h5"], "--network: hdf5:data.h5 has no network"),
     "a network too many": (["--network=sampled_data:images"], "--network: .*it is for hdf5:FILE"),
     "no function": (["--problem=hdf5:data.h5", "--network=sampled_data:pictures"], "no function 'pictures'"),
+    "no loss yet": (
+        ["--problem=hdf5:data.h5", "--network=sampled_data:images", "--loss=apts_mpi.losses:mse"],
+        "--loss apts_mpi.losses:mse: it is not a loss, or has to be called",
+    ),
+    "a class of losses": (
+        ["--problem=hdf5:data.h5", "--network=sampled_data:images", "--loss=torch.nn:CrossEntropyLoss"],
+        "--loss torch.nn:CrossEntropyLoss: it is not a loss, or has to be called",
+    ),
     "no module": (["--problem=hdf5:data.h5", "--network=sampled_data:write"], "no function 'write'"),
     "argument": (
         ["--problem=hdf5:data.h5", "--network=sampled_data:images", "--network.args.widht", "3"],
