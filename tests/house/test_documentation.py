@@ -50,6 +50,7 @@ COMMANDS = {
     "python -m apts_mpi.scaling run": "--max-iterations 3",  # the last options there are those of the runs
     "python -m apts_mpi.scaling": "",
     "python program.py": "",
+    "python docs/examples/": "",
     "pip install": "--dry-run --no-deps --quiet",
     # With a stand-in for the scheduler.
     "bash jobs/submit_": "",
