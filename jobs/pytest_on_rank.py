@@ -53,6 +53,7 @@ def main():
     directory, *arguments = sys.argv[1:]
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     every_test = size in SIZES_OF_ALL or os.environ.get("FULL") == "1"
+    os.makedirs(directory, exist_ok=True)
     prefix = os.path.join(directory, f"rank_{rank}")
     output = f"{prefix}.txt"
     if rank != 0:
