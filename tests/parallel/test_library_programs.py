@@ -57,7 +57,8 @@ FAULTS = {
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fault_of_one_rank_ends_all(tmp_path, fault, ranks):
     during, words = FAULTS[fault]
-    done, took = run(tmp_path, ranks, during=during, steps=4)
+    # Shards: of whole batches another one on a rank is refused before.
+    done, took = run(tmp_path, ranks, options='batch="shard"', during=during, steps=4)
     assert done.returncode != 0
     assert words in done.stderr, done.stderr
     assert f"rank {ranks - 1}" in done.stderr and took < AT_ONCE
