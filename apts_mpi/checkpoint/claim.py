@@ -50,7 +50,7 @@ class Claim:
             If it is another one's by now, or has checkpoints that this run has not saved; or cannot be made.
         """
         self._path.mkdir(parents=True, exist_ok=True)
-        if is_same(self._path / LOCK, os.fstat(self._lock)):
+        if self.holds:
             return
         if any(self._path.glob("step-*")) and not (is_same(self._path, self._directory) or self._is_copy()):
             raise InvalidInput(
@@ -59,6 +59,18 @@ class Claim:
         earlier = self._lock
         self._take(lock(self._path, 1))
         unlock(earlier)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the directory at the path is the one that was claimed."""
+        return is_same(self._path / LOCK, os.fstat(self._lock))
+
+    def check(self) -> None:
+        """Raise `InvalidInput` where it no longer is: it was taken away or replaced while a checkpoint was written."""
+        if not self.holds:
+            raise InvalidInput(
+                f"directory {str(self._path)!r} was replaced while a checkpoint was written; leave it where it is"
+            )
 
     def _take(self, number: int) -> None:
         self._lock, self._directory = number, os.stat(self._path)

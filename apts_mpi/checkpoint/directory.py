@@ -273,6 +273,8 @@ class CheckpointDirectory:
         saving.complete()
         with self._comm.shared_errors(), explained(self.path):
             if self._comm.rank == 0:
+                if self._claim is not None:
+                    self._claim.check()
                 saving.commit(best)
         # In the background: to remove a large file takes as long as half of its writing.
         self._removal = self._remover.submit(self._retain, saving.step)
@@ -280,7 +282,7 @@ class CheckpointDirectory:
 
     def _retain(self, newest: int) -> None:
         """Remove old checkpoints, and the parts of a replaced one. No MPI."""
-        if self._comm.rank != 0:
+        if self._comm.rank != 0 or (self._claim is not None and not self._claim.holds):
             return
         # Those after the newest are left: the run was resumed before them and will replace them when it gets there.
         steps = [step for step in saved_steps(self.path) if step <= newest]

@@ -506,7 +506,7 @@ def refused(world, capfd, directory, *arguments):
         ("--data-dir absent --problem fashion-mnist", "--data-dir absent is not a directory: give one that holds"),
         ("--problem absent:problem", "importing 'absent' failed with ModuleNotFoundError.*give MODULE:FUNCTION"),
         ("--problem networks:absent", "'networks' has no function 'absent'"),
-        ("--problem networks:flat", "the function raised TypeError"),
+        ("--problem networks:flat", "flat needs tensors; give --problem.args.tensors VALUE"),
     ],
     ids=lambda part: part if part.startswith("--") else "",
 )
