@@ -70,11 +70,11 @@ class NetworkWatch:
         except InvalidInput as error:
             problem = str(error)
         moved = versions != self._versions or frozen != self._frozen
-        found = self._comm.collect((problem, moved, has_batch, self._part, zlib.crc32(bytes(frozen))))
-        problems, moves, batches, parts, crcs = (list(column) for column in zip(*found, strict=True))
+        own = problem, moved, has_batch, all(frozen), self._part, zlib.crc32(bytes(frozen))
+        problems, moves, batches, rest, parts, crcs = map(list, zip(*self._comm.collect(own), strict=True))
         failed = [rank for rank, told in enumerate(problems) if told]
         if failed:
-            where = "" if len(failed) == len(found) else f"rank {failed[0]}: "
+            where = "" if len(failed) == len(problems) else f"rank {failed[0]}: "
             raise SharedInvalidInput(where + problems[failed[0]])
         if len(set(batches)) > 1:
             raise SharedInvalidInput(f"step: rank {batches.index(False)} was given no batch, others were; give all one")
@@ -83,7 +83,7 @@ class NetworkWatch:
         self._refuse_others(parts, crcs, "other parameters with requires_grad", "freeze the same on all ranks")
         sums = self._comm.collect(checksum(self._vector.values))
         self._refuse_others(parts, sums, "other parameters", "change or load the same on all ranks")
-        if all(frozen):
+        if all(rest):  # a stage may rest where others move
             raise SharedInvalidInput("network: all that the solver trains is frozen; leave some with requires_grad")
         self._vector.freeze(frozen)
         for step in steps:

@@ -58,7 +58,8 @@ def test_a_parameter_frozen_later_stays_until_it_is_unfrozen(world, layout, name
     losses = [solver.step(batch if index % 2 == 0 else None).schwarz.loss for index in range(6)]
     assert all(torch.equal(old, bits(parameter)) for old, parameter in zip(before, own, strict=True))
     assert not any(parameter.requires_grad for parameter in own)
-    assert not torch.equal(flat(network.parameters()), others) and losses[-1] < losses[0]
+    # A stage may rest as a whole.
+    assert any(world.allgather(not torch.equal(flat(network.parameters()), others))) and losses[-1] < losses[0]
     for parameter in own:
         parameter.requires_grad_(True)
     accepted = [solver.step(batch).accepted for _ in range(4)]
