@@ -192,6 +192,8 @@ def test_a_network_without_second_derivatives_is_trained_and_said_so_once(world,
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("name", ["once differentiable", "bags"])
 def test_stages_without_second_derivatives_take_the_same_steps(world, name):
+    if world.size > 2:
+        pytest.skip("the network has no more stages")
     options = APTSOptions(layout="staged", stall_timeout=60.0)
     staged = steps(StagedAPTS(network_of(name), cross_entropy, comm=world, options=options), 4)
     assert all(result.accepted for result in staged)
