@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -45,10 +46,20 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})
     try:
-        values = dict(vars(parser.parse_args(spell(arguments))))
+        values = dict(vars(parser.parse_args(complete(spell(arguments)))))
     except (argparse.ArgumentError, TypeError) as error:
         raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
     return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
+
+
+def complete(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the seconds of APTS for ``--equal_seconds`` without a value."""
+    return [
+        f"{argument}=apts"
+        if argument == "--equal_seconds" and (not following or following.startswith("-"))
+        else argument
+        for argument, following in itertools.pairwise([*arguments, ""])
+    ]
 
 
 def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) -> list[Comparison]:
@@ -64,9 +75,9 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     check_can_start(1, PROGRAM)
     comparisons = []
     for plan in [Plan(problem, options, grids) for problem in dict.fromkeys(options.problems)]:
-        failures = run_all([*plan.runs, *plan.sweep], options, console)
-        failures |= run_all(plan.add_others(), options, console)
-        failures |= run_all(plan.add_radii(), options, console)
+        failures = run_all([*plan.runs, *plan.sweep], plan, console)
+        failures |= run_all(plan.add_others(), plan, console)
+        failures |= run_all(plan.add_radii(), plan, console)
         comparison = comparison_of(plan, failures)
         plan.path.mkdir(parents=True, exist_ok=True)
         (plan.path / "table.md").write_text(comparison.markdown(), encoding="utf-8")
@@ -80,13 +91,13 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
     return comparisons
 
 
-def run_all(runs: Iterable[PlannedRun], options: ComparisonOptions, console: Console) -> dict[PlannedRun, str]:
-    """Do the runs, with a line for each that ends and, on a terminal, a bar; those that are finished need no MPI."""
-    to_do = missing(runs)
+def run_all(runs: Iterable[PlannedRun], plan: Plan, console: Console) -> dict[PlannedRun, str]:
+    """Do runs of a plan, with a line for each that ends and, on a terminal, a bar; those that are finished need no MPI."""
+    to_do, options = missing(runs), plan.options
     if to_do:
         check_can_start(options.ranks, PROGRAM)
         # Also of methods whose runs come later.
-        for method in options.names:
+        for method in plan.methods:
             check_installed(method)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(to_do))

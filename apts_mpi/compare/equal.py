@@ -14,12 +14,21 @@ from apts_mpi.compare.runs import Plan, PlannedRun
 from apts_mpi.compare.table import Comparison, Outcome, number
 
 # By which a step size is best, the first that a problem has, and which of its values over a run is the best one.
-MEASURES = {"test_accuracy": max, "test_loss": min, "train_loss": min}
+ERROR = "relative_l2_error"
+MEASURES = {ERROR: min, "test_accuracy": max, "test_loss": min, "train_loss": min}
+
+TUNING = (
+    "Errors are relative L2 errors of the solution, of which the worst is that of all seeds; tuned is the damping of "
+    "SPRING, the first damping of Levenberg-Marquardt in its largest diagonal element, or a learning rate (step size)."
+)
 
 
 def comparison_of(plan: Plan, failures: Mapping[PlannedRun, str]) -> Comparison:
     """What the runs of a plan came to, at equal seconds where it is one of these."""
-    return (Comparison if plan.options.equal_seconds is None else EqualSeconds)(plan, failures)
+    if plan.options.equal_seconds is None:
+        return Comparison(plan, failures)
+    comparison = EqualSeconds(plan, failures)
+    return ErrorsOfSolutions(plan, failures) if comparison.measure == ERROR else comparison
 
 
 class EqualSeconds(Comparison):
@@ -96,6 +105,30 @@ class EqualSeconds(Comparison):
         own, other = (median(row.final(self.measure), 4) for row in (apts, rival))
         measure = self.measure.replace("_", " ")
         return f"APTS has place {place} of {len(best) + 1} by {measure}: {own}; {rival.name}: {other}."
+
+
+class ErrorsOfSolutions(EqualSeconds):
+    """See `EqualSeconds`; of problems whose solution is known, with a full batch an epoch."""
+
+    def note(self) -> str:
+        """See `EqualSeconds.note`."""
+        return f"{super().note()} {TUNING}"
+
+    def header(self) -> list[str]:
+        """See `Comparison.header`."""
+        return ["method", "tuned", "error", "worst", "loss", "iterations", "CPU seconds"]
+
+    def _line(self, row: Outcome, mark: str = "") -> list[str]:
+        cells = [METHODS[row.setting.method], row.setting.tuned + mark]
+        if not row.finished:
+            return [*cells, f"{row.failures} failed", *[""] * (len(self.header()) - 3)]
+        errors = row.final(ERROR)
+        worst = max(errors) if all(map(math.isfinite, errors)) else math.nan
+        cells += [median(errors, 3), number(worst) if math.isfinite(worst) else "-"]
+        cells += [median(row.final(name), 3) for name in ("train_loss", "iteration", "cpu_seconds")]
+        if row.failures:
+            cells[2] += f", {row.failures} failed"
+        return cells
 
 
 def median(values: list[float], digits: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from apts_mpi.compare.full_batch.options import GRIDS as FULL_BATCH_GRIDS
 from apts_mpi.errors import InvalidInput, require, require_choice, require_fields
 
 # All methods, and what they are called in tables, in their order there.
@@ -20,7 +21,15 @@ METHODS = {
     "adam": "Adam",
     "sgd": "SGD with momentum",
     "lbfgs": "L-BFGS",
+    "spring": "SPRING",
+    "levenberg-marquardt": "Levenberg-Marquardt",
+    "broyden": "self-scaled Broyden",
+    "adam-lbfgs": "Adam, then L-BFGS",
 }
+
+# Those that take part where nothing is said: in problems of squares with full batches, and in others.
+OF_SQUARES = ("apts", *FULL_BATCH_GRIDS, "adam", "lbfgs")
+OF_OTHERS = ("apts", "adamw-cosine", "adam", "sgd", "lbfgs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +44,14 @@ class ComparisonOptions:
         Names of problems of the package, or MODULE:FUNCTION for ones of your own.
     methods
         Those that take part, with commas between: of apts, adamw-cosine, schedule-free, muon, soap, prodigy, adam, sgd
-        and lbfgs. Four of them need the package pytorch_optimizer, as ``pip install apts_mpi[compare]`` brings it.
+        and lbfgs; for full batches of squares, such as PINNs, also spring, levenberg-marquardt, broyden (self-scaled)
+        and adam-lbfgs. Schedule-free to prodigy need the package pytorch_optimizer, as ``pip install
+        apts_mpi[compare]`` brings it. null: apts, adam, lbfgs and these four for such problems; for others apts,
+        adamw-cosine, adam, sgd and lbfgs.
     equal_seconds
         Processor seconds of the iterations of every run, whatever the epochs: a number; or a method, for as many as
-        its runs of ``epochs`` take, in the median. Then the best step size is that of the best test accuracy, or loss.
+        its runs of ``epochs`` take, in the median; without a value: apts. Then the best step size is that of the least
+        error of a solution, or of the best test accuracy, or loss.
     out
         Directory of the runs, tables and plots, one directory a problem.
     seeds
@@ -56,7 +69,7 @@ class ComparisonOptions:
     data_dir
         Directory (or text file) of the data, for problems that read some.
     dtype
-        Of the networks and their inputs.
+        Of the networks and their inputs. null: float64 for full batches of squares, else float32.
     subdomains
         Number of subdomains of APTS. null: its default.
     ranks
@@ -68,7 +81,7 @@ class ComparisonOptions:
     """
 
     problems: tuple[str, ...]
-    methods: str = "apts,adamw-cosine,adam,sgd,lbfgs"
+    methods: str | None = None
     equal_seconds: str | None = None
     out: str = "comparisons"
     seeds: int = 3
@@ -78,7 +91,7 @@ class ComparisonOptions:
     batch_size: int | None = None
     train_samples: int | None = None
     data_dir: str | None = None
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64"] | None = None
     subdomains: int | None = None
     ranks: int = 1
     jobs: int = 1
@@ -95,6 +108,11 @@ class ComparisonOptions:
         require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
         for method in self.names:
             require_choice("methods", method, tuple(METHODS))
+        of_squares = [method for method in self.names if self.methods and method in FULL_BATCH_GRIDS]
+        if of_squares and self.batch_size is not None:
+            raise InvalidInput(f"batch_size: {of_squares[0]} takes full batches; leave out one of them")
+        if of_squares and self.ranks > 1:
+            raise InvalidInput(f"ranks: {of_squares[0]} has one rank; give 1, or other methods")
         self._check_equal_seconds()
 
     def _check_equal_seconds(self) -> None:
@@ -111,8 +129,14 @@ class ComparisonOptions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the methods, each once."""
-        return tuple(dict.fromkeys(self.methods.split(",")))
+        """Names of the methods that may take part, each once; where none are given, `names_of` says which do."""
+        return tuple(METHODS) if self.methods is None else tuple(dict.fromkeys(self.methods.split(",")))
+
+    def names_of(self, is_of_squares: bool) -> tuple[str, ...]:
+        """Those of a problem, which is one of squares with full batches or not."""
+        if self.methods is not None:
+            return self.names
+        return OF_SQUARES if is_of_squares and self.batch_size is None and self.ranks == 1 else OF_OTHERS
 
     @property
     def seconds(self) -> float | None:
@@ -135,7 +159,7 @@ class Grids:
     Parameters
     ----------
     learning_rates
-        Of each baseline; those that are not here do not take part.
+        Of each baseline, or what else of it is tuned; those that are not here do not take part.
     sweep_rates
         Learning rates of every baseline for the robustness plot.
     sweep_factors
@@ -157,6 +181,7 @@ GRIDS = Grids(
         "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         "sgd": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "lbfgs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        **FULL_BATCH_GRIDS,
     },
     sweep_rates=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
     sweep_factors=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0),

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from apts_mpi.compare.equal import ERROR
+from apts_mpi.compare.full_batch.options import TUNED
 from apts_mpi.compare.options import METHODS
 from apts_mpi.compare.table import Comparison, Outcome
 from apts_mpi.plot.figure import COLORS, STYLES, Axes, Figure, save
@@ -19,6 +21,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "muon": {"color": COLORS[6], "linestyle": "-.", "marker": ">"},
     "soap": {"color": COLORS[6], "linestyle": ":", "marker": "P"},
     "prodigy": {"color": COLORS[4], "linestyle": "--", "marker": "X"},
+    "spring": {"color": COLORS[4], "linestyle": "-", "marker": "v"},
+    "levenberg-marquardt": {"color": COLORS[5], "linestyle": "--", "marker": "<"},
+    "broyden": {"color": COLORS[6], "linestyle": "-.", "marker": ">"},
+    "adam-lbfgs": {"color": COLORS[2], "linestyle": ":", "marker": "^"},
 }
 
 AXES = {
@@ -60,39 +66,42 @@ def plot_losses(comparison: Comparison, path: Path) -> None:
 
 
 def plot_equal_seconds(comparison: Comparison, path: Path) -> None:
-    """Write ``cpu_seconds.png`` and ``cpu_seconds.svg``: losses and accuracies against processor seconds.
+    """Write ``cpu_seconds.png`` and ``cpu_seconds.svg``: losses, accuracies and errors against processor seconds.
 
-    Of each method with its best step size; lines and bands as in `plot_losses`.
+    Of each method with its best step size; lines and bands as in `plot_losses`, but the lines of a problem whose error
+    is known are medians, as in its table: errors of seeds may lie decades apart.
     """
-    names = [name for name in ("train_loss", "test_loss", "test_accuracy") if name in comparison.metrics]
+    names = [name for name in ("train_loss", "test_loss", "test_accuracy", ERROR) if name in comparison.metrics]
+    middle = "median" if ERROR in names else "mean"
     figure = Figure(figsize=(4.0 * max(len(names), 1), 4.0), layout="constrained")
     panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=False):
         for row in comparison.best().values():
-            _curve(axes, row, "cpu_seconds", name)
-        if name.endswith("_loss"):
+            _curve(axes, row, "cpu_seconds", name, middle)
+        if name.endswith(("_loss", "_error")):
             axes.set_yscale("log")
         axes.set_xlabel("processor seconds")
         axes.set_ylabel(name.replace("_", " "))
         axes.grid(alpha=0.3)
-    _finish(figure, [panels[0]], _title(comparison), path / "cpu_seconds")
+    _finish(figure, [panels[0]], _title(comparison, middle), path / "cpu_seconds")
 
 
-def _title(comparison: Comparison) -> str:
+def _title(comparison: Comparison, middle: str = "mean") -> str:
     seeds = comparison.plan.options.seeds
-    return comparison.plan.problem + (f", mean and range of {seeds} seeds" if seeds > 1 else "")
+    return comparison.plan.problem + (f", {middle} and range of {seeds} seeds" if seeds > 1 else "")
 
 
-def _curve(axes: Axes, row: Outcome, name: str, value: str) -> None:
+def _curve(axes: Axes, row: Outcome, name: str, value: str, middle: str = "mean") -> None:
     values = list(zip(*(run.column("epochs", value) for run in row.finished), strict=False))
     style = LOOKS[row.setting.method]
     label = METHODS[row.setting.method]
     if row.setting.learning_rate is not None:
-        label += f", step size {row.setting.step_size}"
+        label += f", {row.setting.tuned}" if row.setting.method in TUNED else f", step size {row.setting.step_size}"
     marker = style["marker"] if len(values) == 1 else None
-    places, color = row.mean(name), style["color"]
+    over_seeds = row.median if middle == "median" else row.mean
+    places, color = over_seeds(name), style["color"]
     axes.plot(
-        places, row.mean(value), label=label, linewidth=1.8, color=color, linestyle=style["linestyle"], marker=marker
+        places, over_seeds(value), label=label, linewidth=1.8, color=color, linestyle=style["linestyle"], marker=marker
     )
     axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2)
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from apts_mpi.compare.full_batch.options import TUNED, FullBatchOptions
+from apts_mpi.compare.full_batch.squares import Squares, is_of_squares
 from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, require_choice
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.problems import build
 from apts_mpi.records.directory import CONFIG
@@ -63,10 +65,17 @@ class Setting:
         """For tables."""
         return "automatic" if self.learning_rate is None else f"{self.learning_rate:g}"
 
+    @property
+    def tuned(self) -> str:
+        """What of the method has the value of `step_size`, with that value."""
+        if self.learning_rate is None:
+            return "-" if self.method in TUNED else "automatic"
+        return f"{TUNED.get(self.method, 'rate')} {self.learning_rate:g}"
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One process of apts_mpi.train, to do or done.
+    """One process of apts_mpi.train, or of a method of full batches, to do or done.
 
     Parameters
     ----------
@@ -77,7 +86,7 @@ class PlannedRun:
     path
         Its run directory.
     arguments
-        Of apts_mpi.train.
+        Of the program.
     config
         The configuration that the run directory will hold.
     """
@@ -118,11 +127,18 @@ class PlannedRun:
     def start(self) -> subprocess.Popen:
         """Start the process; what it prints goes to a file of the run directory."""
         launcher = ["mpirun", "-n", str(self.ranks)] if self.ranks > 1 else []
-        program = [sys.executable, "-m", "apts_mpi.train", *self.arguments, f"--run-dir={self.path}", "--overwrite"]
+        if self.setting.method in TUNED:
+            program = [sys.executable, "-m", "apts_mpi.compare.full_batch", *self.arguments, f"--run_dir={self.path}"]
+        else:
+            program = [sys.executable, "-m", "apts_mpi.train", *self.arguments, f"--run-dir={self.path}", "--overwrite"]
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / OUTPUT, "w", encoding="utf-8") as output:
             return subprocess.Popen(
-                launcher + program, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                launcher + program,
+                env=environment.of_one_thread(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
 
     def failure(self) -> str:
@@ -157,13 +173,16 @@ class Plan:
     def __init__(self, problem: str, options: ComparisonOptions, grids: Grids = GRIDS) -> None:
         self.problem, self.options, self.grids = problem, options, grids
         self.path = Path(options.out) / problem.replace(":", ".")
-        self.epochs = options.epochs or self._own_epochs()
+        self.epochs, self.methods = self._of_problem()
+        self._of_squares = any(method in TUNED for method in self.methods)
+        if options.reference is not None:
+            require_choice("equal_seconds", options.reference, self.methods)
         self.seconds = options.seconds
-        known = [method for method in options.names if options.reference in (None, method)]
+        known = [method for method in self.methods if options.reference in (None, method)]
         self.runs = self._runs(known)
         self.sweep: list[PlannedRun] = []
         if options.robustness:
-            baselines = [method for method in options.names if method in grids.learning_rates]
+            baselines = [method for method in self.methods if method in grids.learning_rates and method not in TUNED]
             swept = [Setting(method, rate) for method in baselines for rate in grids.sweep_rates]
             self.sweep = [self._run(setting, 0) for setting in swept]
 
@@ -171,13 +190,21 @@ class Plan:
         settings: list[Setting] = []
         for method in methods:
             rates = self.grids.learning_rates.get(method, ())
-            settings += [Setting("apts")] if method == "apts" else [Setting(method, rate) for rate in rates]
+            is_one = method == "apts" or (method in TUNED and not TUNED[method])
+            settings += [Setting(method)] if is_one else [Setting(method, rate) for rate in rates]
         return [self._run(setting, seed) for setting in settings for seed in range(self.options.seeds)]
 
-    def _own_epochs(self) -> int:
+    def _of_problem(self) -> tuple[int, tuple[str, ...]]:
+        """Epochs and methods, for which the problem is built where they depend on it."""
         options = self.options
-        dtype = getattr(torch, options.dtype)
-        return build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype).epochs
+        asked = options.methods is not None and any(method in TUNED for method in options.names)
+        if options.epochs is not None and options.methods is not None and not asked:
+            return options.epochs, options.names
+        dtype = getattr(torch, options.dtype or "float32")
+        own = build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype)
+        if asked:
+            Squares(own)  # whether these methods can take it
+        return options.epochs or own.epochs, options.names_of(options.methods is None and is_of_squares(own))
 
     def add_others(self) -> list[PlannedRun]:
         """Add the runs that take as many seconds as those of the reference, now that finished ones tell them.
@@ -202,7 +229,7 @@ class Plan:
                 f"{str(self.path)!r}); give another method, or a number"
             )
         self.seconds = statistics.median(ends)
-        before, self.runs = self.runs, self._runs(self.options.names)
+        before, self.runs = self.runs, self._runs(self.methods)
         return [run for run in self.runs if run not in before]
 
     def add_radii(self) -> list[PlannedRun]:
@@ -242,21 +269,26 @@ class Plan:
             "batch_size": options.batch_size,
             "train_samples": options.train_samples,
             "data_dir": options.data_dir,
-            "dtype": options.dtype,
+            "dtype": options.dtype or ("float64" if self._of_squares else "float32"),
         }
-        if setting.method == "apts":
+        if setting.method in TUNED:
+            values["setting"] = setting.learning_rate
+        elif setting.method == "apts":
             values["subdomains"] = options.subdomains
             # Few digits: the automatic radius of a repeated run may differ by rounding, and the runs shall be kept.
             values["trust_region.initial_radius"] = None if setting.radius is None else f"{setting.radius:.4g}"
         else:
             values["learning_rate"] = setting.learning_rate
+        if setting.method != "apts":
             values["epochs"] *= options.baseline_epochs_factor
         if self.seconds is not None and setting.method != options.reference:
             # Few digits, as above: they may be a median.
-            values |= {"epochs": UNLIMITED, "max_cpu_seconds": f"{self.seconds:.4g}"}
-        arguments = tuple(f"--{name}={value}" for name, value in values.items() if value is not None)
+            values |= {"epochs": UNLIMITED, "max_cpu_seconds": float(f"{self.seconds:.4g}")}
+        given = {name: value for name, value in values.items() if value is not None}
+        arguments = tuple(f"--{name}={value}" for name, value in given.items())
+        config = FullBatchOptions(**given).config() if setting.method in TUNED else parse(arguments)[1]
         path = self.path / f"{setting.name}-seed{seed}"
-        run = PlannedRun(setting, seed, options.ranks, path, arguments, parse(arguments)[1])
+        run = PlannedRun(setting, seed, options.ranks, path, arguments, config)
         run.check()
         return run
 

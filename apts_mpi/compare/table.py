@@ -44,6 +44,11 @@ class Outcome:
         columns = [run.column("epochs", name) for run in self.finished]
         return [statistics.fmean(values) for values in zip(*columns, strict=False)]
 
+    def median(self, name: str) -> list[float]:
+        """The median over the runs, likewise."""
+        columns = [run.column("epochs", name) for run in self.finished]
+        return [statistics.median(values) for values in zip(*columns, strict=False)]
+
     @property
     def name(self) -> str:
         """Of the method, with its step size where it has one."""

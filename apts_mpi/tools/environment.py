@@ -110,6 +110,11 @@ def outside_job() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(JOB_VARIABLES)}
 
 
+def of_one_thread() -> dict[str, str]:
+    """The environment variables, with one thread for computations where they do not say how many."""
+    return {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+
+
 def switched_on(names: Iterable[str]) -> list[str]:
     """Those of the environment variables that are set, and not to nothing, 0 or no."""
     off = ("", "0", "no", "off", "false", "disable")
