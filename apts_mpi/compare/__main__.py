@@ -54,12 +54,9 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
 
 def complete(arguments: Sequence[str]) -> list[str]:
     """Arguments with the seconds of APTS for ``--equal_seconds`` without a value."""
-    return [
-        f"{argument}=apts"
-        if argument == "--equal_seconds" and (not following or following.startswith("-"))
-        else argument
-        for argument, following in itertools.pairwise([*arguments, ""])
-    ]
+    pairs = itertools.pairwise([*arguments, "-"])
+    bare = [argument == "--equal_seconds" and following.startswith("-") for argument, following in pairs]
+    return [f"{argument}=apts" if is_bare else argument for argument, is_bare in zip(arguments, bare, strict=True)]
 
 
 def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) -> list[Comparison]:
@@ -92,7 +89,7 @@ def compare(options: ComparisonOptions, console: Console, grids: Grids = GRIDS) 
 
 
 def run_all(runs: Iterable[PlannedRun], plan: Plan, console: Console) -> dict[PlannedRun, str]:
-    """Do runs of a plan, with a line for each that ends and, on a terminal, a bar; those that are finished need no MPI."""
+    """Do runs, with a line for each that ends and, on a terminal, a bar; those that are finished need no MPI."""
     to_do, options = missing(runs), plan.options
     if to_do:
         check_can_start(options.ranks, PROGRAM)

@@ -28,7 +28,7 @@ class DampedLeastSquares:
         return float(self._matrix.diagonal().max())
 
     def solve(self, right: Tensor, damping: float) -> Tensor | None:
-        """The minimiser x, (n,), for b = ``right``, (m,); None where the matrix is not positive definite in rounding."""
+        """The minimiser x, (n,), for b = ``right``, (m,); None where rounding leaves no definite matrix."""
         matrix = self._matrix.clone()
         matrix.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
