@@ -15,7 +15,7 @@ from apts_mpi.tools.status import USAGE
 from apts_mpi.tools.streams import end_with_reader
 
 # Those of `apts_mpi.plot.runs.ROWS`, which needs matplotlib.
-ROW_NAMES = ("loss", "accuracy", "rho", "radius")
+ROW_NAMES = ("loss", "accuracy", "error", "rho", "radius")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

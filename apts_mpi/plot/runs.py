@@ -17,6 +17,9 @@ from apts_mpi.records.reading import Group
 # What lies on the horizontal axes.
 COLUMNS = {"iteration": "iterations", "gradient_evaluations": "gradient evaluations", "seconds": "seconds"}
 
+# The metric of a problem whose solution is known.
+ERROR = "relative_l2_error"
+
 # How many groups can be told apart.
 MOST_GROUPS = len(COLORS) * len(LINE_STYLES)
 
@@ -40,7 +43,7 @@ class PanelRow:
 
 
 def plot_runs(groups: Sequence[Group], files: Sequence[Path], rows: Sequence[str] | None = None) -> None:
-    """Draw loss, accuracy, ρ and radius against iterations, evaluations and seconds.
+    """Draw loss, accuracy, error, ρ and radius against iterations, evaluations and seconds.
 
     Lines are means over the seeds, bands reach from the least to the greatest value. Rows for which no run has values
     are left out.
@@ -164,6 +167,10 @@ def _draw_accuracy(axes: Axes, group: Group, place: str, style: dict[str, Any]) 
     _curve(axes, group, "epochs", place, "test_accuracy", style | {"linewidth": THIN})
 
 
+def _draw_error(axes: Axes, group: Group, place: str, style: dict[str, Any]) -> None:
+    _curve(axes, group, "epochs", place, ERROR, style | {"linewidth": THICK})
+
+
 def _draw_step(name: str) -> Callable[[Axes, Group, str, dict[str, Any]], None]:
     def draw(axes: Axes, group: Group, place: str, style: dict[str, Any]) -> None:
         _curve(axes, group, "iterations", place, name, style | {"linewidth": MIDDLE})
@@ -179,6 +186,7 @@ def _shows(kind: str, name: str) -> Callable[[Group], bool]:
 ROWS = {
     "loss": PanelRow("loss", _shows("iterations", "loss"), _draw_loss, "log"),
     "accuracy": PanelRow("accuracy", _shows("epochs", "train_accuracy"), _draw_accuracy, "linear"),
+    "error": PanelRow("relative L2 error", _shows("epochs", ERROR), _draw_error, "log"),
     "rho": PanelRow("ρ", _shows("iterations", "rho"), _draw_step("rho"), "symlog"),
     "radius": PanelRow("radius", _shows("iterations", "radius"), _draw_step("radius"), "log"),
 }

@@ -92,6 +92,20 @@ def test_curves_are_those_of_the_records(runs, tmp_path, drawn):
     assert not (tmp_path / "a.png").exists() and "ρ" not in texts(tmp_path / "a.svg")
 
 
+def test_the_error_of_a_solution(tmp_path, drawn):
+    """On a logarithmic axis, also of a run whose errors span decades and of one without any."""
+    for seed in (0, 1):
+        arguments = ["--problem=poisson-1d", "--max-iterations=3", "--dtype=float64", f"--seed={seed}"]
+        train.main([*arguments, f"--run-dir={tmp_path / str(seed)}"])
+    plot.main([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "p.svg")])
+    errors = [read_run(tmp_path / seed).column("epochs", "relative_l2_error") for seed in ("0", "1")]
+    panels = [axes for axes in drawn[0].axes if axes.get_ylabel() == "relative L2 error"]
+    (line,) = panels[0].lines
+    assert list(line.get_ydata()) == [sum(pair) / 2.0 for pair in zip(*errors, strict=True)]
+    assert panels[0].get_yscale() == "log" and "relative L2 error" in texts(tmp_path / "p.svg")
+    assert len(drawn[0].axes) == 12  # loss, error, ρ, radius
+
+
 def test_runs_compared(runs, tmp_path, drawn):
     """Seeds become one line with a band; what differs is in the legend; colours and line styles differ."""
     plot.main([*(str(runs / name) for name in RUNS), str(runs / "adam"), "--out", str(tmp_path / "all")])
