@@ -110,6 +110,9 @@ class EqualSeconds(Comparison):
 class ErrorsOfSolutions(EqualSeconds):
     """See `EqualSeconds`; of problems whose solution is known, with a full batch an epoch."""
 
+    # Small numbers have long words.
+    look: ClassVar[Mapping[str, Any]] = {**EqualSeconds.look, "width": 100}
+
     def note(self) -> str:
         """See `EqualSeconds.note`."""
         return f"{super().note()} {TUNING}"

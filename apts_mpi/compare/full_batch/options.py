@@ -10,7 +10,7 @@ import yaml
 from apts_mpi.errors import require, require_choice, require_fields
 
 # What of each method is tuned, and the values of it that are tried; none where nothing is tuned.
-TUNED = {"spring": "damping", "levenberg-marquardt": "first damping", "broyden": "", "adam-lbfgs": "rate"}
+TUNED = {"spring": "damping", "levenberg-marquardt": "damping", "broyden": "", "adam-lbfgs": "rate"}
 GRIDS: dict[str, tuple[float, ...]] = {
     "spring": (1e-8, 1e-6, 1e-4),
     "levenberg-marquardt": (1e-6, 1e-3),
