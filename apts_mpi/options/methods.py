@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
         fixed=_MONOTONE
         | {
             "schwarz.decomposition": "data",
+            "schwarz.variant": "exact",
             "schwarz.assembly": "sum",
             "schwarz.prediction": "local",
         },
