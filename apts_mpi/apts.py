@@ -51,6 +51,8 @@ class APTS:
         The network, the ranks, the timers and counters of this one, and the batch of the last step.
     state : State
         What an iteration leaves to the next.
+    smallest_batch : int
+        Samples that a batch needs.
 
     Raises
     ------
@@ -73,7 +75,7 @@ class APTS:
         """Have done no iteration yet."""
         self.holding = holding
         self.network, self.options, self.comm = holding.network, holding.options, holding.comm
-        self.events = holding.comm.events
+        self.events, self.smallest_batch = holding.comm.events, holding.smallest_batch
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         parts = holding.objective, holding.inner, self.comm, self.options, holding.last_step, holding.check_loss
@@ -156,7 +158,7 @@ class APTS:
         if coarse is not None:
             return coarse.step, coarse.recombine(self.state.present_radius)
         with self.events.timed("assembly"):
-            return self._trials.fit(schwarz.correction, self.state.present_radius), None
+            return self._trials.fit(schwarz.correction, self.state.present_radius), schwarz.predicted_reduction()
 
     def _prepare_coarse(self) -> None:
         if self.holding.coarse is not None:
@@ -168,8 +170,7 @@ class APTS:
         if judged.accepted:
             self._forget()
             self._run = trial if keep_graph else None
-        # A larger ball has other corrections; into a smaller one they are scaled.
-        self._has_correction = self._has_correction and judged.next_radius <= judged.radius
+        self._has_correction &= self.holding.schwarz.is_known_in(judged.next_radius, judged.radius)
         return judged
 
     def _follow(self, schwarz: Judged) -> None:
@@ -177,13 +178,16 @@ class APTS:
             self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
 
     def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
-        """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""
-        if self.holding.global_step is None or schwarz.skipped:
-            return None
-        run, find = self._evaluate(), self.holding.global_step.find
-        with self.events.timed("global step"):
-            step, predicted = find(self.batch.passes, self._gradient, self.state.present_radius)
-        return self._judge(run, step, predicted, keep_graph)
+        """Trust-region steps over all parameters where the Schwarz step led to: the last accepted, or the first."""
+        shown = None
+        if self.holding.global_step is not None and not schwarz.skipped:
+            for left in reversed(range(self.options.global_step.iterations)):
+                run, find = self._evaluate(), self.holding.global_step.find
+                with self.events.timed("global step"):
+                    step, predicted = find(self.batch.passes, self._gradient, self.state.present_radius)
+                judged = self._judge(run, step, predicted, keep_graph or left > 0)
+                shown = judged if judged.accepted or shown is None else shown
+        return shown
 
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
@@ -261,11 +265,6 @@ class APTS:
     def subdomains(self) -> int:
         """Number of subdomains."""
         return self.holding.decomposition.count
-
-    @property
-    def smallest_batch(self) -> int:
-        """Samples that a batch needs."""
-        return self.holding.smallest_batch
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""

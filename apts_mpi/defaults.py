@@ -87,6 +87,11 @@ def compose(
             f"trust_region.pull: {trust_region.pull} is for the plain sum of the corrections; choose --coarse none, or "
             "--weight-decay instead"
         )
+    if schwarz.prediction == "local" and (coarse.model != "none" or trust_region.pull or noisy):
+        raise InvalidInput(
+            "schwarz.prediction: 'local' is for the plain sum of the corrections; choose --coarse none, no "
+            "trust_region.pull and noise none, or first-order"
+        )
     return replace(options, trust_region=trust_region, coarse=coarse)
 
 

@@ -27,7 +27,7 @@ class StepResult:
     schwarz
         The judged Schwarz step.
     global_step
-        The judged global step, or None without one.
+        The judged global step, of several the last that was accepted or else the first; None without one.
     gradient_evaluations
         Of this iteration, on the rank with most to do, in evaluations of the whole network on a rank's even share of
         the batch. A pass through a part of the network counts as its share, a forward pass alone as a third.

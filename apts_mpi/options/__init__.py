@@ -1,6 +1,6 @@
 """The configuration of the solver: frozen dataclasses, validated on construction.
 
-It may import errors. Read ``solver`` first, then ``levels`` and ``trust_region``.
+It may import errors. Read ``solver`` first, then ``levels`` and ``trust_region``; ``methods`` has those of the papers.
 """
 
 from apts_mpi.options.levels import (
@@ -12,12 +12,14 @@ from apts_mpi.options.levels import (
     LocalOptions,
     SchwarzOptions,
 )
+from apts_mpi.options.methods import METHODS, MethodName, of_method
 from apts_mpi.options.solver import APTSOptions, PipelineOptions
 from apts_mpi.options.trust_region import GlobalModelName, GlobalStepOptions, TrustRegionOptions
 
 __all__ = [
     "ENOUGH_TARGETS",
     "LOCAL_SOLVERS",
+    "METHODS",
     "SUBDOMAINS",
     "APTSOptions",
     "CoarseOptions",
@@ -25,7 +27,9 @@ __all__ = [
     "GlobalStepOptions",
     "LocalData",
     "LocalOptions",
+    "MethodName",
     "PipelineOptions",
     "SchwarzOptions",
     "TrustRegionOptions",
+    "of_method",
 ]

@@ -42,6 +42,13 @@ class SchwarzOptions:
         and sgd with one local iteration; else shard.
     damping
         Factor of the sum of the corrections, in (0, 1].
+    assembly
+        Of the corrections of subdomains of data: their ``mean``, each in the ball of the whole step, or their ``sum``,
+        each in a ball of 1/N of its radius (arXiv 2502.05133).
+    prediction
+        By what the plain sum of the corrections is judged: ``first-order``, -<gradient, step>; or ``local``, the
+        reductions of the local objectives put together as the corrections are, for which each is evaluated once more
+        (arXiv 2502.05133).
     """
 
     decomposition: Literal["parameters", "data"] = "parameters"
@@ -52,6 +59,8 @@ class SchwarzOptions:
     type: Literal["basic", "restrict"] = "restrict"
     local_data: LocalData = "auto"
     damping: float = 1.0
+    assembly: Literal["mean", "sum"] = "mean"
+    prediction: Literal["first-order", "local"] = "first-order"
 
     def __post_init__(self) -> None:
         require_fields(self, "schwarz.")
@@ -60,6 +69,8 @@ class SchwarzOptions:
         require(rising, "schwarz.cuts", cuts, "give rising numbers from 0 on, such as [0,120,260], or null")
         require(self.overlap >= 0, "schwarz.overlap", self.overlap, "give 0 or more")
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
+        of_data = self.decomposition == "data" or self.assembly == "mean"
+        require(of_data, "schwarz.assembly", self.assembly, "it is for schwarz.decomposition data; choose mean")
 
 
 # Names of local solvers, and of the coarse space of the package; besides them there are those of the user's.

@@ -25,13 +25,15 @@ class TrustRegionOptions:
     eta1
         A step is accepted if rho >= eta1.
     eta2
-        The radius grows if rho >= eta2 and the step reached the boundary.
+        The radius grows if rho >= eta2 and the step reached the boundary, or ``grow_from`` of it.
     shrink_below
         The radius shrinks if rho is below this.
     decrease_factor
         What the radius, or the length of a shorter step, is multiplied by to shrink.
     increase_factor
         What the radius is multiplied by to grow.
+    grow_from
+        Share of the radius that a step has to reach for the radius to grow.
     norm
         Norm of the ball.
     window
@@ -58,6 +60,7 @@ class TrustRegionOptions:
     shrink_below: float = 0.25
     decrease_factor: float = 0.25
     increase_factor: float = 2.0
+    grow_from: float = 0.999
     norm: Literal["2", "inf"] = "2"
     window: int = 0
     pull: float | None = None
@@ -88,6 +91,7 @@ class TrustRegionOptions:
         small, large = self.decrease_factor, self.increase_factor
         require(0.0 < small < 1.0, name + "decrease_factor", small, "give a number in (0, 1)")
         require(large > 1.0, name + "increase_factor", large, "give a number above 1")
+        require(0.0 <= self.grow_from < 1.0, name + "grow_from", self.grow_from, "give a number in [0, 1)")
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
         require(
             self.pull is None or 0.0 <= self.pull < 1.0, name + "pull", self.pull, "give a number in [0, 1), or null"
@@ -111,10 +115,14 @@ class GlobalStepOptions:
         curvature, preconditioned by the kfac of subdomains of parameters where that is the local solver.
     product
         Curvature of steihaug: ``gauss-newton`` or ``hessian``.
+    iterations
+        Trust-region steps in a row, each judged by itself.
     """
 
     model: GlobalModelName = "none"
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         require_fields(self, "global_step.")
+        require(self.iterations >= 1, "global_step.iterations", self.iterations, "give 1 or more")

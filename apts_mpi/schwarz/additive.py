@@ -16,13 +16,14 @@ from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
-from apts_mpi.network.partition import Subdomain, multiplicity
+from apts_mpi.network.partition import Subdomain
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache, Pass
 from apts_mpi.options import APTSOptions, GlobalStepOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
+from apts_mpi.schwarz.shares import led_range, led_rows, weights_of
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
@@ -59,6 +60,8 @@ class AdditiveSchwarz:
         Local solvers of the subdomains that this rank carries, with their state.
     rows : list of GaussNewtonRows
         Those of each pass at the point of the last correction; computed if a local solver has asked for them.
+    predicts : bool
+        Whether the reductions of the local objectives predict that of the plain sum.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class AdditiveSchwarz:
         self._norm = options.trust_region.norm
         self._data = data = schwarz.decomposition == "data"
         # A mean of steps within a ball lies in it.
-        self._count = 1 if data else decomposition.count
+        self._is_mean = data and schwarz.assembly == "mean"
+        self._count = 1 if self._is_mean else decomposition.count
+        self.predicts = schwarz.prediction == "local"
+        self._reduction = 0.0
         self._values = objective.vector.values
         self._is_noisy = options.noise == "batches"
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
@@ -95,15 +101,15 @@ class AdditiveSchwarz:
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
         self._disjoint = not data and (schwarz.overlap == 0 or schwarz.type == "restrict")
-        self._weights = {} if self._disjoint else _weights(decomposition, self._values)
-        self._ranges = [_led_range(decomposition, rank) for rank in range(self._comm.size)]
+        self._weights = {} if self._disjoint else weights_of(decomposition, self._values, data and not self._is_mean)
+        self._ranges = [led_range(decomposition, rank) for rank in range(self._comm.size)]
         self._stack: torch.Tensor | None = None
         if data and options.coarse.model != "none":
             # Columns over all parameters cannot share one vector: every rank holds all of them.
             size = self._values.numel()
             self._stack = self._values.new_zeros(len(decomposition.subdomains) * size)
             self._mirror = Mirror(self._stack)
-            self._ranges = [_led_rows(decomposition, size, rank) for rank in range(self._comm.size)]
+            self._ranges = [led_rows(decomposition, size, rank) for rank in range(self._comm.size)]
 
     def _make_solver(self, options: APTSOptions, subdomain: Subdomain) -> LocalSolver:
         block = self._values[subdomain.start : subdomain.stop]
@@ -148,8 +154,9 @@ class AdditiveSchwarz:
             On every rank, for what a local solver cannot do.
         """
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
-        local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
+        local_radius = math.inf if self._is_noisy else self._local_radius(radius)
         self._mirror.tensor.zero_()
+        self._reduction = 0.0
         self.open_rows(caches)
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
@@ -167,6 +174,12 @@ class AdditiveSchwarz:
                         self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
+
+    def _local_radius(self, radius: float) -> float:
+        """Of each subdomain's ball, so that the assembled correction lies in that of ``radius``."""
+        if self._data:
+            return radius / self._count
+        return subdomain_radius(radius, self._count, self._norm)
 
     @property
     def _is_measuring(self) -> bool:
@@ -213,8 +226,12 @@ class AdditiveSchwarz:
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
         start = local.block.clone()
+        if self.predicts:
+            local.begin()
         self.solvers[subdomain.index].solve(local, radius, self._norm)
         displacement = self._objective.vector.still(local.block - start, subdomain.start)
+        if self.predicts:
+            self._predict(local)
         local.block.copy_(start)
         if self._stack is not None:
             size = len(displacement)
@@ -230,8 +247,31 @@ class AdditiveSchwarz:
             self.correction[subdomain.start : subdomain.stop] += weighted
 
     def _downhill(self, gradient: torch.Tensor, displacement: torch.Tensor, radius: float) -> torch.Tensor:
-        """See `ensure_descent`; on noisy batches it is the sum that has to go down, which is judged as a whole."""
-        return displacement if self._is_noisy else ensure_descent(gradient, displacement, radius, self._norm)
+        """See `ensure_descent`; on noisy batches it is the sum that has to go down, which is judged as a whole.
+
+        Where local reductions predict, it is they that have to be positive.
+        """
+        free = self._is_noisy or self.predicts
+        return displacement if free else ensure_descent(gradient, displacement, radius, self._norm)
+
+    def _predict(self, local: LocalObjective) -> None:
+        """Add what the local objective fell by, where this rank speaks for its team. Collective over the team."""
+        reduction = float(local.start_value - local.value())
+        if self.decomposition.leads:
+            self._reduction += reduction / (self.decomposition.count if self._is_mean else 1)
+
+    def is_known_in(self, radius: float, before: float) -> bool:
+        """Whether the correction of a ball of radius ``before`` serves in this one: scaled down, unless it predicts."""
+        return radius <= before and not self.predicts
+
+    def predicted_reduction(self) -> float | None:
+        """Of the assembled correction by local reductions; None: of the first order. Collective where they predict.
+
+        With overlap an index counts as often as subdomains have it.
+        """
+        if not self.predicts:
+            return None
+        return self._comm.agree([self._damping * self._reduction], lambda table: [math.fsum(table[:, 0])])[0]
 
     @property
     def assembled(self) -> torch.Tensor:
@@ -287,37 +327,6 @@ class AdditiveSchwarz:
             stop = min(start + bucket, size)
             self._comm.start_sum(pending, self._mirror, self._mirror, start, stop)
         return pending
-
-
-def _weights(decomposition: Decomposition, like: torch.Tensor) -> dict[int, torch.Tensor]:
-    """W_d of the carried subdomains: one over the number of subdomains that share an index."""
-    weights = {}
-    for subdomain in decomposition.carried:
-        weight = torch.empty(subdomain.stop - subdomain.start, dtype=like.dtype, device=like.device)
-        for start, stop, count in multiplicity(decomposition.subdomains, subdomain):
-            weight[start - subdomain.start : stop - subdomain.start] = 1.0 / count
-        weights[subdomain.index] = weight
-    return weights
-
-
-def _led_range(decomposition: Decomposition, rank: int) -> tuple[int, int]:
-    """Range of the vector whose correction a rank hands out: its team's if it leads the team, else none."""
-    carried, leads = _of_team(decomposition, rank)
-    start = decomposition.subdomains[carried[0]].owned_start
-    return start, decomposition.subdomains[carried[-1]].owned_stop if leads else start
-
-
-def _led_rows(decomposition: Decomposition, size: int, rank: int) -> tuple[int, int]:
-    """The same of the stack of corrections, which has a row of ``size`` elements a subdomain."""
-    carried, leads = _of_team(decomposition, rank)
-    return carried.start * size, (carried.stop if leads else carried.start) * size
-
-
-def _of_team(decomposition: Decomposition, rank: int) -> tuple[range, bool]:
-    """The subdomains that a rank carries, and whether it leads its team."""
-    teams = decomposition.teams
-    team = teams.team_of(rank)
-    return teams.subdomains_of(team), teams.ranks_of(team).start == rank
 
 
 def make_global_step(

@@ -46,6 +46,7 @@ def _may_have_kfac(options: TrainingOptions, problem: Problem) -> bool:
     local, schwarz = options.local, options.schwarz
     return (
         problem.forward is None
+        and options.method == "two-level"
         and local.solver in ("auto", "kfac")
         and local.iterations == 1
         and schwarz.decomposition == "parameters"

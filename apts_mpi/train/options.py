@@ -12,10 +12,12 @@ from apts_mpi.options import (
     CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
+    MethodName,
     PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
 )
+from apts_mpi.options.methods import check_method
 
 # The optimizers that APTS is set beside. `PEERS` are those of the package pytorch_optimizer.
 Optimizer = Literal["apts", "adam", "sgd", "lbfgs", "adamw-cosine", "schedule-free", "muon", "soap", "prodigy"]
@@ -117,6 +119,10 @@ class TrainingOptions:
         (AdamW), ``muon``, ``soap`` and ``prodigy`` need the package pytorch_optimizer.
     learning_rate
         Of an optimizer other than ``apts``, the largest one where it has a schedule; ``prodigy`` takes 1.
+    method
+        ``two-level``, or one of the papers, with the options that make it: ``apts`` (exact local objectives), ``iapts``
+        (inexact ones), ``apts-data`` (subdomains of data), ``napts`` (non-monotone, with a coarse space). Options that
+        are given beside it change it; those that contradict it are refused.
     layout
         What a rank holds: ``replicated``, the whole network; ``staged``, a stage of it, for networks larger than one
         device.
@@ -198,6 +204,7 @@ class TrainingOptions:
     transport: Literal["auto", "staged", "direct"] = "auto"
     optimizer: Optimizer = "apts"
     learning_rate: float = 1e-3
+    method: MethodName = "two-level"
     layout: Literal["replicated", "staged"] = "replicated"
     subdomains: int | None = None
     replicas: int = 1
@@ -246,6 +253,10 @@ class TrainingOptions:
         decay = self.trust_region.weight_decay
         remedy = "it is for optimizer apts; choose that, or give 0"
         require(self.optimizer == "apts" or decay == 0.0, "trust_region.weight_decay", decay, remedy)
+        require(
+            self.method == "two-level" or self.optimizer == "apts", "method", self.method, "it is for optimizer apts"
+        )
+        check_method(self.method, self)
         self.solver_options()
 
     def arguments(self, of: Literal["problem_args", "network_args"]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import jsonargparse
 import yaml
 
 from apts_mpi.errors import InvalidInput, require, require_choice, shortened, shown
+from apts_mpi.options.methods import METHODS, options_of
 from apts_mpi.tools.command import add_version
 from apts_mpi.train.configuration import expand
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
@@ -80,6 +81,23 @@ def spell(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def of_method(arguments: Sequence[str]) -> list[str]:
+    """The options of the method that is named last among arguments; they come before what is given."""
+    name = None
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        if option == "--method":
+            name = value if equals else following
+    if name not in METHODS:
+        return []  # or else the parser refuses it
+    return [f"--{option}={_written(value)}" for option, value in options_of(name).items()]
+
+
+def _written(value: Any) -> str:
+    """A value as the command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def gather(arguments: Sequence[str]) -> list[str]:
     """Arguments with those of functions of the user's, ``--problem.args.NAME=VALUE``, in lists of their own."""
     rest: list[str] = []
@@ -125,7 +143,8 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
     """
     parser = make_parser()
     try:
-        parsed = parser.parse_args(gather([*earlier, *expand(spell(arguments))]))
+        given = expand(spell(arguments))
+        parsed = parser.parse_args(gather([*earlier, *of_method(given), *given]))
     except (argparse.ArgumentError, TypeError) as error:
         _refuse_value(str(error))
         raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error

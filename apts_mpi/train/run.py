@@ -17,6 +17,7 @@ from rich.console import Console
 
 from apts_mpi.checkpoint import Checkpoint, CheckpointDirectory
 from apts_mpi.errors import InvalidInput, SharedFailure
+from apts_mpi.options.methods import describe_method
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
 from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
@@ -126,7 +127,7 @@ def run(
         with comm.shared_errors():
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
         training = make_training(options, take_device(options, comm), comm, world)
-        begin(training, checkpoint, options.view, tell)
+        begin(training, checkpoint, options, tell)
         if number := stopped_early(signals, comm):
             tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
             return REQUEUE
@@ -174,7 +175,7 @@ def stopped_early(signals: StopSignals, comm: Communicator) -> int:
     return int(comm.agree([signals.received], lambda table: [table.max()])[0])
 
 
-def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: Tell) -> None:
+def begin(training: Training, checkpoint: Checkpoint | None, options: TrainingOptions, tell: Tell) -> None:
     """Go on where the checkpoint left the run, and say what is to be said at its beginning. Collective."""
     if training.places:
         tell(training.places)
@@ -182,7 +183,9 @@ def begin(training: Training, checkpoint: Checkpoint | None, view: bool, tell: T
         tell(f"note: {notice}")
     if checkpoint is not None:
         tell(f"resumed after iteration {training.progress.iteration} from {checkpoint.path}")
-    if view:
+    if options.view:
+        if options.optimizer == "apts":
+            tell(describe_method(options.method, options))
         tell(training.solver.describe())
 
 

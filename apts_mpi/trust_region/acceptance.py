@@ -11,9 +11,6 @@ import numpy as np
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.trust_region.inner_products import InnerProducts
 
-# A step that was scaled to the boundary in float32 misses it by rounding.
-BOUNDARY_TOLERANCE = 1e-3
-
 # Share of the radius from which on the ball, or those of subdomains in it, may have made a step too short to change a
 # parameter: the radius then grows.
 OF_THE_BALL = 1e-2
@@ -142,7 +139,7 @@ def judge(
         following = radius
         if rho < options.shrink_below:
             following = options.decrease_factor * min(radius, step_norm)
-        elif rho >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
+        elif rho >= options.eta2 and step_norm >= options.grow_from * radius:
             following = options.increase_factor * radius
     following = min(max(following, options.min_radius), options.max_radius)
     accepted = rho >= options.eta1 and step_norm > 0.0
