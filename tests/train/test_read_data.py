@@ -169,7 +169,16 @@ REFUSED = {
         "workers: 'many' is not allowed; .*int",
     ),
     "half": (["--problem=sampled_data:problem", "--problem.args.workers=1.5"], "workers: '1.5' is not allowed; .*int"),
-    "none": (["--problem=digits", "--problem.args.width=3"], "--problem.args.width: .*it takes no arguments"),
+    "none": (
+        ["--problem=hdf5:data.h5", "--network=sampled_data:images", "--problem.args.width=3"],
+        "--problem.args.width: .*it takes no arguments",
+    ),
+    "built-in": (
+        ["--problem=digits", "--problem.args.widht=3"],
+        "--problem.args.widht: digits has no such argument; did you mean width. it takes width, depth",
+    ),
+    "no count": (["--problem=burgers", "--problem.args.points=0"], "--problem.args.points: 0 .*give 1 or more"),
+    "no integer": (["--problem=burgers", "--problem.args.points=9.5"], "points: '9.5' is not allowed; .*int"),
     "samples": (
         ["--problem=sampled_data:problem", "--problem.args.loader=weighted", "--train_samples=9"],
         "whose sampler chooses",
