@@ -219,7 +219,7 @@ def test_a_sample_that_cannot_be_read_ends_all_ranks(world, command, layout):
         assert "sample 7 of Broken cannot be read ('OSError: the disk is gone')" in errors
 
 
-KINDS = ["shuffled", "in order", "weighted", "own sampler", "own batches", "stream", "data set"]
+KINDS = ["shuffled", "in order", "weighted", "own sampler", "own batches", "stream", "shards", "telling", "data set"]
 
 
 @pytest.mark.mpi(min_size=2)
@@ -235,7 +235,7 @@ def test_augmentation_and_order_do_not_depend_on_ranks(world, trained_on, loader
 @pytest.mark.mpi
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream"])
+@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "shards", "telling"])
 def test_workers_change_nothing(world, trained, loader, layout):
     skip_without_stages(world, layout)
     arguments = [*SMALL, layout, "--problem=sampled_data:problem", f"--problem.args.loader={loader}", "--epochs=3"]
@@ -246,7 +246,7 @@ def test_workers_change_nothing(world, trained, loader, layout):
 
 @pytest.mark.mpi
 @pytest.mark.processes
-@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "data set"])
+@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "shards", "telling", "data set"])
 def test_a_resumed_run_repeats_and_skips_nothing(world, trained_on, loader):
     """Stopped within an epoch on one rank with two workers, and gone on with on all ranks."""
     arguments = [*SMALL, "--problem=sampled_data:problem", f"--problem.args.loader={loader}", "--epochs=3"]
