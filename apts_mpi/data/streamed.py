@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils import worker
 
 from apts_mpi.data.dataset import Collate, Reading, Workers, name_of, unreadable
@@ -30,8 +30,8 @@ class Streamed(Reading):
     ``torch.utils.data.get_worker_info()`` says that this is one of so many workers, as torch asks of a data set with
     workers. A shard is read only where samples of it are asked for; to come to a sample the ones before it in its shard
     are read and left, but for those before a known position, where the data set has ``state_dict`` and
-    ``load_state_dict`` as HuggingFace's and torchdata's have. As many processes as there are shards can read ahead; each
-    has shards of its own.
+    ``load_state_dict`` as HuggingFace's and torchdata's have. As many processes as there are shards can read ahead,
+    each of its own.
 
     Attributes
     ----------
@@ -213,8 +213,6 @@ def _shard_lengths(dataset: Any) -> list[int]:
     """Samples of each shard: what the data set says, or what is counted."""
     shards = getattr(dataset, "num_shards", 1)
     shards = shards if isinstance(shards, int) and not isinstance(shards, bool) and shards > 1 else 1
-    if shards > 1:
-        _check_shards(dataset, shards)
     said = getattr(dataset, "shard_lengths", None)
     if shards > 1 and said is not None:
         lengths = [int(length) for length in said]
@@ -223,6 +221,9 @@ def _shard_lengths(dataset: Any) -> list[int]:
                 f"train: {name_of(dataset)} has {shards} shards and the shard_lengths {lengths}; give the samples of "
                 "each, 1 or more"
             )
+    if shards > 1:
+        _check_shards(dataset, shards)
+    if shards > 1 and said is not None:
         return lengths
     try:
         total = len(dataset)
@@ -238,12 +239,18 @@ def _check_shards(dataset: Any, shards: int) -> None:
     for shard in (0, 1):
         with kept_draws(), as_worker(dataset, shard, shards):
             seed_draws(0, 0)
-            found.append(pickle.dumps(list(itertools.islice(iter(dataset), 2))))
-    if found[0] == found[1]:
+            found.append(tree_leaves(list(itertools.islice(iter(dataset), 2))))
+    if len(found[0]) == len(found[1]) and all(itertools.starmap(_are_equal, zip(*found, strict=True))):
         raise InvalidInput(
-            f"train: {name_of(dataset)} has {shards} shards, and gives the same samples for each; let its __iter__ give "
-            "those of the shard torch.utils.data.get_worker_info().id"
+            f"train: {name_of(dataset)} has {shards} shards, and gives the same samples for each; let its __iter__ "
+            "give those of shard torch.utils.data.get_worker_info().id"
         )
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.array_equal(one, other))
 
 
 def _counted(dataset: Any, shard: int, shards: int) -> int:
