@@ -30,7 +30,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
-from apts_mpi.staged.build import check_staged, cut_network
+from apts_mpi.staged.build import check_staged, cut_network, undivided
 from apts_mpi.staged.coarse import StageCurvature
 from apts_mpi.staged.global_step import StageProducts
 from apts_mpi.staged.loss_check import check_staged_objective
@@ -70,7 +70,8 @@ class Staged:
     processes : list of str
         For each rank, its stage and its process, in words.
     notes : list of str
-        What of the subdomains is other than asked for, as the stages cannot be made of whole ones; one sentence each.
+        What of subdomains and micro-batches is other than asked for, as the stages or the loss do not allow it; one
+        sentence each.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class Staged:
             within = [cut - first for cut in cuts if first <= cut < last]
             subdomains = subdomains_at(layers, within, "auto", 0)
             schwarz = replace(options.schwarz, variant="inexact", local_data="full")
+            pipeline, of_samples = undivided(options)
+            self.notes += of_samples
             self.options = options = compose(
-                replace(options, schwarz=schwarz),
+                replace(options, schwarz=schwarz, pipeline=pipeline),
                 network=network,
                 loss=loss,
                 called=False,
