@@ -230,8 +230,9 @@ class Trials:
         if self._doubts & (self._doubts - 1) == 0:
             self._check_loss(batch, doubted=True)
 
-    def told(self) -> tuple[str, ...]:
-        """The notes of the iteration, which rank 0 logs."""
+    def told(self, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """The notes of the iteration, and more that all ranks have, which rank 0 logs."""
+        self.notes += more
         if self._comm.rank == 0:
             for note in self.notes:
                 _LOG.warning("%s", note)

@@ -9,6 +9,8 @@ from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedSt
 from apts_mpi.tools.schema import whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, norm, steepest_descent
 
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
 
 class SteepestDescent(LocalSolver):
     """Steps of length radius / iterations down the gradient."""
@@ -35,8 +37,6 @@ class Adam(LocalSolver):
 
     local_data = "shared"
 
-    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
     def __init__(self, setting: LocalSetting) -> None:
         super().__init__(setting)
         self.first_moment = torch.zeros_like(setting.block)
@@ -47,14 +47,8 @@ class Adam(LocalSolver):
         """See `apts_mpi.local.LocalSolver`."""
         iterations = self.setting.options.iterations
         for gradient in local.gradients(iterations):
-            # A gradient that is not finite leads to a rejected step; it must not stay in the moments.
-            gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             self.count += 1
-            self.first_moment.lerp_(gradient, 1.0 - self.BETA1)
-            self.second_moment.mul_(self.BETA2).addcmul_(gradient, gradient, value=1.0 - self.BETA2)
-            scale = (1.0 - self.BETA2**self.count) ** 0.5
-            denominator = self.second_moment.sqrt().div_(scale).add_(self.EPSILON)
-            direction = self.first_moment.div(denominator)
+            direction = adam_direction(self.first_moment, self.second_moment, self.count, gradient)
             length = norm(direction, kind)
             length = torch.where(length > 0.0, length, torch.ones_like(length))
             local.block.add_(direction.mul_(-radius / iterations / length))
@@ -73,6 +67,16 @@ class Adam(LocalSolver):
         self.count = state.numbers["count"]
         self.first_moment.copy_(state.vectors["first_moment"])
         self.second_moment.copy_(state.vectors["second_moment"])
+
+
+def adam_direction(first: torch.Tensor, second: torch.Tensor, count: int, gradient: torch.Tensor) -> torch.Tensor:
+    """Adam's direction uphill, by moments that move in place with this gradient, the one of number ``count``."""
+    # A gradient that is not finite leads to a rejected step; it must not stay in the moments.
+    gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    first.lerp_(gradient, 1.0 - BETA1)
+    second.mul_(BETA2).addcmul_(gradient, gradient, value=1.0 - BETA2)
+    scale = (1.0 - BETA2**count) ** 0.5
+    return first.div(second.sqrt().div_(scale).add_(EPSILON))
 
 
 class FirstOrderTrustRegion(LocalSolver):

@@ -30,6 +30,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
+from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.staged.build import check_staged, cut_network, undivided
 from apts_mpi.staged.coarse import StageCurvature
 from apts_mpi.staged.global_step import StageProducts
@@ -139,7 +140,10 @@ class Staged:
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
             team=team,
         )
-        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows)
+        self.plateau = make_plateau(asked_for, options, vector.values)
+        self.schwarz = AdditiveSchwarz(
+            options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows, plateau=self.plateau
+        )
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
@@ -239,7 +243,12 @@ class Staged:
         solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
         name, device = schwarz.local_solver, schwarz.correction.device
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
+        parts = {
+            "coarse": self.coarse,
+            "global_step": self.global_step,
+            "last_step": self.last_step,
+            "plateau": self.plateau,
+        }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:
