@@ -25,7 +25,7 @@ from apts_mpi.network.recorder import UNCALLED
 # is one that a convolution of 512 channels stays below.
 LARGEST_SIDE = 5120
 
-# And so has one longer than this whose factor would have more than so many times the numbers of the layer, which then is
+# And so has one longer than this whose factor would have more than so many times the numbers of the layer, which is
 # wide on one side only: factors and inverses are bounded by 65 times the parameters. A head of 100 classes of 2048
 # features has 20.
 SMALL_SIDE, LARGEST_RATIO = 512, 32
