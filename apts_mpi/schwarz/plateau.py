@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from apts_mpi.local.gradient import adam_direction
+from apts_mpi.local.adam import adam_direction
 from apts_mpi.options import APTSOptions
 from apts_mpi.tools.schema import Check, number, record, sequence, whole
 from apts_mpi.trust_region.acceptance import Judged

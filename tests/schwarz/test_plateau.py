@@ -9,7 +9,7 @@ from torch import nn
 
 from apts_mpi import APTS, APTSOptions, LocalOptions
 from apts_mpi.checkpoint import CheckpointDirectory, newest_valid
-from apts_mpi.local.gradient import adam_direction
+from apts_mpi.local.adam import adam_direction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.plateau import LEADING, OVER, TRIED, WATCHING, WINDOW, Plateau
 from apts_mpi.tools.events import Events
