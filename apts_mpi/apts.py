@@ -192,7 +192,7 @@ class APTS:
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
         evaluations = self._trials.work * self.comm.size / self.batch.size
-        notes = self._trials.told()
+        notes = self._trials.told(self.holding.plateau.follow(schwarz) if self.holding.plateau else ())
         result = StepResult(self.state.iteration + 1, schwarz, global_step, evaluations, seconds() - started, notes)
         self.state.count(result)
         return result

@@ -146,11 +146,6 @@ def _check_coupled(options: APTSOptions) -> LocalData:
             f"schwarz.local_data: {schwarz.local_data!r} divides the samples, which coupled says belong together; "
             "choose full"
         )
-    if options.layout == "staged" and options.pipeline.micro_batches > 1:
-        raise InvalidInput(
-            f"pipeline.micro_batches: {options.pipeline.micro_batches} divide the samples, which coupled says belong "
-            "together; give 1"
-        )
     return "full"
 
 

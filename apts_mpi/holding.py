@@ -16,6 +16,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import CoarseLevel
+from apts_mpi.schwarz.plateau import Plateau
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import LastStep
@@ -38,7 +39,7 @@ class Holding(Protocol):
         The subdomains of the parameters held here.
     watch
         What notices changes of the network.
-    schwarz, coarse, global_step, last_step
+    schwarz, coarse, global_step, last_step, plateau
         The parts; None for one that is switched off.
     """
 
@@ -52,6 +53,7 @@ class Holding(Protocol):
     coarse: CoarseLevel | None
     global_step: GlobalStep | None
     last_step: LastStep | None
+    plateau: Plateau | None
 
     @property
     def objective(self) -> Objective:

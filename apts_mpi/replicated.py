@@ -28,8 +28,10 @@ from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
-from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
+from apts_mpi.schwarz.global_step import make_global_step
+from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
 from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
@@ -60,7 +62,7 @@ class Replicated:
         self.network = network
         self._loss_is_checked = False
         self.comm = guarded(comm, options.stall_timeout)
-        called = forward is not None
+        called, asked_for = forward is not None, options
         self._is_coarse_asked = options.coarse.model != "auto"
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
@@ -89,7 +91,8 @@ class Replicated:
             recorded=recorded,
             comm=self.comm,
         )
-        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner)
+        self.plateau = make_plateau(asked_for, options, vector.values)
+        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, plateau=self.plateau)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
@@ -159,7 +162,12 @@ class Replicated:
         schwarz, own = self.schwarz, self.decomposition
         solvers, device = schwarz.solvers, schwarz.correction.device
         local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
+        parts = {
+            "coarse": self.coarse,
+            "global_step": self.global_step,
+            "last_step": self.last_step,
+            "plateau": self.plateau,
+        }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

@@ -172,8 +172,8 @@ class Trials:
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, 7])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                length = sqrt(self._inner.sum_of_table(table[:, -4])) if self._decay else 0.0
-                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *table[:, -3:].max(axis=0)]
+                length = sqrt(self._inner.sum_of_table(table[:, -5])) if self._decay else 0.0
+                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *table[:, -4:].max(axis=0)]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
@@ -186,8 +186,8 @@ class Trials:
             fault = self._objective.loss.fault(moved)
             own = torch.stack([present.loss, trial.loss, moved, *products, fault]).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
-            own += [froze, len(events.notes.fresh)]
-            *record, starting, retry, length, self.work, fault_seen, any_froze, news = self._comm.agree(
+            own += [froze, len(events.notes.fresh), self._objective.buffers.have_moved]
+            *record, starting, retry, length, self.work, fault_seen, any_froze, news, moving = self._comm.agree(
                 [events.work, *own], decide
             )
             check_fault(fault_seen)
@@ -197,7 +197,7 @@ class Trials:
                 self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)
             judged, state.starting, state.retry = judged_of(record), bool(starting), retry
             if judged.accepted:
-                self._objective.buffers.accept(*self._moves(length))
+                self._objective.buffers.accept(*self._moves(length), moved_somewhere=bool(moving))
                 if self._last_step is not None:
                     self._last_step.vector.copy_(step)
             else:
@@ -230,8 +230,9 @@ class Trials:
         if self._doubts & (self._doubts - 1) == 0:
             self._check_loss(batch, doubted=True)
 
-    def told(self) -> tuple[str, ...]:
-        """The notes of the iteration, which rank 0 logs."""
+    def told(self, more: Sequence[str] = ()) -> tuple[str, ...]:
+        """The notes of the iteration, and more that all ranks have, which rank 0 logs."""
+        self.notes += more
         if self._comm.rank == 0:
             for note in self.notes:
                 _LOG.warning("%s", note)

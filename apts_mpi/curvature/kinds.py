@@ -25,6 +25,11 @@ from apts_mpi.network.recorder import UNCALLED
 # is one that a convolution of 512 channels stays below.
 LARGEST_SIDE = 5120
 
+# And so has one longer than this whose factor would have more than so many times the numbers of the layer, which is
+# wide on one side only: factors and inverses are bounded by 65 times the parameters. A head of 100 classes of 2048
+# features has 20.
+SMALL_SIDE, LARGEST_RATIO = 512, 32
+
 # Rows of patches of a convolution, in all and for each column: with more, its factor changes by a few hundredths alone.
 PATCHES, PATCHES_A_COLUMN = 16384, 32
 
@@ -62,7 +67,7 @@ class KroneckerFactors:
     @property
     def statistics(self) -> list[tuple[int, ...]]:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        return [_shape(self._columns), _shape(self._rows)]
+        return [_shape(side, self._rows * self._columns) for side in (self._columns, self._rows)]
 
     @property
     def _columns(self) -> int:
@@ -82,9 +87,10 @@ class KroneckerFactors:
         )
         # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once, and the
         # mean over positions again.
+        of_inputs, of_outputs = self.statistics
         return [
-            _second_moment(activations) / batch.samples,
-            _second_moment(gradients) * (batch.samples**2 / max(count, 1)),
+            _second_moment(activations, of_inputs) / batch.samples,
+            _second_moment(gradients, of_outputs) * (batch.samples**2 / max(count, 1)),
         ]
 
     def _activations(self, inputs: torch.Tensor, share: float) -> torch.Tensor:
@@ -159,7 +165,7 @@ class EmbeddingFactors:
     def statistics(self) -> list[tuple[int, ...]]:
         """See `apts_mpi.curvature.layer.Curvature`."""
         tokens, features = self._module.weight.shape
-        return [(tokens,), _shape(features)]
+        return [(tokens,), _shape(features, tokens * features)]
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
@@ -171,7 +177,8 @@ class EmbeddingFactors:
         if self._module.padding_idx is not None:
             counts[self._module.padding_idx] = 0.0
             gradients = gradients * (tokens != self._module.padding_idx)[:, None]
-        return [counts / batch.samples, _second_moment(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
+        moment = _second_moment(gradients, self.statistics[1])
+        return [counts / batch.samples, moment * (batch.samples**2 / counts.sum().clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
@@ -290,14 +297,15 @@ def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
     )
 
 
-def _shape(side: int) -> tuple[int, ...]:
-    """Of the factor of a side of so many."""
-    return (side,) if side > LARGEST_SIDE else (side, side)
+def _shape(side: int, parameters: int) -> tuple[int, ...]:
+    """Of the factor of a side of so many, of a layer of so many parameters."""
+    is_large = side > SMALL_SIDE and side**2 > LARGEST_RATIO * parameters
+    return (side,) if side > LARGEST_SIDE or is_large else (side, side)
 
 
-def _second_moment(rows: torch.Tensor) -> torch.Tensor:
+def _second_moment(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """``R^T R`` of rows, or its diagonal where that is a factor's."""
-    return gram(rows) if len(_shape(rows.shape[1])) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
+    return gram(rows) if len(shape) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
 
 
 def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from apts_mpi.data.half import Index, Samples, check_samples
-from apts_mpi.data.source import Epoch, Pair
+from apts_mpi.data.source import Epoch, Pair, Source
 
 # A range of the samples of a batch.
 Range = tuple[int, int]
@@ -32,9 +32,9 @@ class Ahead:
         self._results: Iterator[Pair] | None = None
 
     @property
-    def varies(self) -> bool:
-        """Whether a batch may be another one in another epoch."""
-        return self._samples.source.varies
+    def source(self) -> Source:
+        """What is read."""
+        return self._samples.source
 
     def begin(self, epoch: Epoch, batches: Sequence[torch.Tensor]) -> None:
         """From now on there are these batches."""

@@ -1,4 +1,4 @@
-"""Samples of data sets of torch's, by number or one after the other, and the processes that read them ahead."""
+"""Samples of data sets of torch's, and the processes that read them ahead."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 
-from apts_mpi.data.source import Epoch, Pair, Request
+from apts_mpi.data.source import Epoch, Pair, Position, Request
 from apts_mpi.errors import InvalidInput, shown
 from apts_mpi.tools.environment import kept_draws, seed_draws
 
 # Makes a batch of a list of samples.
 Collate = Callable[[list[Any]], Any]
-
-# Samples that are counted at most, where a stream does not say how many it has.
-MOST_COUNTED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,23 @@ class Workers:
     settings: dict[str, Any]
 
 
-class _Reading:
+class Reading:
     """What data sets by number and streams have in common: the making of batches, and workers."""
 
     varies = True
-    most_workers: int | None = None
 
-    def __init__(self, collate: Collate | None, workers: Workers | None) -> None:
+    @property
+    def positions(self) -> Sequence[Position]:
+        """See `apts_mpi.data.source.Source`: none are known."""
+        return ()
+
+    def go_on(self, positions: Sequence[Position]) -> None:
+        """See `apts_mpi.data.source.Source`."""
+
+    def __init__(self, collate: Collate | None, workers: Workers | None, most_workers: int | None = None) -> None:
         self._collate = collate or default_collate
         number = 0 if workers is None else workers.num_workers
-        self._number = number if self.most_workers is None else min(number, self.most_workers)
+        self._number = number if most_workers is None else min(number, most_workers)
         self._settings = {} if workers is None else workers.settings
         self._loader: DataLoader | None = None
         self._requests: list[Request] = []
@@ -57,19 +61,26 @@ class _Reading:
     def take(self, rows: torch.Tensor, epoch: Epoch) -> Pair:
         """See `apts_mpi.data.source.Source`."""
         with kept_draws():
-            samples = self.samples(rows.tolist(), epoch)
-            try:
-                batch = self._collate(samples)
-            except Exception as error:
-                reason = shown(f"{type(error).__name__}: {error}")
-                raise InvalidInput(
-                    f"train: {len(samples)} samples do not make a batch ({reason}); give a collate_fn that makes one"
-                ) from error
-            return as_pair(batch)
+            return self.collated(self.samples(rows.tolist(), epoch))
+
+    def collated(self, samples: list[Any]) -> Pair:
+        """The batch that samples make."""
+        try:
+            batch = self._collate(samples)
+        except Exception as error:
+            reason = shown(f"{type(error).__name__}: {error}")
+            raise InvalidInput(
+                f"train: {len(samples)} samples do not make a batch ({reason}); give a collate_fn that makes one"
+            ) from error
+        return as_pair(batch)
 
     def samples(self, rows: list[int], epoch: Epoch) -> list[Any]:
         """The samples before they make a batch. Random states move."""
         raise NotImplementedError
+
+    def answer(self, rows: torch.Tensor, epoch: Epoch) -> Any:
+        """What a process that reads ahead gives for a request."""
+        return self.take(rows, epoch)
 
     def ahead(self, requests: Sequence[Request]) -> Iterator[Pair] | None:
         """See `apts_mpi.data.source.Source`. The processes stay for the next call."""
@@ -88,9 +99,10 @@ class _Reading:
                 **self._settings,
             )
         self._requests[:] = requests
-        return self._results()
+        return self.results()
 
-    def _results(self) -> Iterator[Pair]:
+    def results(self) -> Iterator[Any]:
+        """The answers, in the order of the requests."""
         results: Iterable[Any] = () if self._loader is None else self._loader
         for result in results:
             if isinstance(result, InvalidInput):
@@ -101,12 +113,12 @@ class _Reading:
 class _Requested(Dataset):
     """What a worker does: it reads what it is asked for; what is wrong with a sample comes back as a value."""
 
-    def __init__(self, reading: _Reading) -> None:
+    def __init__(self, reading: Reading) -> None:
         self._reading = reading
 
-    def __getitem__(self, request: Request) -> Pair | InvalidInput:
+    def __getitem__(self, request: Request) -> Any:
         try:
-            return self._reading.take(*request)
+            return self._reading.answer(*request)
         except InvalidInput as error:
             return error
 
@@ -115,7 +127,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class Mapped(_Reading):
+class Mapped(Reading):
     """Samples of a data set by number.
 
     Before each sample the generators of torch, numpy and Python are seeded by the epoch and its number, so that what is
@@ -141,75 +153,6 @@ class Mapped(_Reading):
         return found
 
 
-class Streamed(_Reading):
-    """Samples of a data set that gives them one after the other, numbered as they come.
-
-    To come to a sample the ones before it are read and left; one worker at most reads ahead.
-    """
-
-    most_workers = 1
-
-    def __init__(self, dataset: Any, collate: Collate | None = None, workers: Workers | None = None) -> None:
-        super().__init__(collate, workers)
-        self._dataset = dataset
-        self._length = _length_of(dataset)
-        self._stream: Iterator[Any] | None = None
-        self._epoch, self._next = Epoch(0, 0), 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_stream": None}
-
-    def __len__(self) -> int:
-        return self._length
-
-    def samples(self, rows: list[int], epoch: Epoch) -> list[Any]:
-        """Those of the stream from where it is, or from its beginning where they are behind."""
-        wanted, found = sorted(set(rows)), {}
-        for row in wanted:
-            found[row] = self._come_to(row, epoch)
-        return [found[row] for row in rows]
-
-    def _come_to(self, row: int, epoch: Epoch) -> Any:
-        if self._stream is None or epoch != self._epoch or row < self._next:
-            if callable(getattr(self._dataset, "set_epoch", None)):
-                self._dataset.set_epoch(epoch.number)
-            seed_draws(*epoch)
-            self._stream, self._epoch, self._next = iter(self._dataset), epoch, 0
-        while True:
-            seed_draws(*epoch, self._next)
-            try:
-                sample = next(self._stream)
-            except StopIteration as error:
-                raise InvalidInput(
-                    f"train: {_name(self._dataset)} ended after {self._next} samples in epoch {epoch.number}, and "
-                    f"{self._length} were counted or promised; give as many in each epoch"
-                ) from error
-            except Exception as error:
-                raise unreadable(self._dataset, self._next, error) from error
-            self._next += 1
-            if self._next > row:
-                return sample
-
-
-def _length_of(dataset: Any) -> int:
-    """Number of samples of a stream: what it says, or what is counted."""
-    try:
-        return len(dataset)
-    except TypeError:
-        pass
-    with kept_draws():
-        seed_draws(0, 0)
-        count = 0
-        for _ in dataset:
-            count += 1
-            if count > MOST_COUNTED:
-                raise InvalidInput(
-                    f"train: {_name(dataset)} does not say how many samples it has, and has more than "
-                    f"{MOST_COUNTED:,}; give it a __len__, the samples of an epoch"
-                )
-    return count
-
-
 def as_pair(batch: Any) -> Pair:
     """Inputs and targets of a batch.
 
@@ -229,8 +172,9 @@ def as_pair(batch: Any) -> Pair:
 def unreadable(dataset: Any, row: int, error: Exception) -> InvalidInput:
     """The error for a sample that a data set fails to give."""
     reason = shown(f"{type(error).__name__}: {error}")
-    return InvalidInput(f"train: sample {row} of {_name(dataset)} cannot be read ({reason}); remove or mend it")
+    return InvalidInput(f"train: sample {row} of {name_of(dataset)} cannot be read ({reason}); remove or mend it")
 
 
-def _name(dataset: Any) -> str:
+def name_of(dataset: Any) -> str:
+    """What messages call a data set."""
     return type(dataset).__name__

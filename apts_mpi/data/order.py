@@ -68,6 +68,35 @@ class InOrder:
         return list(torch.arange(samples - samples % size).split(size))
 
 
+class InShards:
+    """Of each shard the next samples, in proportion to its length, so that all end together.
+
+    In a batch the samples of a shard stand together: ranks that share it read few shards each.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Samples of each shard; they are numbered shard after shard.
+    """
+
+    drawn = sized = False
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = lengths
+
+    def count(self, samples: int, size: int) -> int:
+        """See `Order`."""
+        return samples // size
+
+    def batches(self, samples: int, size: int, seed: int, epoch: int) -> list[torch.Tensor]:
+        """See `Order`."""
+        # How much of its shard is read with each sample.
+        read = [(torch.arange(length, dtype=torch.float64) + 0.5) / length for length in self._lengths]
+        order = torch.argsort(torch.cat(read), stable=True)
+        order = order[order < samples]
+        return [rows.sort().values for rows in order[: samples - samples % size].split(size)]
+
+
 class Sampled:
     """The samples that a sampler of torch's, or of the user's, draws; the random numbers depend on seed and epoch.
 

@@ -25,6 +25,24 @@ class Epoch(NamedTuple):
 Request = tuple[torch.Tensor, Epoch]
 
 
+class Position(NamedTuple):
+    """Where the reading of a shard was, with what its data set says of that.
+
+    Attributes
+    ----------
+    shard, seed, epoch, read : int
+        Which shard, in which epoch, and how many of its samples were read.
+    state : object
+        The data set's ``state_dict()``, of what JSON has.
+    """
+
+    shard: int
+    seed: int
+    epoch: int
+    read: int
+    state: Any
+
+
 class Source(Protocol):
     """Samples with numbers, of which some are read at a time.
 
@@ -35,6 +53,10 @@ class Source(Protocol):
     """
 
     varies: bool
+
+    @property
+    def positions(self) -> Sequence[Position]:
+        """Where the reading is, of data sets that say so: it can go on from there in another process."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -56,6 +78,9 @@ class Source(Protocol):
 
     def ahead(self, requests: Sequence[Request]) -> Iterator[Pair] | None:
         """Read what will be asked for in other processes meanwhile; None where the source has none."""
+
+    def go_on(self, positions: Sequence[Position]) -> None:
+        """Know positions that were saved, to read on from them rather than from the beginning."""
 
 
 class Rows(Protocol):
@@ -95,6 +120,7 @@ class Arrays:
     """
 
     varies = False
+    positions: Sequence[Position] = ()
 
     def __init__(self, inputs: Rows, targets: Rows, names: tuple[str, str] = ("inputs", "targets")) -> None:
         for name, array in zip(names, (inputs, targets), strict=True):
@@ -116,6 +142,9 @@ class Arrays:
 
     def ahead(self, requests: Sequence[Request]) -> None:
         """See `Source`: there are no other processes."""
+
+    def go_on(self, positions: Sequence[Position]) -> None:
+        """See `Source`: there are none."""
 
 
 def check_numbers(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

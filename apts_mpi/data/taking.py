@@ -21,11 +21,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from apts_mpi.data.dataset import Collate, Mapped, Streamed, Workers
+from apts_mpi.data.dataset import Collate, Mapped, Workers
 from apts_mpi.data.half import TARGETS, Form, Half, Samples
 from apts_mpi.data.hdf5 import FileRows
-from apts_mpi.data.order import InOrder, Order, Sampled, SampledBatches, Shuffled
+from apts_mpi.data.order import InOrder, InShards, Order, Sampled, SampledBatches, Shuffled
 from apts_mpi.data.source import Arrays, MemoryRows, Rows, Source, as_tensor
+from apts_mpi.data.streamed import Streamed
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.trees import Tree, as_samples, map_leaves
 
@@ -97,11 +98,12 @@ def take_over(
     source: Source
     if isinstance(given, IterableDataset):
         source = Streamed(given, collate)
-    elif _has_numbers(given):
+        return Taken(_halves(option, source, form), _order_of_stream(source))
+    if _has_numbers(given):
         source = Mapped(given, collate)
     else:
         raise InvalidInput(f"{option}: {describe(given)} is not allowed; {ACCEPTED}")
-    return Taken(_halves(option, source, form), InOrder() if isinstance(source, Streamed) else None)
+    return Taken(_halves(option, source, form))
 
 
 def describe(value: object) -> str:
@@ -187,15 +189,15 @@ def _taken_from_loader(option: str, loader: DataLoader, form: Form) -> Taken:
         )
     collate = None if loader.collate_fn is default_convert else loader.collate_fn
     if isinstance(loader.dataset, IterableDataset):
-        pair = _halves(option, Streamed(loader.dataset, collate, workers), form)
-        return Taken(pair, InOrder(), loader.batch_size)
+        stream = Streamed(loader.dataset, collate, workers)
+        return Taken(_halves(option, stream, form), _order_of_stream(stream), loader.batch_size)
     pair = _held(loader, form) or _halves(option, Mapped(loader.dataset, collate, workers), form)
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler:
         size = getattr(batches, "batch_size", None) or -(-len(pair[0]) // max(1, len(batches)))
         return Taken(pair, SampledBatches(batches), size)
     # Not the loader's own sampler, which is another one where it was given a batch sampler.
-    return Taken(pair, order_of(batches.sampler), batches.batch_size)
+    return Taken(pair, order_of_sampler(batches.sampler), batches.batch_size)
 
 
 def _held(loader: DataLoader, form: Form) -> tuple[Any, Any] | None:
@@ -208,7 +210,11 @@ def _held(loader: DataLoader, form: Form) -> tuple[Any, Any] | None:
     return inputs, targets
 
 
-def order_of(sampler: Any) -> Order:
+def _order_of_stream(stream: Streamed) -> Order:
+    return InOrder() if len(stream.lengths) == 1 else InShards(stream.lengths)
+
+
+def order_of_sampler(sampler: Any) -> Order:
     """The order that a sampler stands for: that of the package where it does no more than shuffle."""
     if type(sampler) is SequentialSampler:
         return InOrder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from apts_mpi.local.adam import adam_direction
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.solver import LocalSetting, LocalSolver, LocalState, SavedState
 from apts_mpi.tools.schema import whole
@@ -35,8 +36,6 @@ class Adam(LocalSolver):
 
     local_data = "shared"
 
-    BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
     def __init__(self, setting: LocalSetting) -> None:
         super().__init__(setting)
         self.first_moment = torch.zeros_like(setting.block)
@@ -47,14 +46,8 @@ class Adam(LocalSolver):
         """See `apts_mpi.local.LocalSolver`."""
         iterations = self.setting.options.iterations
         for gradient in local.gradients(iterations):
-            # A gradient that is not finite leads to a rejected step; it must not stay in the moments.
-            gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             self.count += 1
-            self.first_moment.lerp_(gradient, 1.0 - self.BETA1)
-            self.second_moment.mul_(self.BETA2).addcmul_(gradient, gradient, value=1.0 - self.BETA2)
-            scale = (1.0 - self.BETA2**self.count) ** 0.5
-            denominator = self.second_moment.sqrt().div_(scale).add_(self.EPSILON)
-            direction = self.first_moment.div(denominator)
+            direction = adam_direction(self.first_moment, self.second_moment, self.count, gradient)
             length = norm(direction, kind)
             length = torch.where(length > 0.0, length, torch.ones_like(length))
             local.block.add_(direction.mul_(-radius / iterations / length))

@@ -81,6 +81,15 @@ class KFAC(LocalSolver):
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
 
+    def follow(self, local: LocalObjective) -> None:
+        """What `solve` leaves to the next iteration, where another rank has the direction: nothing is factorised."""
+        if self.is_due:
+            self.take_in(self.measure(local, self.updates), factorise=False)
+        self._is_measured = False
+        self.count += 1
+        for gradient in local.gradients(self._options.iterations):
+            self._averaged(gradient)
+
     def _averaged(self, gradient: torch.Tensor) -> torch.Tensor:
         """The running mean of the gradients up to this one, without the zeros from which it starts."""
         share = self._options.momentum
@@ -164,7 +173,7 @@ class KFAC(LocalSolver):
         self._sum_over_team(fresh)
         return fresh
 
-    def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
+    def take_in(self, fresh: list[list[torch.Tensor]], factorise: bool = True) -> None:
         """Move the running means by what `measure` returned, and factorise."""
         self._is_measured = True
         self.updates += 1
@@ -174,7 +183,8 @@ class KFAC(LocalSolver):
         for means, statistics, (curvature, _, _) in zip(self.statistics, fresh, self.layers, strict=True):
             for mean, statistic in zip(means, statistics, strict=True):
                 mean.lerp_(statistic, 1.0 - keep)
-            curvature.refresh(means, self._damping)
+            if factorise:
+                curvature.refresh(means, self._damping)
 
     def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
         """A layer whose weights are used without calling it has nothing to measure but its gradients.

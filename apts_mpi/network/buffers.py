@@ -106,13 +106,18 @@ class Buffers:
         real = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors)
         return torch.cat([tensor.detach().reshape(-1).to(self._like.device) for tensor in real])
 
+    @property
+    def have_moved(self) -> bool:
+        """Whether the last evaluation has changed some on this rank."""
+        return bool(self._changes or self._others)
+
     @torch.no_grad()
-    def accept(self, *also: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def accept(self, *also: tuple[torch.Tensor, torch.Tensor], moved_somewhere: bool = True) -> None:
         """Move the buffers by the change of the last evaluation, and copy the second of each two tensors to the first.
 
-        All in one call, which an interrupt does not divide. Collective.
+        All in one call, which an interrupt does not divide. Collective where one has moved on some rank.
         """
-        moved, others = self._agree()
+        moved, others = self._agree() if moved_somewhere else ([], {})
         pairs = self._means(moved)
         for (number, name), value in others.items():
             buffers = self._modules[number]._buffers

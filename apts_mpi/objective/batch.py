@@ -184,7 +184,7 @@ def cut_batch(
             ranges = [split(count // size, len(groups), index) for index in range(len(groups))]
         ranges = [(start * size, stop * size) for start, stop in ranges]
         least_groups = 1 if group is None else teams.smallest_batch(local_data) if whole else len(groups)
-        _check_size(count, samples_of_groups(least, group), least_groups, whole, teams)
+        _check_size(count, least, size, least_groups * samples_of_groups(least, group), whole, teams)
         entering, compared = Selection(inputs, rows), Selection(targets, rows)
         parts = [(entering.part(*place), compared.part(*place)) for place in ranges]
     own = sum(stop - start for start, stop in ranges)
@@ -227,13 +227,15 @@ def samples_of_groups(least: int, group: int | None) -> int:
     return least if group is None else -(-least // group) * group
 
 
-def _check_size(count: int, least: int, passes: int, whole: bool, teams: Teams) -> None:
-    if count < least * passes:
-        each = f", {least} a pass for batch normalisation" if least > 1 else ""
+def _check_size(count: int, least: int, group: int, needed: int, whole: bool, teams: Teams) -> None:
+    if count < needed:
+        reasons = [f"{least} a pass for batch normalisation"] if least > 1 else []
+        reasons += [f"in whole groups of {group} (group_size)"] if 1 < group < count else []
+        each = "".join(f", {reason}" for reason in reasons)
         where = "the batch" if whole else "a rank's shard of the batch"
         raise InvalidInput(
             f"batch_size: {where} has {count} samples, but {teams.ranks} ranks with {teams.subdomains} subdomains need "
-            f"{least * passes}{each}; give a larger batch, or fewer ranks or subdomains"
+            f"{needed}{each}; give a larger batch, or fewer ranks or subdomains"
         )
 
 

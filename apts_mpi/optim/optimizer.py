@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,6 @@ from mpi4py import MPI
 from torch import nn
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.network.partition import split
 from apts_mpi.optim.ball import LOST, Ball, views_of
 from apts_mpi.optim.calls import Calls
 from apts_mpi.optim.checks import (
@@ -25,7 +25,7 @@ from apts_mpi.optim.checks import (
     composed,
 )
 from apts_mpi.optim.gathered import Gathered, gather
-from apts_mpi.optim.subdomains import LayerSubdomain, find_subdomains, shorten_rounding
+from apts_mpi.optim.subdomains import LayerSubdomain, find_subdomains, owners_of, shares_of_rounding
 from apts_mpi.options import LocalOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.parallel.transport import Mirror
@@ -100,6 +100,7 @@ class APTS(torch.optim.Optimizer):
         if self._network is not None:
             self._calls.leave_out_compiled(self._network)
         self._subdomains: list[LayerSubdomain] = []
+        self._owners: list[int] = []
         with self._comm.shared_errors():
             check_radius(initial_radius)
             self._local = composed(local)
@@ -134,6 +135,7 @@ class APTS(torch.optim.Optimizer):
         fresh = [value for group in self.param_groups for value in group["params"] if id(value) not in known]
         check_ranks(fresh, self._comm)
         self._subdomains += find_subdomains(self._network, fresh)
+        self._owners = owners_of([part.cost for part in self._subdomains], self._comm.size, self._owners)
         self._listen()
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -206,21 +208,40 @@ class APTS(torch.optim.Optimizer):
         """The corrections of the subdomains that have gradients, shape (n,), on all ranks the same. Collective."""
         gradients = found.gradient.split([part.size for part in self._subdomains])
         directions, weight = [], 1.0 / self._comm.size
+        rank, owners = self._comm.rank, self._owners
         for number, part in enumerate(self._subdomains):
             if any(found.active[number]):
                 part.make_solver(found.called[number], self._local, self._comm)
-                directions.append(part.direction(gradients[number], found.records[number], found.samples, weight))
+                own = gradients[number], found.records[number], found.samples, weight, owners[number] == rank
+                directions.append(part.direction(*own))
             else:
                 directions.append(torch.zeros_like(gradients[number]))
-        shorten_rounding(directions, gradients)
-        direction = torch.cat(directions)
+        directions = self._assembled(directions)
+        scales: Sequence[float] = shares_of_rounding(directions, gradients)
         if self._comm.size > 1:
-            # Sums may have other bits on other ranks.
-            ranges = [split(len(direction), self._comm.size, rank) for rank in range(self._comm.size)]
-            pending, mirror = self._comm.pending(), Mirror(direction)
-            self._comm.start_gather(pending, mirror, ranges)
-            pending.wait()
-        return direction
+            # They may have other bits on other ranks.
+            scales = self._comm.decide(lambda: scales)
+        return torch.cat(
+            [part if scale == 1.0 else part * scale for part, scale in zip(directions, scales, strict=True)]
+        )
+
+    def _assembled(self, directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The directions that the ranks have of their own subdomains, on all of them. Collective."""
+        if self._comm.size == 1:
+            return list(directions)
+        order = sorted(range(len(directions)), key=self._owners.__getitem__)
+        sizes = [len(directions[number]) for number in order]
+        ends = list(
+            itertools.accumulate(
+                sum(len(part) for part, owner in zip(directions, self._owners, strict=True) if owner == rank)
+                for rank in range(self._comm.size)
+            )
+        )
+        pending, mirror = self._comm.pending(), Mirror(torch.cat([directions[number] for number in order]))
+        self._comm.start_gather(pending, mirror, list(itertools.pairwise([0, *ends])))
+        pending.wait()
+        found = dict(zip(order, mirror.tensor.split(sizes), strict=True))
+        return [found[number] for number in range(len(directions))]
 
     def _moving(self, step: torch.Tensor, found: Gathered) -> list[Moving]:
         """The parameters that have a gradient; in the places of the others the step becomes zero."""

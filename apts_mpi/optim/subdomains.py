@@ -85,6 +85,8 @@ class LayerSubdomain:
     ----------
     size : int
         Number of elements.
+    cost : int
+        Of its factorisation, about: the cubes of its sides.
     solver : KFAC or None
         From the first gradient on.
     """
@@ -93,6 +95,8 @@ class LayerSubdomain:
         self.module = module
         self.parameters = list(parameters)
         self.size = sum(parameter.numel() for parameter in parameters)
+        matrices = [(value.shape[0], value[0].numel()) for value in self.parameters if value.dim() > 1]
+        self.cost = self.size + sum(rows**3 + columns**3 for rows, columns in matrices)
         self.solver: KFAC | None = None
         self._earlier: list[torch.Tensor] = []
 
@@ -120,9 +124,12 @@ class LayerSubdomain:
         return self.solver is not None and self.solver.layers[0].curvature.signed
 
     def direction(
-        self, gradient: torch.Tensor, records: Sequence[LayerRecord], samples: int, weight: float
+        self, gradient: torch.Tensor, records: Sequence[LayerRecord], samples: int, weight: float, is_own: bool
     ) -> torch.Tensor:
-        """Minus the inverse curvature times the running mean of the gradients, shape (size,). Collective."""
+        """Minus the inverse curvature times the running mean of the gradients, shape (size,). Collective.
+
+        Zero unless it is this rank's own: then the rank moves its running means alone, and factorises nothing.
+        """
         assert self.solver is not None
         differences: list[torch.Tensor] = []
         if self.is_signed:
@@ -131,7 +138,10 @@ class LayerSubdomain:
         local = GradientObjective(gradient, records, differences, samples, weight)
         # One gradient says nothing about its noise.
         if not self.is_signed or len(self._earlier) > 1:
-            self.solver.solve(local, math.inf, "2")  # type: ignore[arg-type]
+            if is_own:
+                self.solver.solve(local, math.inf, "2")  # type: ignore[arg-type]
+            else:
+                self.solver.follow(local)  # type: ignore[arg-type]
         return local.block
 
     def state(self) -> dict[str, Any]:
@@ -181,8 +191,18 @@ def find_subdomains(network: nn.Module | None, parameters: Sequence[nn.Parameter
     return found + [LayerSubdomain(None, [parameter]) for parameter in left.values()]
 
 
-def shorten_rounding(directions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Shorten, in place, the directions of subdomains that the loss does not depend on but by rounding.
+def owners_of(costs: Sequence[int], ranks: int, before: Sequence[int] = ()) -> list[int]:
+    """The rank that factorises each subdomain, the one with least to do so far; those ``before`` keep theirs."""
+    loads, owners = [0] * ranks, list(before)
+    for number, cost in enumerate(costs):
+        if number == len(owners):
+            owners.append(loads.index(min(loads)))
+        loads[owners[number]] += cost
+    return owners
+
+
+def shares_of_rounding(directions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> list[float]:
+    """Factors that shorten the directions of subdomains that the loss does not depend on but by rounding.
 
     Such as a bias before batch normalisation: gradient and noise are tiny alike, and the inverse of the one times the
     other is long. The curvature that a direction reckons with, ``|gradient| / |direction|``, has to be more than
@@ -191,7 +211,5 @@ def shorten_rounding(directions: Sequence[torch.Tensor], gradients: Sequence[tor
     slopes, lengths = (torch.stack(torch._foreach_norm(list(vectors))) for vectors in (gradients, directions))
     curvatures = (slopes / lengths).nan_to_num(nan=0.0, posinf=0.0)
     least = torch.finfo(slopes.dtype).eps ** ROUNDING * curvatures.max()
-    scales = (curvatures / least).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0).tolist()
-    for direction, slope, scale in zip(directions, slopes.tolist(), scales, strict=True):
-        if scale < 1.0 and slope > 0.0:
-            direction.mul_(scale)
+    scales = (curvatures / least).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
+    return torch.where(slopes > 0.0, scales, torch.ones_like(scales)).tolist()

@@ -6,6 +6,7 @@ solver needs to know of one, then any of the files that build some.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,12 +21,12 @@ from apts_mpi.tools import environment
 from apts_mpi.tools.trees import count_samples, map_tensors, take
 from apts_mpi.tools.user_code import arguments_for
 
-__all__ = ["ALL", "Parts", "Problem", "Wanted", "build", "names", "read_parts"]
+__all__ = ["ALL", "Parts", "Problem", "Wanted", "arguments_of", "build", "names", "read_parts"]
 
 NONE: Mapping[str, str] = {}
 NO_PARTS = Parts()
 
-# Functions of (dtype).
+# Functions of (dtype) and of arguments that the user may give, by keyword.
 _SELF_CONTAINED = {
     "digits": images.digits,
     "digits-cnn": images.digits_cnn,
@@ -37,20 +38,28 @@ _SELF_CONTAINED = {
     "deeponet-sine": operators.deeponet_sine,
 }
 
-# Functions of (data_dir, dtype).
+# Functions of (data_dir, dtype), likewise.
 _READ_FROM_FILES = {"text": text.text}
 
-# Functions of (data_dir, dtype, wanted).
+# Functions of (data_dir, dtype, wanted), likewise.
 _READ_IN_PARTS = {
     "fashion-mnist": images.fashion_mnist,
     "fashion-mnist-cnn": images.fashion_mnist_cnn,
     "fashion-mnist-resnet": images.fashion_mnist_resnet,
 }
 
+_OF_PACKAGE: dict[str, Callable[..., Problem]] = _SELF_CONTAINED | _READ_FROM_FILES | _READ_IN_PARTS
+
 
 def names() -> tuple[str, ...]:
     """Names that `build` knows, besides ``MODULE:FUNCTION``."""
-    return tuple(sorted(_SELF_CONTAINED | _READ_FROM_FILES | _READ_IN_PARTS))
+    return tuple(sorted(_OF_PACKAGE))
+
+
+def arguments_of(name: str) -> dict[str, int]:
+    """Arguments of one of `names`, with their default values."""
+    parameters = inspect.signature(_OF_PACKAGE[name]).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def read_parts(name: str, wanted: Wanted) -> Wanted:
@@ -87,7 +96,7 @@ def build(
     wanted : Wanted
         Where not all, the numbers of samples are only right of what is wanted.
     arguments : mapping of str to str
-        Of the function that makes the problem.
+        Of the function that makes the problem; those of the package's are given by `arguments_of`.
     parts : Parts
         Network and loss of a problem that is a file.
 
@@ -105,8 +114,7 @@ def build(
     cpu = torch.device("cpu")
     with environment.preserved_random_state(cpu):
         environment.seed_stream(cpu, seed)
-        make = _find(name, data_dir, wanted, arguments, parts)
-        problem = make(dtype=dtype)
+        problem = _find(name, data_dir, dtype, wanted, arguments, parts)()
     if train_samples is not None:
         problem = _take_first(problem, train_samples, wanted)
     check_finite(problem, read_parts(name, wanted))
@@ -114,28 +122,36 @@ def build(
 
 
 def _find(
-    name: str, data_dir: str | None, wanted: Wanted, arguments: Mapping[str, str], parts: Parts
-) -> Callable[..., Problem]:
+    name: str, data_dir: str | None, dtype: torch.dtype, wanted: Wanted, arguments: Mapping[str, str], parts: Parts
+) -> Callable[[], Problem]:
     is_file = name.startswith(hdf5.PREFIX)
     for option, given in (("network", parts.network), ("network.args", parts.network_args), ("loss", parts.loss)):
         require(is_file or not given, f"--{option}", given, f"leave it out: it is for hdf5:FILE, not for {name}")
-    own = ":" in name and not is_file
-    if arguments and not own:
-        arguments_for("--problem.args", lambda: None, arguments)
     if name in _READ_IN_PARTS:
-        return functools.partial(_READ_IN_PARTS[name], data_dir=data_dir, wanted=wanted)
+        return _with_arguments(name, (data_dir, dtype, wanted), arguments)
     if name in _READ_FROM_FILES:
-        return functools.partial(_READ_FROM_FILES[name], data_dir=data_dir)
+        return _with_arguments(name, (data_dir, dtype), arguments)
     require(data_dir is None, "--data-dir", data_dir, f"leave it out: {name} reads no files")
     if name in _SELF_CONTAINED:
-        return _SELF_CONTAINED[name]
+        return _with_arguments(name, (dtype,), arguments)
     if is_file:
-        return functools.partial(hdf5.load, name.removeprefix(hdf5.PREFIX), parts=parts)
-    if own:
-        return functools.partial(user.load, name, arguments=arguments)
+        arguments_for("--problem.args", lambda: None, arguments, name)
+        return functools.partial(hdf5.load, name.removeprefix(hdf5.PREFIX), dtype=dtype, parts=parts)
+    if ":" in name:
+        return functools.partial(user.load, name, dtype=dtype, arguments=arguments)
     raise InvalidInput(
         f"--problem: {name!r} is not known; choose one of {', '.join(names())}, hdf5:FILE, or MODULE:FUNCTION"
     )
+
+
+def _with_arguments(name: str, fixed: tuple[object, ...], given: Mapping[str, str]) -> Callable[[], Problem]:
+    """One of the package's problems with the user's arguments, all of which are counts."""
+    # What is bound by place is none of its arguments any more.
+    make = functools.partial(_OF_PACKAGE[name], *fixed)
+    arguments = arguments_for("--problem.args", make, given, name)
+    for argument, value in arguments.items():
+        require(value >= 1, f"--problem.args.{argument}", value, "give 1 or more")
+    return functools.partial(make, **arguments)
 
 
 def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem:

@@ -20,15 +20,17 @@ from apts_mpi.problems.problem import Problem
 VISCOSITY = 0.01 / np.pi
 
 
-def burgers(dtype: torch.dtype) -> Problem:
+def burgers(
+    dtype: torch.dtype, *, width: int = 20, depth: int = 5, points: int = 2000, boundary_points: int = 100
+) -> Problem:
     """2,000 interior, 100 initial and 100 boundary points; network 2-20-20-20-20-20-1."""
-    interior, weights = _graded(pinn.scattered_points(2000, [0.0, -1.0], [1.0, 1.0]))
-    condition_points, condition_values = _conditions(100)
+    interior, weights = _graded(pinn.scattered_points(points, [0.0, -1.0], [1.0, 1.0]))
+    condition_points, condition_values = _conditions(boundary_points)
     times, positions = np.meshgrid(np.linspace(0.0, 1.0, 51), np.linspace(-1.0, 1.0, 201), indexing="ij")
     grid = np.column_stack([times.ravel(), positions.ravel()])
     return pinn.least_squares_problem(
         name="burgers",
-        network=pinn.tanh_network([2] + [20] * 5 + [1]),
+        network=pinn.tanh_network([2] + [width] * depth + [1]),
         operator=burgers_operator,
         interior=pinn.Condition(interior, np.zeros(len(interior)), weights),
         boundary=pinn.Condition(condition_points, condition_values),

@@ -1,6 +1,8 @@
 """Classification of small grey images: handwritten digits and Fashion-MNIST.
 
-All the networks are an ``nn.Sequential`` of flat images, (b, pixels), to scores of ten classes, (b, 10).
+All the networks are an ``nn.Sequential`` of flat images, (b, pixels), to scores of ten classes, (b, 10). ``width`` is
+that of the hidden layers; in a convolutional network it counts the channels of the first layer, twice or four times
+which the later ones have.
 """
 
 import functools
@@ -25,72 +27,74 @@ FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 _DIGITS_SPLIT_SEED = 0
 
 
-def digits(dtype: torch.dtype) -> Problem:
+def digits(dtype: torch.dtype, *, width: int = 64, depth: int = 7) -> Problem:
     """Handwritten digits of 8x8 pixels with a deep, narrow ReLU network, 64-(64x7)-10."""
-    network = mlp([64] * 8 + [10], nn.ReLU)
+    network = mlp([64] + [width] * depth + [10], nn.ReLU)
     _initialise_for_depth(network)
     return _digits("digits", network, dtype)
 
 
-def digits_cnn(dtype: torch.dtype) -> Problem:
-    """Handwritten digits of 8x8 pixels with three 3x3 convolutions."""
+def digits_cnn(dtype: torch.dtype, *, width: int = 16) -> Problem:
+    """Handwritten digits of 8x8 pixels with three 3x3 convolutions, the first of 16 channels, the others of 32."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, width, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 2 * 2, 10),
+        nn.Linear(2 * width * 2 * 2, 10),
     )
     return _digits("digits-cnn", network, dtype)
 
 
-def fashion_mnist(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
+def fashion_mnist(
+    data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL, *, width: int = 128, depth: int = 5
+) -> Problem:
     """Fashion-MNIST with a ReLU network, 784-(128x5)-10."""
-    network = mlp([784] + [128] * 5 + [10], nn.ReLU)
+    network = mlp([784] + [width] * depth + [10], nn.ReLU)
     return _fashion_mnist("fashion-mnist", network, data_dir, dtype, wanted, batch_size=2000, epochs=12)
 
 
-def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
+def fashion_mnist_cnn(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL, *, width: int = 16) -> Problem:
     """Fashion-MNIST with four 3x3 convolutions and two linear layers."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, width, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 64),
+        nn.Linear(2 * width * 7 * 7, 64),
         nn.ReLU(),
         nn.Linear(64, 10),
     )
     return _fashion_mnist("fashion-mnist-cnn", network, data_dir, dtype, wanted, batch_size=1000, epochs=6)
 
 
-def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL) -> Problem:
+def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype, wanted: Wanted = ALL, *, width: int = 16) -> Problem:
     """Fashion-MNIST with a small residual network with batch normalisation."""
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
-        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
         nn.ReLU(),
-        ResidualBlock(16, 16, stride=1),
-        ResidualBlock(16, 32, stride=2),
-        ResidualBlock(32, 64, stride=2),
+        ResidualBlock(width, width, stride=1),
+        ResidualBlock(width, 2 * width, stride=2),
+        ResidualBlock(2 * width, 4 * width, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(64, 10),
+        nn.Linear(4 * width, 10),
     )
     return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, wanted, batch_size=500, epochs=6)
 

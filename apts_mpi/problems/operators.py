@@ -22,12 +22,14 @@ MODES = 5
 _TRAIN_SEED, _TEST_SEED = 0, 1
 
 
-def deeponet_sine(dtype: torch.dtype) -> Problem:
+def deeponet_sine(
+    dtype: torch.dtype, *, width: int = 40, features: int = 40, functions: int = 1000, points: int = 10
+) -> Problem:
     """1,000 functions with 10 points each to train on, 200 others to test."""
-    train, test = _tensors(1000, 10, _TRAIN_SEED, dtype), _tensors(200, 10, _TEST_SEED, dtype)
+    train, test = _tensors(functions, points, _TRAIN_SEED, dtype), _tensors(200, 10, _TEST_SEED, dtype)
     return Problem(
         name="deeponet-sine",
-        network=DeepONet(width=40, features=40).to(dtype),
+        network=DeepONet(width, features).to(dtype),
         loss=mse_loss,
         train=train,
         test=test,

@@ -13,19 +13,23 @@ from apts_mpi.problems import pinn
 from apts_mpi.problems.problem import Problem
 
 
-def poisson_1d(dtype: torch.dtype) -> Problem:
+def poisson_1d(dtype: torch.dtype, *, width: int = 20, depth: int = 3, points: int = 100) -> Problem:
     """On the unit interval: 100 interior points, 2 boundary points, network 1-20-20-20-1."""
-    return _poisson("poisson-1d", 1, 100, 1, [20] * 3, 101, dtype)
+    return _poisson("poisson-1d", 1, points, 1, [width] * depth, 101, dtype)
 
 
-def poisson_2d(dtype: torch.dtype) -> Problem:
+def poisson_2d(
+    dtype: torch.dtype, *, width: int = 30, depth: int = 3, points: int = 400, side_points: int = 20
+) -> Problem:
     """On the unit square: 400 interior points, 80 boundary points, network 2-30-30-30-1."""
-    return _poisson("poisson-2d", 2, 400, 20, [30] * 3, 51, dtype)
+    return _poisson("poisson-2d", 2, points, side_points, [width] * depth, 51, dtype)
 
 
-def poisson_3d(dtype: torch.dtype) -> Problem:
+def poisson_3d(
+    dtype: torch.dtype, *, width: int = 48, depth: int = 4, points: int = 2000, side_points: int = 100
+) -> Problem:
     """On the unit cube: 2,000 interior points, 600 boundary points, network 3-48-48-48-48-1."""
-    return _poisson("poisson-3d", 3, 2000, 100, [48] * 4, 21, dtype)
+    return _poisson("poisson-3d", 3, points, side_points, [width] * depth, 21, dtype)
 
 
 def negative_laplacian(network: Callable[[Tensor], Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:

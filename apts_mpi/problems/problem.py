@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apts_mpi.data import Order, take_over
+from apts_mpi.data.order import InOrder, InShards
 from apts_mpi.errors import require
 from apts_mpi.tools.trees import Tree, count_samples, first_sample, named_leaves
 
@@ -132,7 +133,10 @@ class Problem:
     def _take_over(self, dtype: torch.dtype) -> None:
         """Have the samples as `train` and `test` say, and what a loader says of their batches."""
         taken = take_over("train", self.train, dtype, self.collate_fn, self.prepare)
-        found: dict[str, Any] = {"train": taken.pair, "order": self.order or taken.order}
+        # Groups are of samples that come one after the other, which are not those of a batch of several shards.
+        of_shards = isinstance(taken.order, InShards) and self.group_size > 1
+        order = self.order or (InOrder() if of_shards else taken.order)
+        found: dict[str, Any] = {"train": taken.pair, "order": order}
         found["batch_size"] = taken.batch_size if self.batch_size is None else self.batch_size
         if self.test is not None:
             found["test"] = take_over("test", self.test, dtype, self.collate_fn, self.prepare).pair

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, require
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.problems.problem import Problem
 
@@ -16,10 +16,18 @@ CONTEXT = 64
 _INITIAL_DEVIATION = 0.02
 
 
-def text(data_dir: str | None, dtype: torch.dtype) -> Problem:
+def text(
+    data_dir: str | None,
+    dtype: torch.dtype,
+    *,
+    width: int = 128,
+    heads: int = 4,
+    blocks: int = 4,
+    context: int = CONTEXT,
+) -> Problem:
     """Next-character prediction with 4 transformer blocks of width 128 (0.8 million parameters).
 
-    Samples are windows of CONTEXT + 1 characters that do not overlap; those in the last tenth of the text are the
+    Samples are windows of ``context`` + 1 characters that do not overlap; those in the last tenth of the text are the
     test set.
 
     Parameters
@@ -27,21 +35,24 @@ def text(data_dir: str | None, dtype: torch.dtype) -> Problem:
     data_dir : str
         A text file in UTF-8, or a directory that holds exactly one ``.txt`` file.
     dtype : torch.dtype
+    width, heads, blocks, context : int
+        See `character_gpt`.
 
     Raises
     ------
     InvalidInput
-        When there is no such file, it cannot be read or it is too short.
+        When there is no such file, it cannot be read or it is too short; when the heads do not divide the width.
     """
-    tokens, vocabulary = _read_tokens(_text_file(data_dir))
+    require(width % heads == 0, "--problem.args.heads", heads, f"give a divisor of the width, {width}")
+    tokens, vocabulary = _read_tokens(_text_file(data_dir), context)
     held_out = len(tokens) // 10
-    network = character_gpt(vocabulary, CONTEXT, width=128, heads=4, blocks=4)
+    network = character_gpt(vocabulary, context, width, heads, blocks)
     return Problem(
         name="text",
         network=network.to(dtype),
         loss=token_cross_entropy,
-        train=_windows(tokens[: len(tokens) - held_out]),
-        test=_windows(tokens[len(tokens) - held_out :]),
+        train=_windows(tokens[: len(tokens) - held_out], context),
+        test=_windows(tokens[len(tokens) - held_out :], context),
         batch_size=64,
         epochs=2,
         accuracy=True,
@@ -141,23 +152,23 @@ def _text_file(data_dir: str | None) -> Path:
     return found[0]
 
 
-def _read_tokens(path: Path) -> tuple[Tensor, int]:
+def _read_tokens(path: Path, context: int) -> tuple[Tensor, int]:
     try:
         characters = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(
             f"--data-dir: {path} cannot be read as text in UTF-8 ({error}); give another file"
         ) from error
-    if len(characters) // 10 <= CONTEXT:
+    if len(characters) // 10 <= context:
         raise InvalidInput(
             f"--data-dir: {path} has {len(characters)} characters; give a text of at least "
-            f"{10 * (CONTEXT + 1)}, so that its last tenth makes a test sample"
+            f"{10 * (context + 1)}, so that its last tenth makes a test sample"
         )
     vocabulary = {character: index for index, character in enumerate(sorted(set(characters)))}
     return torch.tensor([vocabulary[character] for character in characters]), len(vocabulary)
 
 
-def _windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    count = len(tokens) // (CONTEXT + 1)
-    windows = tokens[: count * (CONTEXT + 1)].view(count, CONTEXT + 1)
+def _windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    count = len(tokens) // (context + 1)
+    windows = tokens[: count * (context + 1)].view(count, context + 1)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -10,7 +10,6 @@ import torch
 
 from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
-from apts_mpi.curvature.products import Product
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
@@ -19,12 +18,12 @@ from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache, Pass
-from apts_mpi.options import APTSOptions, GlobalStepOptions
+from apts_mpi.objective.passes import Cache
+from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
+from apts_mpi.schwarz.plateau import Plateau
 from apts_mpi.schwarz.shares import led_range, led_rows, weights_of
-from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
 
@@ -47,6 +46,8 @@ class AdditiveSchwarz:
         Of vectors of all parameters.
     make_rows
         What computes the rows of dense local solvers.
+    plateau
+        Gives the corrections where the local solver leads nowhere.
 
     Attributes
     ----------
@@ -71,14 +72,14 @@ class AdditiveSchwarz:
         decomposition: Decomposition,
         inner: InnerProducts,
         make_rows: MakeRows = GaussNewtonRows,
+        plateau: Plateau | None = None,
     ) -> None:
         schwarz = options.schwarz
         self._inner = inner
         self.decomposition = decomposition
         self.local_solver = options.local.solver
         self._objective = objective
-        self._comm, self._team = decomposition.comm, decomposition.team
-        self._events = objective.events
+        self._comm, self._team, self._events = decomposition.comm, decomposition.team, objective.events
         self._kind = solver_class(options.local.solver)
         self._damping = schwarz.damping
         self._norm = options.trust_region.norm
@@ -95,7 +96,7 @@ class AdditiveSchwarz:
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
-        self._make_rows = make_rows
+        self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
@@ -163,11 +164,14 @@ class AdditiveSchwarz:
         tried = batch.size <= self._largest_batch
         if useful:
             self._largest_batch = max(batch.size, self._largest_batch)
+        relief = self.plateau if self.plateau and self.plateau.leads else None
+        if relief and useful:
+            relief.see(gradient)
         refusals = nullcontext() if tried else self._comm.shared_refusals()
         # What is run again in a backward pass (checkpointing) must not move statistics.
         with self._events.timed("local solves"), self._objective.buffers.copied(), refusals:
             for weight, of_pass, rows in zip(batch.shares, caches, self.rows, strict=True):
-                if useful and self._is_measuring:
+                if useful and not relief and self._is_measuring:
                     self._measure(of_pass, weight, gradient)
                 for cache in of_pass if useful else ():
                     if cache.subdomain.index in self.solvers:
@@ -228,7 +232,10 @@ class AdditiveSchwarz:
         start = local.block.clone()
         if self.predicts:
             local.begin()
-        self.solvers[subdomain.index].solve(local, radius, self._norm)
+        if self.plateau and self.plateau.leads:
+            local.block.add_(self.plateau.displacement(subdomain.start, subdomain.stop, radius, self._norm))
+        else:
+            self.solvers[subdomain.index].solve(local, radius, self._norm)
         displacement = self._objective.vector.still(local.block - start, subdomain.start)
         if self.predicts:
             self._predict(local)
@@ -327,23 +334,3 @@ class AdditiveSchwarz:
             stop = min(start + bucket, size)
             self._comm.start_sum(pending, self._mirror, self._mirror, start, stop)
         return pending
-
-
-def make_global_step(
-    options: GlobalStepOptions,
-    schwarz: AdditiveSchwarz,
-    objective: Objective,
-    inner: InnerProducts,
-    products_of_rank: Callable[[Sequence[Pass]], Product],
-) -> GlobalStep | None:
-    """The global step of the options, preconditioned by the Schwarz level where that can; see `GlobalStep`."""
-    if options.model == "none":
-        return None
-    return GlobalStep(
-        options,
-        objective=objective,
-        preconditioner=schwarz if schwarz.preconditions else None,
-        comm=schwarz.decomposition.comm,
-        inner=inner,
-        products_of_rank=products_of_rank,
-    )

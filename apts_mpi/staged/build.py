@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from apts_mpi.network.parameters import trained_parameters
 from apts_mpi.network.segments import layers_of
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
-from apts_mpi.options import APTSOptions
+from apts_mpi.options import APTSOptions, PipelineOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.staged.deferred_init import with_parameters, without_memory
 from apts_mpi.staged.stages import Stage, cut, keep_stage, multiplications, places_of
@@ -90,6 +91,15 @@ def check_staged(options: APTSOptions) -> None:
         refuse("schwarz.overlap", schwarz.overlap, "where a rank has no layers of its neighbours; give 0")
     if schwarz.local_data == "shard":
         refuse("schwarz.local_data", "shard", "where every stage sees all samples; choose full")
+
+
+def undivided(options: APTSOptions) -> tuple[PipelineOptions, list[str]]:
+    """The pipeline, of one micro-batch where the loss takes all samples together; and a sentence if that is less."""
+    pipeline = options.pipeline
+    if not options.coupled or pipeline.micro_batches == 1:
+        return pipeline, []
+    note = f"pipeline.micro_batches: 1, not {pipeline.micro_batches}, as the loss takes all samples together (coupled)"
+    return replace(pipeline, micro_batches=1), [note]
 
 
 def cut_network(network: torch.nn.Module, options: APTSOptions, ranks: int, sample: Tree | None) -> list[Stage]:

@@ -28,9 +28,11 @@ from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
-from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
+from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
-from apts_mpi.staged.build import check_staged, cut_network
+from apts_mpi.schwarz.global_step import make_global_step
+from apts_mpi.schwarz.plateau import make_plateau
+from apts_mpi.staged.build import check_staged, cut_network, undivided
 from apts_mpi.staged.coarse import StageCurvature
 from apts_mpi.staged.global_step import StageProducts
 from apts_mpi.staged.loss_check import check_staged_objective
@@ -70,7 +72,8 @@ class Staged:
     processes : list of str
         For each rank, its stage and its process, in words.
     notes : list of str
-        What of the subdomains is other than asked for, as the stages cannot be made of whole ones; one sentence each.
+        What of subdomains and micro-batches is other than asked for, as the stages or the loss do not allow it; one
+        sentence each.
     """
 
     def __init__(
@@ -105,8 +108,10 @@ class Staged:
             within = [cut - first for cut in cuts if first <= cut < last]
             subdomains = subdomains_at(layers, within, "auto", 0)
             schwarz = replace(options.schwarz, variant="inexact", local_data="full")
+            pipeline, of_samples = undivided(options)
+            self.notes += of_samples
             self.options = options = compose(
-                replace(options, schwarz=schwarz),
+                replace(options, schwarz=schwarz, pipeline=pipeline),
                 network=network,
                 loss=loss,
                 called=False,
@@ -136,7 +141,10 @@ class Staged:
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
             team=team,
         )
-        self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows)
+        self.plateau = make_plateau(asked_for, options, vector.values)
+        self.schwarz = AdditiveSchwarz(
+            options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows, plateau=self.plateau
+        )
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
@@ -236,7 +244,12 @@ class Staged:
         solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
         name, device = schwarz.local_solver, schwarz.correction.device
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
+        parts = {
+            "coarse": self.coarse,
+            "global_step": self.global_step,
+            "last_step": self.last_step,
+            "plateau": self.plateau,
+        }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

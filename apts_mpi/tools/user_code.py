@@ -77,7 +77,9 @@ def import_file(path: str) -> ModuleType:
     return module
 
 
-def arguments_for(option: str, function: Callable[..., Any], given: Mapping[str, str]) -> dict[str, Any]:
+def arguments_for(
+    option: str, function: Callable[..., Any], given: Mapping[str, str], called: str | None = None
+) -> dict[str, Any]:
     """Arguments of a function of the user's, of the types that it names or that its defaults have.
 
     Parameters
@@ -88,6 +90,8 @@ def arguments_for(option: str, function: Callable[..., Any], given: Mapping[str,
         What is to be called.
     given
         Names and the texts of their values.
+    called
+        What messages call the function; None: by its name.
 
     Raises
     ------
@@ -101,7 +105,7 @@ def arguments_for(option: str, function: Callable[..., Any], given: Mapping[str,
     }
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     names = [name for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD]
-    called = getattr(function, "__name__", "the function")
+    called = called or getattr(function, "__name__", "the function")
     for name in given:
         if name not in names and not takes_any:
             near = difflib.get_close_matches(name, names, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from apts_mpi.data import Half, Order
 from apts_mpi.data.ahead import Ahead
 from apts_mpi.data.order import Shuffled
-from apts_mpi.data.source import Epoch
+from apts_mpi.data.source import Epoch, Position
 from apts_mpi.errors import InvalidInput
 from apts_mpi.objective.batch import Rows, Samples
 from apts_mpi.parallel.communicator import Communicator
@@ -52,7 +53,7 @@ class Batches:
         self._ahead = next((Ahead(part.samples) for part in self.train if isinstance(part, Half)), None)
         self._is_full = self.size == self.samples and not self._order.drawn
         # A rank that needs no samples has no source of any.
-        (varies,) = comm.agree([self._ahead is not None and self._ahead.varies], lambda table: [table.max()])
+        (varies,) = comm.agree([self._ahead is not None and self._ahead.source.varies], lambda table: [table.max()])
         self.are_one = self._is_full and not varies
         self._epoch = 0
         self._batches: list[torch.Tensor] = []
@@ -71,6 +72,16 @@ class Batches:
         own = zip((inputs, targets), self.train, strict=True)
         first, second = (half if isinstance(part, Half) else part for half, part in own)
         return (first, second), None
+
+    def positions(self) -> list[Position]:
+        """Where the reading of each rank is, of data sets that say so. Collective."""
+        own = [] if self._ahead is None else list(self._ahead.source.positions)
+        return [each for positions in self._comm.collect(own) for each in positions]
+
+    def go_on(self, positions: Sequence[Position]) -> None:
+        """Read on from there where that is before what is needed."""
+        if self._ahead is not None:
+            self._ahead.source.go_on(positions)
 
     def _begin(self, epoch: int) -> None:
         """Know the batches of an epoch."""

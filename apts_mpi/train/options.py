@@ -64,7 +64,8 @@ class TrainingOptions:
     problem
         Name of a problem of the package, MODULE:FUNCTION for one of your own, or hdf5:FILE for samples in a file.
     problem_args
-        Arguments of your own problem's function, as NAME=VALUE; ``--problem.args.NAME VALUE`` gives one.
+        Arguments of the problem's function, as NAME=VALUE; ``--problem.args.NAME VALUE`` gives one. Those of the
+        package's problems are listed below.
     network
         MODULE:FUNCTION that returns the network, for hdf5:FILE.
     network_args

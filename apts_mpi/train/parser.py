@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from apts_mpi import problems
 from apts_mpi.errors import InvalidInput, require, require_choice, shortened, shown
 from apts_mpi.options.methods import METHODS, options_of
 from apts_mpi.tools.command import add_version
@@ -48,6 +49,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="apts_mpi.train",
         description="Train a network over MPI ranks. Hyphens in names of options may be written for underscores.",
+        epilog=f"Arguments of problems, --problem.args.NAME VALUE: {'; '.join(map(_arguments, problems.names()))}.",
         exit_on_error=False,
         # A beginning of a name would pass by what `spell` and `expand` do.
         allow_abbrev=False,
@@ -56,6 +58,11 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="config", help="Read options from a YAML file.")
     parser.add_class_arguments(TrainingOptions, as_group=False)
     return parser
+
+
+def _arguments(name: str) -> str:
+    """A problem with the names of its arguments and their values where none are given."""
+    return f"{name}: " + ", ".join(f"{argument}={value}" for argument, value in problems.arguments_of(name).items())
 
 
 def spell(arguments: Sequence[str]) -> list[str]:

@@ -85,6 +85,8 @@ def _solver(value: Any, place: str) -> dict[str, Any]:
     return solver
 
 
+_POSITIONS = sequence(record(dict.fromkeys(("shard", "seed", "epoch", "read"), whole()) | {"state": anything}))
+
 _METADATA = record(
     {
         "solver": _solver,
@@ -100,7 +102,7 @@ _METADATA = record(
     },
     {
         **{"configuration": text, "versions": mapping()},
-        **{"average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
+        **{"data": _POSITIONS, "average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
     },
 )
 

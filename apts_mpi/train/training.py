@@ -11,6 +11,7 @@ import torch
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
+from apts_mpi.data.source import Position
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
@@ -260,7 +261,9 @@ class Training:
         """What a checkpoint holds of the run: arrays, and metadata for JSON. Collective. See `apts_mpi.APTS.save`."""
         arrays, solver = self.solver.save()
         run = identity(self.problem, self.options, self.batch_size)
-        metadata = {"solver": solver, "progress": asdict(self.progress), "run": run}
+        metadata: dict[str, Any] = {"solver": solver, "progress": asdict(self.progress), "run": run}
+        if positions := self._data.positions():
+            metadata["data"] = [each._asdict() for each in positions]
         if self.stopping.is_asked:
             metadata["stopping"] = asdict(self.stopping.state)
         if self.average is not None:
@@ -290,6 +293,7 @@ class Training:
                 self.average.check(checkpoint)
         notices = self.solver.load(checkpoint, checkpoint.metadata["solver"])
         averaged = restore_average(self.average, checkpoint, saved.get("average"))
+        self._data.go_on([Position(**each) for each in saved.get("data", [])])
         self.progress, self._resumed = saved["progress"], True
         return [*notices, *averaged, *self.stopping.restore(saved.get("stopping"))]
 

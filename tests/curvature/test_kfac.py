@@ -1,6 +1,7 @@
 """K-FAC: factors and directions against dense formulas."""
 
 import dataclasses
+import math
 
 import networks
 import numpy as np
@@ -325,3 +326,39 @@ def test_a_layer_of_very_many_inputs_and_outputs_trains():
     assert losses[-1] < losses[0]
     shapes = [tuple(mean.shape) for local in solver.holding.schwarz.solvers.values() for mean in local.statistics[0]]
     assert shapes == [(60_001,), (8, 8), (9, 9), (20_000,)]
+
+
+WIDE = {
+    "1x1 convolution": lambda: nn.Conv2d(16, 4096, 1),
+    "1x1 convolution of 4,096": lambda: nn.Conv2d(4096, 4096, 1),
+    "3x3 convolution": lambda: nn.Conv2d(512, 512, 3),
+    "wide linear": lambda: nn.Linear(4, 8192),
+    "narrow linear": lambda: nn.Linear(8192, 4),
+    "a head of one": lambda: nn.Linear(5000, 1),
+    "head of classes": lambda: nn.Linear(2048, 1000),
+    "embedding": lambda: nn.Embedding(32000, 64),
+    "short embedding": lambda: nn.Embedding(2, 4096),
+    "attention": lambda: nn.MultiheadAttention(256, 4),
+    "LSTM": lambda: nn.LSTM(64, 512),
+    "LSTM of few": lambda: nn.LSTM(1, 2048),
+    "transposed": lambda: nn.ConvTranspose2d(2048, 4, 2),
+    "groups": lambda: nn.Conv2d(2048, 2048, 3, groups=2048),
+    "normalisation": lambda: nn.LayerNorm(50000),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_memory_of_curvature_is_bounded_by_the_parameters(name):
+    with torch.device("meta"):
+        layer = WIDE[name]()
+    own = [value for value in layer.parameters(recurse=False)]
+    size = sum(value.numel() for value in own)
+    # Factors, and their inverses.
+    kept = 2 * sum(math.prod(shape) for shape in make_curvature(layer, size).statistics)
+    assert kept <= 65 * size + 2**20
+
+
+def test_factors_of_layers_in_use_are_full():
+    for layer in (nn.Linear(1568, 64), nn.Linear(2048, 100), nn.Linear(511, 1), nn.Conv2d(256, 256, 3)):
+        size = sum(value.numel() for value in layer.parameters())
+        assert all(len(shape) == 2 for shape in make_curvature(layer, size).statistics)

@@ -6,7 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from apts_mpi.problems import Problem
 
@@ -37,6 +45,44 @@ class Stream(IterableDataset):
         points = Noisy()
         for index in range(len(points)):
             yield points[index]
+
+
+class Sharded(IterableDataset):
+    """The same points in four shards of 14 to 16 samples; which of them are read is noted."""
+
+    num_shards = 4
+    shard_lengths = (14, 15, 16, 15)
+
+    def __init__(self):
+        self.points, self.read = Noisy(), []
+
+    def __iter__(self):
+        worker = get_worker_info()
+        assert worker is not None and worker.num_workers == self.num_shards
+        first = sum(self.shard_lengths[: worker.id])
+        for index in range(first, first + self.shard_lengths[worker.id]):
+            self.read.append(index)
+            yield self.points[index]
+
+
+class Telling(Stream):
+    """A stream that says where it is, and how many samples it has read to come there."""
+
+    def __init__(self):
+        self.points, self.read, self.place, self.start = Noisy(), [], 0, 0
+
+    def __iter__(self):
+        self.place, start, self.start = self.start, self.start, 0
+        for index in range(start, COUNT):
+            self.read.append(index)
+            self.place = index + 1
+            yield self.points[index]
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.start = state["place"]
 
 
 class Broken(Noisy):
@@ -71,6 +117,8 @@ LOADERS = {
     "own batches": lambda **settings: DataLoader(
         Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy()), 12, False), **settings
     ),
+    "shards": lambda **settings: DataLoader(Sharded(), batch_size=20, **settings),
+    "telling": lambda **settings: DataLoader(Telling(), batch_size=20, **settings),
     "stream": lambda **settings: DataLoader(Stream(), batch_size=20, **settings),
     "data set": lambda **settings: Noisy(),
     "broken": lambda **settings: DataLoader(Broken(), batch_size=20, **settings),

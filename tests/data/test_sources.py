@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from sampled_data import COUNT, LOADERS, Noisy, Stream, network, weighted
+from sampled_data import COUNT, LOADERS, Noisy, Sharded, Stream, network, weighted
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
@@ -108,7 +108,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone(loader):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("loader", ["shuffled", "stream"])
+@pytest.mark.parametrize("loader", ["shuffled", "stream", "shards", "telling"])
 def test_workers_read_what_is_asked_for_in_its_order(loader):
     pair = take_over("train", LOADERS[loader](num_workers=2), torch.float64).pair
     source = pair[0].samples.source
@@ -121,6 +121,39 @@ def test_workers_read_what_is_asked_for_in_its_order(loader):
             expected = draw(loader, rows, epoch)
             torch.testing.assert_close(inputs, expected[0], rtol=0, atol=0)
             assert torch.equal(targets, expected[1])
+
+
+def test_a_rank_reads_few_shards_and_all_samples_come_once_an_epoch():
+    stream = LOADERS["shards"]()
+    taken = take_over("train", stream, torch.float64)
+    source = taken.pair[0].samples.source
+    batches = taken.order.batches(COUNT, 20, 0, 1)
+    assert sorted(torch.cat(batches).tolist()) == list(range(COUNT))
+    # The second of four ranks.
+    own = [rows[5:10] for rows in batches]
+    stream.dataset.read.clear()
+    for rows in own:
+        source.take(rows, Epoch(0, 1))
+    assert max(stream.dataset.read) < 14 + 15 + 16, "it reads nothing of the last shard"
+    assert len(stream.dataset.read) == len(set(stream.dataset.read))
+
+
+@pytest.mark.parametrize("loader", ["telling"])
+def test_a_stream_goes_on_where_it_was(loader):
+    given, later = LOADERS[loader](), LOADERS[loader]()
+    source, other = (take_over("train", each, torch.float64).pair[0].samples.source for each in (given, later))
+    source.take(torch.arange(10, 20), Epoch(0, 1))
+    (position,) = source.positions
+    assert position[:4] == (0, 0, 1, 20) and position.state == {"place": 20}
+    later.dataset.read.clear()
+    other.go_on([position])
+    rows = torch.arange(25, 30)
+    found = other.take(rows, Epoch(0, 1))
+    assert later.dataset.read == list(range(20, 30)), "what is behind is not read again"
+    torch.testing.assert_close(found[0], draw(loader, rows, Epoch(0, 1))[0], rtol=0, atol=0)
+    # What is behind the position, or in another epoch, is read from the beginning.
+    for rows, epoch in ((torch.arange(3), Epoch(0, 1)), (torch.arange(25, 30), Epoch(0, 2))):
+        torch.testing.assert_close(other.take(rows, epoch)[0], draw(loader, rows, epoch)[0], rtol=0, atol=0)
 
 
 def order_of(loader):
@@ -215,6 +248,15 @@ class Short(Stream):
         return COUNT + 1
 
 
+class Repeated(Sharded):
+    def __iter__(self):
+        return (self.points[index] for index in range(COUNT))
+
+
+class Uneven(Sharded):
+    shard_lengths = (60,)
+
+
 class Single(Noisy):
     def __getitem__(self, index):
         return self.points[index]
@@ -230,13 +272,15 @@ WRONG = {
     "no samples": (Noisy(0), "the data set has no samples"),
     "no pair": (Single(), "a batch of the data set is a Tensor; .*a pair"),
     "no batches": (DataLoader(Noisy(), batch_size=None), "the DataLoader makes no batches"),
+    "repeated": (Repeated(), "Repeated has 4 shards, and gives the same samples for each"),
+    "shards": (Uneven(), r"Uneven has 4 shards and the shard_lengths \[60\]"),
     "endless": (Endless(), "Endless does not say how many samples it has"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_be_read_is_named(name, monkeypatch):
-    monkeypatch.setattr("apts_mpi.data.dataset.MOST_COUNTED", 1000)
+    monkeypatch.setattr("apts_mpi.data.streamed.MOST_COUNTED", 1000)
     given, message = WRONG[name]
     with pytest.raises(InvalidInput, match=message):
         Problem(name="wrong", network=nn.Linear(3, 2), loss=mse_loss, train=given)

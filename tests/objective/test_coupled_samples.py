@@ -124,7 +124,7 @@ def test_stages(world, name, solver):
             coarse=CoarseOptions(model="gauss-newton", samples=1.0),
             global_step=GlobalStepOptions(model="steihaug" if solver == "adam" else "none"),
             trust_region=TrustRegionOptions(initial_radius=0.3),
-            pipeline=PipelineOptions(micro_batches=1 if name == "all" else 3),
+            pipeline=PipelineOptions(micro_batches=3),
             **together,
         )
 
@@ -189,9 +189,13 @@ def test_options_that_divide_the_batch(changes, message):
         APTS(network(), dice, comm=MPI.COMM_SELF, options=APTSOptions(**{"coupled": True} | changes))
 
 
-def test_micro_batches_divide_the_batch():
-    with pytest.raises(InvalidInput, match=r"pipeline.micro_batches: 4 divide the samples.* give 1"):
-        StagedAPTS(network(), dice, comm=MPI.COMM_SELF, options=APTSOptions(layout="staged", coupled=True))
+def test_samples_taken_together_make_one_micro_batch():
+    solver = StagedAPTS(network(), dice, comm=MPI.COMM_SELF, options=APTSOptions(layout="staged", coupled=True))
+    assert solver.options.pipeline.micro_batches == 1
+    assert "pipeline.micro_batches: 1, not 4, as the loss takes all samples together (coupled)" in solver.holding.notes
+    solver.step(batch())
+    groups = APTSOptions(layout="staged", group_size=4)
+    assert StagedAPTS(network(), contrastive, comm=MPI.COMM_SELF, options=groups).options.pipeline.micro_batches == 4
 
 
 def test_thinned_passes_keep_groups():

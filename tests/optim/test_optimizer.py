@@ -438,3 +438,18 @@ def test_the_state_of_another_optimizer_is_refused():
     train(network, adam, batches(1))
     with pytest.raises(InvalidInput, match="is the state of another optimizer"):
         APTS(network, comm=ALONE).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.all_sizes
+def test_ranks_share_the_factorisations(world):
+    torch.manual_seed(0)
+    network = nn.Sequential(*(module for _ in range(2 * world.size) for module in (nn.Linear(8, 8), nn.Tanh())))
+    optimizer = APTS(network, comm=world)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(network(torch.randn(16, 8)), torch.zeros(16, 8)).backward()
+        optimizer.step()
+    own = [hasattr(part.solver.layers[0].curvature, "_inverse_inputs") for part in optimizer._subdomains]
+    assert sum(own) == 2
+    assert all(sum(flags) == 1 for flags in zip(*world.allgather(own), strict=True))

@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,3 +264,49 @@ def test_arguments_that_are_needed_are_named(user_module):
 def test_user_module_missing(name):
     with pytest.raises(InvalidInput, match=f"--problem {name}: importing .* failed with .*; give MODULE:FUNCTION"):
         problems.build(name)
+
+
+def test_arguments_of_the_problems_of_the_package():
+    sizes = {}
+    for name in SELF_CONTAINED:
+        given = {argument: "3" for argument in problems.arguments_of(name)}
+        smaller, usual = problems.build(name, arguments=given), problems.build(name)
+        sizes[name] = [sum(p.numel() for p in problem.network.parameters()) for problem in (smaller, usual)]
+        assert len(smaller.train[0]) <= len(usual.train[0])
+        smaller.loss(
+            (smaller.forward or (lambda network, inputs: network(inputs)))(smaller.network, smaller.train[0]),
+            smaller.train[1],
+        )
+    assert all(smaller < usual for smaller, usual in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("name", ["poisson-1d", "poisson-2d", "poisson-3d", "burgers", "allen-cahn"])
+def test_problems_with_one_point_of_each_kind(name):
+    given = {argument: "1" for argument in problems.arguments_of(name)}
+    problem = problems.build(name, arguments=given)
+    loss = problem.loss(problem.forward(problem.network, problem.train[0]), problem.train[1])
+    assert torch.isfinite(loss)
+
+
+def test_defaults_of_the_arguments_are_the_problem():
+    given = {argument: str(value) for argument, value in problems.arguments_of("burgers").items()}
+    one, other = problems.build("burgers", arguments=given), problems.build("burgers")
+    assert torch.equal(one.train[0], other.train[0])
+    assert all(map(torch.equal, one.network.parameters(), other.network.parameters()))
+
+
+def test_arguments_of_a_text(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 40)
+    given = {"width": "8", "heads": "2", "blocks": "1", "context": "5"}
+    problem = problems.build("text", data_dir=str(tmp_path), arguments=given)
+    assert problem.train[0].shape[1] == 5 and problem.network(problem.train[0][:2]).shape == (2, 5, 8)
+    with pytest.raises(InvalidInput, match="--problem.args.heads: 3 is not allowed; give a divisor of the width, 8"):
+        problems.build("text", data_dir=str(tmp_path), arguments=given | {"heads": "3"})
+
+
+def test_arguments_are_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    rows = [line for line in page.partition("### Arguments of problems")[2].splitlines() if line.startswith("| `")]
+    for name in problems.names():
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert all(f"`{argument}` {value}" in row for argument, value in problems.arguments_of(name).items()), name

@@ -169,7 +169,16 @@ REFUSED = {
         "workers: 'many' is not allowed; .*int",
     ),
     "half": (["--problem=sampled_data:problem", "--problem.args.workers=1.5"], "workers: '1.5' is not allowed; .*int"),
-    "none": (["--problem=digits", "--problem.args.width=3"], "--problem.args.width: .*it takes no arguments"),
+    "none": (
+        ["--problem=hdf5:data.h5", "--network=sampled_data:images", "--problem.args.width=3"],
+        "--problem.args.width: .*it takes no arguments",
+    ),
+    "built-in": (
+        ["--problem=digits", "--problem.args.widht=3"],
+        "--problem.args.widht: digits has no such argument; did you mean width. it takes width, depth",
+    ),
+    "no count": (["--problem=burgers", "--problem.args.points=0"], "--problem.args.points: 0 .*give 1 or more"),
+    "no integer": (["--problem=burgers", "--problem.args.points=9.5"], "points: '9.5' is not allowed; .*int"),
     "samples": (
         ["--problem=sampled_data:problem", "--problem.args.loader=weighted", "--train_samples=9"],
         "whose sampler chooses",
@@ -210,7 +219,7 @@ def test_a_sample_that_cannot_be_read_ends_all_ranks(world, command, layout):
         assert "sample 7 of Broken cannot be read ('OSError: the disk is gone')" in errors
 
 
-KINDS = ["shuffled", "in order", "weighted", "own sampler", "own batches", "stream", "data set"]
+KINDS = ["shuffled", "in order", "weighted", "own sampler", "own batches", "stream", "shards", "telling", "data set"]
 
 
 @pytest.mark.mpi(min_size=2)
@@ -226,7 +235,7 @@ def test_augmentation_and_order_do_not_depend_on_ranks(world, trained_on, loader
 @pytest.mark.mpi
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream"])
+@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "shards", "telling"])
 def test_workers_change_nothing(world, trained, loader, layout):
     skip_without_stages(world, layout)
     arguments = [*SMALL, layout, "--problem=sampled_data:problem", f"--problem.args.loader={loader}", "--epochs=3"]
@@ -237,7 +246,7 @@ def test_workers_change_nothing(world, trained, loader, layout):
 
 @pytest.mark.mpi
 @pytest.mark.processes
-@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "data set"])
+@pytest.mark.parametrize("loader", ["shuffled", "weighted", "own batches", "stream", "shards", "telling", "data set"])
 def test_a_resumed_run_repeats_and_skips_nothing(world, trained_on, loader):
     """Stopped within an epoch on one rank with two workers, and gone on with on all ranks."""
     arguments = [*SMALL, "--problem=sampled_data:problem", f"--problem.args.loader={loader}", "--epochs=3"]
