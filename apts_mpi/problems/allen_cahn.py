@@ -22,15 +22,15 @@ REACTION_RATE = 5.0
 
 def allen_cahn(dtype: torch.dtype) -> Problem:
     """2,000 interior points; network 2-3-30-30-30-30-1."""
-    interior = pinn.scattered_points(2000, [0.0, -1.0], [1.0, 1.0])
     return pinn.least_squares_problem(
         name="allen-cahn",
         network=PeriodicFromInitialValues(pinn.tanh_network([3] + [30] * 4 + [1])),
         operator=allen_cahn_operator,
-        interior=pinn.Condition(interior, np.zeros(len(interior))),
-        reference=_grid_solution(),
+        domain=pinn.Domain([0.0, -1.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros(len(points)))),
+        points=2000,
         epochs=120,
         dtype=dtype,
+        metrics={"relative_l2_error": pinn.solution_error(*_grid_solution())},
     )
 
 
