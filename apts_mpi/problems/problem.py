@@ -123,6 +123,8 @@ class Problem:
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
         require(_is_count(self.group_size), "group_size", self.group_size, "give 1 or more")
         require(isinstance(self.coupled, bool), "coupled", self.coupled, "give True or False")
+        drawn = self.redraw is None or isinstance(self.redraw, Redraw)
+        require(drawn, "redraw", self.redraw, "give an apts_mpi.problems.Redraw, or None")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
         for name in ("prepare", "collate_fn"):
             value = getattr(self, name)

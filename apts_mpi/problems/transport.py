@@ -1,6 +1,6 @@
 """The wave and the advection equation, with the initial values by construction and known solutions.
 
-    wave:       u_tt = c^2 u_xx,  0 < x < 1,     u(0, x) = sin(pi x) + 1/2 sin(4 pi x),  u_t(0, x) = 0,  u = 0 at x = 0, 1
+    wave:       u_tt = c^2 u_xx,  0 < x < 1,     u(0, x) = sin(pi x) + 1/2 sin(4 pi x),  u_t(0, x) = 0,  u = 0 at 0, 1
     advection:  u_t + c u_x = 0,  0 < x < 2 pi,  u(0, x) = sin(x),  periodic in x
 
 for 0 < t <= 1; coordinates are (t, x). The first is that of Wang, Yu and Perdikaris (doi 10.1016/j.jcp.2021.110768),

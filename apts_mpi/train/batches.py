@@ -72,6 +72,10 @@ class Batches:
         first, second = (half if isinstance(part, Half) else part for half, part in own)
         return (first, second), None
 
+    def replace(self, train: Data) -> None:
+        """Have other samples, as many, in the places of these."""
+        self.train = to_device(train, device_of(self.train[0]))
+
     def _begin(self, epoch: int) -> None:
         """Know the batches of an epoch."""
         arguments = self.samples, self.size, self._seed, epoch

@@ -101,6 +101,7 @@ _METADATA = record(
     {
         **{"configuration": text, "versions": mapping()},
         **{"average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
+        "resampling": record({"number": whole(1), "checksum": whole()}),
     },
 )
 
