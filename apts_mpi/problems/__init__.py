@@ -27,6 +27,7 @@ from apts_mpi.problems import (
     transport,
     user,
 )
+from apts_mpi.problems.deepxde_data import from_deepxde
 from apts_mpi.problems.finite import check_finite
 from apts_mpi.problems.hdf5 import Parts
 from apts_mpi.problems.problem import ALL, Problem, Wanted
@@ -35,7 +36,7 @@ from apts_mpi.tools import environment
 from apts_mpi.tools.trees import count_samples, map_tensors, take
 from apts_mpi.tools.user_code import arguments_for
 
-__all__ = ["ALL", "Parts", "Problem", "Redraw", "Wanted", "build", "names", "read_parts"]
+__all__ = ["ALL", "Parts", "Problem", "Redraw", "Wanted", "build", "from_deepxde", "names", "read_parts"]
 
 NONE: Mapping[str, str] = {}
 NO_PARTS = Parts()
