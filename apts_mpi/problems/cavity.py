@@ -66,7 +66,8 @@ def _walls(count: int) -> pinn.Condition:
 
 
 def _velocity_error(network: nn.Module, reynolds: float) -> float:
-    axis = np.linspace(0.0, 1.0, 51)
+    # In the corners beside the lid the velocity has no value.
+    axis = np.linspace(0.0, 1.0, 51)[1:-1]
     nodes, u, v = cavity_flow(reynolds)
     flow = np.column_stack([interpolated(nodes, each, axis, axis).ravel() for each in (u, v)])
     return pinn.solution_error(pinn.grid_of(axis, axis), flow)(network)

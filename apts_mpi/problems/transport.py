@@ -38,7 +38,7 @@ def wave(dtype: torch.dtype, speed: float = 2.0) -> Problem:
     )
 
 
-def advection(dtype: torch.dtype, speed: float = 30.0) -> Problem:
+def advection(dtype: torch.dtype, speed: float = 10.0) -> Problem:
     """1,000 interior points; network 3-40-40-40-1."""
     require(speed > 0.0, "speed", speed, "give a number above 0")
     grid = pinn.grid_of(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 2.0 * np.pi, 101))
