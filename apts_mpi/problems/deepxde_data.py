@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apts_mpi.errors import InvalidInput, require
 from apts_mpi.problems.deepxde_conditions import Part, Place, parts_of
+from apts_mpi.problems.deepxde_derivatives import OtherDerivative, Values, in_place_of_deepxde
 from apts_mpi.problems.losses import weighted_squared_error
 from apts_mpi.problems.pinn import solution_error
 from apts_mpi.problems.problem import Problem
@@ -98,13 +99,30 @@ class Residuals:
     """
 
     def __init__(self, dde: Any, parts: Sequence[Part], dimensions: int) -> None:
-        self._clear, self._parts, self._dimensions = dde.grad.clear, parts, dimensions
+        self._dde, self._parts, self._dimensions = dde, parts, dimensions
         self._pairs = any(part.pairs for part in parts)
+        self._by_functions = True
 
     def __call__(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Inputs are rows (point, normal or other point, number of the part)."""
+        if self._by_functions:
+            try:
+                return self._with_functions(network, inputs)
+            except OtherDerivative:
+                self._by_functions = False
+        return self._with_graph(network, inputs)
+
+    def _with_functions(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        point, other = (half.clone() for half in inputs[:, :-1].split(self._dimensions, dim=1))
+        known = [Values(network, each) for each in ((point, other) if self._pairs else (point,))]
+        with in_place_of_deepxde(self._dde, known):
+            place = Place(point, known[0].values, other, known[-1].values)
+            return _in_columns(self._parts, inputs[:, -1:], place)
+
+    def _with_graph(self, network: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """The same with deepxde's own derivatives."""
         with torch.enable_grad():
-            self._clear()
+            self._dde.grad.clear()
             point, other = (
                 half.detach().clone().requires_grad_() for half in inputs[:, :-1].split(self._dimensions, dim=1)
             )
@@ -112,7 +130,7 @@ class Residuals:
             place = Place(point, values, other, network(other) if self._pairs else values)
             residuals = _in_columns(self._parts, inputs[:, -1:], place)
             # deepxde keeps all derivatives that it was ever asked for.
-            self._clear()
+            self._dde.grad.clear()
         return residuals
 
 

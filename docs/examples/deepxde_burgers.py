@@ -1,6 +1,6 @@
 """Burgers' equation, as deepxde's users write it, trained with APTS.
 
-    python -m apts_mpi.train --problem docs/examples/deepxde_burgers.py:problem --dtype float64
+python -m apts_mpi.train --problem docs/examples/deepxde_burgers.py:problem --dtype float64
 """
 
 import os
