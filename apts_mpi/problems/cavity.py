@@ -30,7 +30,7 @@ def lid_driven_cavity(dtype: torch.dtype, reynolds: float = 100.0) -> Problem:
         domain=pinn.Domain([0.0, 0.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 3)))),
         points=800,
         boundary=_walls(60),
-        epochs=150,
+        epochs=320,
         dtype=dtype,
         metrics={"relative_l2_error": partial(_velocity_error, reynolds=reynolds)},
     )

@@ -22,7 +22,7 @@ from apts_mpi.problems.hard import HardConditions
 from apts_mpi.problems.problem import Problem
 
 
-def wave(dtype: torch.dtype, speed: float = 2.0) -> Problem:
+def wave(dtype: torch.dtype, speed: float = 1.0) -> Problem:
     """1,000 interior points; network 2-40-40-40-1."""
     require(speed > 0.0, "speed", speed, "give a number above 0")
     grid = pinn.grid_of(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 1.0, 101))
