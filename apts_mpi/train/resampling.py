@@ -189,7 +189,13 @@ def drawn(redraw: Redraw, generator: torch.Generator, count: int, problem: Probl
         For others, and for nan or inf.
     """
     where = f"problem {problem.name}: redraw"
-    pair = redraw.draw(generator, count)
+    default = torch.get_default_dtype()
+    # That of the function which made the problem.
+    torch.set_default_dtype(next(parameter.dtype.to_real() for parameter in problem.network.parameters()))
+    try:
+        pair = redraw.draw(generator, count)
+    finally:
+        torch.set_default_dtype(default)
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise InvalidInput(f"{where} returned {type(pair).__name__}; return inputs and targets")
     for name, own, first in zip(("inputs", "targets"), pair, problem.train, strict=True):
