@@ -27,8 +27,9 @@ def lid_driven_cavity(dtype: torch.dtype, reynolds: float = 100.0) -> Problem:
         name="lid-driven-cavity",
         network=pinn.tanh_network([2, 30, 30, 30, 3]),
         operator=partial(navier_stokes_operator, reynolds=reynolds),
-        domain=pinn.Domain([0.0, 0.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 3)))),
-        points=800,
+        domain=pinn.Domain(
+            [0.0, 0.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 3))), 800
+        ),
         boundary=_walls(60),
         epochs=320,
         dtype=dtype,

@@ -28,8 +28,9 @@ def gray_scott(dtype: torch.dtype) -> Problem:
         name="gray-scott",
         network=HardConditions(pinn.tanh_network([3, 30, 30, 30, 2]), _initial, lambda z: z[:, :1], _around),
         operator=gray_scott_operator,
-        domain=pinn.Domain([0.0, -1.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 2)))),
-        points=1000,
+        domain=pinn.Domain(
+            [0.0, -1.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 2))), 1000
+        ),
         epochs=120,
         dtype=dtype,
         metrics={"relative_l2_error": pinn.solution_error(*_grid_solution())},

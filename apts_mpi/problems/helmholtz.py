@@ -32,8 +32,7 @@ def helmholtz_2d(dtype: torch.dtype, waves: int = 4) -> Problem:
         name="helmholtz-2d",
         network=pinn.tanh_network([2, 40, 40, 40, 1]),
         operator=helmholtz_operator,
-        domain=pinn.Domain([-1.0, -1.0], [1.0, 1.0], condition),
-        points=1000,
+        domain=pinn.Domain([-1.0, -1.0], [1.0, 1.0], condition, 1000),
         # The residuals differ by the scale of the operator.
         boundary=pinn.Condition(boundary, np.zeros(len(boundary)), 100.0),
         epochs=150,

@@ -36,8 +36,7 @@ def inverse_diffusion(dtype: torch.dtype, noise: float = 0.02) -> Problem:
         name="inverse-diffusion",
         network=WithCoefficients(temperature, [GUESS]),
         operator=diffusion_operator,
-        domain=pinn.Domain(lower, upper, lambda points: pinn.Condition(points, np.zeros(len(points)))),
-        points=400,
+        domain=pinn.Domain(lower, upper, lambda points: pinn.Condition(points, np.zeros(len(points))), 400),
         # The temperatures are less than the sources by the scale of the operator.
         boundary=pinn.Condition(measured, solution(measured) + errors, 100.0),
         epochs=100,

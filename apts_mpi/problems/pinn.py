@@ -65,15 +65,18 @@ class Domain(NamedTuple):
     condition : callable
         Maps points, (m, d), spread evenly over the box, to what is asked of the equation there: at these points, or at
         others that are denser where more happens, and weigh as much less.
+    points : int
+        How many there are to be, unless others are drawn.
     """
 
     lower: list[float]
     upper: list[float]
     condition: Callable[[np.ndarray], Condition]
+    points: int
 
-    def scattered(self, count: int) -> Condition:
+    def scattered(self) -> Condition:
         """At points that are always the same, see `scattered_points`."""
-        return self.condition(scattered_points(count, self.lower, self.upper))
+        return self.condition(scattered_points(self.points, self.lower, self.upper))
 
     def drawn(self, generator: torch.Generator, count: int) -> Condition:
         """At random points."""
@@ -87,7 +90,6 @@ def least_squares_problem(
     network: nn.Module,
     operator: Operator,
     domain: Domain,
-    points: int,
     epochs: int,
     dtype: torch.dtype,
     boundary: Condition | None = None,
@@ -103,8 +105,6 @@ def least_squares_problem(
         Left-hand sides of the differential equations.
     domain : Domain
         Where they hold, and the right-hand sides there; the weights w are of mean 1.
-    points : int
-        Number of points in it. `apts_mpi.problems.Redraw` draws others.
     dtype : torch.dtype
     boundary : Condition, optional
         Points and prescribed values there, and the coefficient of their mean square; None where the network has them by
@@ -114,7 +114,7 @@ def least_squares_problem(
     -------
     Problem
     """
-    parts = [(INTERIOR, domain.scattered(points))] + ([] if boundary is None else [(BOUNDARY, boundary)])
+    parts = [(INTERIOR, domain.scattered())] + ([] if boundary is None else [(BOUNDARY, boundary)])
     samples = sum(len(part.points) for _, part in parts)
     inputs = np.concatenate([_inputs(part, kind) for kind, part in parts])
     targets = np.concatenate([part.targets(samples / len(part.points)) for _, part in parts])
@@ -123,7 +123,7 @@ def least_squares_problem(
 
     def draw(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
         part = domain.drawn(generator, count)
-        drawn = _inputs(part, INTERIOR), part.targets(samples / points)
+        drawn = _inputs(part, INTERIOR), part.targets(samples / domain.points)
         return torch.from_numpy(drawn[0]).to(dtype), torch.from_numpy(drawn[1]).to(dtype)
 
     return Problem(
@@ -134,7 +134,7 @@ def least_squares_problem(
         forward=residual_forward(operator),
         epochs=epochs,
         metrics=metrics,
-        redraw=Redraw(draw, (order < points).nonzero().squeeze(1)),
+        redraw=Redraw(draw, (order < domain.points).nonzero().squeeze(1)),
     )
 
 

@@ -59,8 +59,9 @@ def _poisson(
         name=name,
         network=pinn.tanh_network([dimensions, *hidden, 1]),
         operator=negative_laplacian,
-        domain=pinn.Domain([0.0] * dimensions, [1.0] * dimensions, lambda x: pinn.Condition(x, source(x))),
-        points=interior_count,
+        domain=pinn.Domain(
+            [0.0] * dimensions, [1.0] * dimensions, lambda x: pinn.Condition(x, source(x)), interior_count
+        ),
         # The coefficient balances the two terms, whose residuals differ by the scale pi^2 of the operator.
         boundary=pinn.Condition(boundary, np.zeros(len(boundary)), 10.0),
         epochs=120,
