@@ -108,7 +108,7 @@ fill_environment() {
     # torch comes first and alone. PyTorch's own index has the CPU build, 2.13.0+cpu, which pip prefers to 2.13.0, the
     # CUDA build of several GB; where that index cannot be reached pip soon takes what its other sources have.
     pip_install --no-deps --retries 1 --timeout 15 ${torch_index:+--extra-index-url "$torch_index"} torch
-    pip_install --editable "${root}[compare,frameworks,plot,tensorboard,test]"
+    pip_install --editable "${root}[compare,deepxde,frameworks,plot,tensorboard,test]"
     install_mpi "$1"
 }
 

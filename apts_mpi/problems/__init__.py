@@ -13,15 +13,42 @@ import torch
 
 from apts_mpi.data import Half
 from apts_mpi.errors import InvalidInput, require
-from apts_mpi.problems import allen_cahn, burgers, hdf5, images, operators, poisson, text, user
+from apts_mpi.problems import (
+    allen_cahn,
+    burgers,
+    cavity,
+    gray_scott,
+    hdf5,
+    helmholtz,
+    images,
+    inverse,
+    operators,
+    poisson,
+    text,
+    transport,
+    user,
+)
+from apts_mpi.problems.deepxde_data import from_deepxde
 from apts_mpi.problems.finite import check_finite
 from apts_mpi.problems.hdf5 import Parts
 from apts_mpi.problems.problem import ALL, Problem, Wanted
+from apts_mpi.problems.redraw import Redraw
 from apts_mpi.tools import environment
 from apts_mpi.tools.trees import count_samples, map_tensors, take
 from apts_mpi.tools.user_code import arguments_for
 
-__all__ = ["ALL", "Parts", "Problem", "Wanted", "arguments_of", "build", "names", "read_parts"]
+__all__ = [
+    "ALL",
+    "Parts",
+    "Problem",
+    "Redraw",
+    "Wanted",
+    "arguments_of",
+    "build",
+    "from_deepxde",
+    "names",
+    "read_parts",
+]
 
 NONE: Mapping[str, str] = {}
 NO_PARTS = Parts()
@@ -35,6 +62,12 @@ _SELF_CONTAINED = {
     "poisson-3d": poisson.poisson_3d,
     "burgers": burgers.burgers,
     "allen-cahn": allen_cahn.allen_cahn,
+    "helmholtz-2d": helmholtz.helmholtz_2d,
+    "wave": transport.wave,
+    "advection": transport.advection,
+    "gray-scott": gray_scott.gray_scott,
+    "lid-driven-cavity": cavity.lid_driven_cavity,
+    "inverse-diffusion": inverse.inverse_diffusion,
     "deeponet-sine": operators.deeponet_sine,
 }
 

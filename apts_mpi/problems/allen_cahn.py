@@ -22,15 +22,14 @@ REACTION_RATE = 5.0
 
 def allen_cahn(dtype: torch.dtype, *, width: int = 30, depth: int = 4, points: int = 2000) -> Problem:
     """2,000 interior points; network 2-3-30-30-30-30-1."""
-    interior = pinn.scattered_points(points, [0.0, -1.0], [1.0, 1.0])
     return pinn.least_squares_problem(
         name="allen-cahn",
         network=PeriodicFromInitialValues(pinn.tanh_network([3] + [width] * depth + [1])),
         operator=allen_cahn_operator,
-        interior=pinn.Condition(interior, np.zeros(len(interior))),
-        reference=_grid_solution(),
+        domain=pinn.Domain([0.0, -1.0], [1.0, 1.0], lambda at: pinn.Condition(at, np.zeros(len(at))), points),
         epochs=120,
         dtype=dtype,
+        metrics={"relative_l2_error": pinn.solution_error(*_grid_solution())},
     )
 
 

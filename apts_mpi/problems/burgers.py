@@ -24,19 +24,17 @@ def burgers(
     dtype: torch.dtype, *, width: int = 20, depth: int = 5, points: int = 2000, boundary_points: int = 100
 ) -> Problem:
     """2,000 interior, 100 initial and 100 boundary points; network 2-20-20-20-20-20-1."""
-    interior, weights = _graded(pinn.scattered_points(points, [0.0, -1.0], [1.0, 1.0]))
     condition_points, condition_values = _conditions(boundary_points)
-    times, positions = np.meshgrid(np.linspace(0.0, 1.0, 51), np.linspace(-1.0, 1.0, 201), indexing="ij")
-    grid = np.column_stack([times.ravel(), positions.ravel()])
+    grid = pinn.grid_of(np.linspace(0.0, 1.0, 51), np.linspace(-1.0, 1.0, 201))
     return pinn.least_squares_problem(
         name="burgers",
         network=pinn.tanh_network([2] + [width] * depth + [1]),
         operator=burgers_operator,
-        interior=pinn.Condition(interior, np.zeros(len(interior)), weights),
-        boundary=pinn.Condition(condition_points, condition_values),
-        reference=(grid, solution(grid)),
+        domain=pinn.Domain([0.0, -1.0], [1.0, 1.0], _graded, points),
         epochs=120,
         dtype=dtype,
+        boundary=pinn.Condition(condition_points, condition_values),
+        metrics={"relative_l2_error": pinn.solution_error(grid, solution(grid))},
     )
 
 
@@ -73,11 +71,12 @@ def solution(points: np.ndarray, quadrature_nodes: int = 100) -> np.ndarray:
     return -(kernel * np.sin(np.pi * shifted)).sum(axis=1) / kernel.sum(axis=1)
 
 
-def _graded(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _graded(points: np.ndarray) -> pinn.Condition:
     """Points (t, x |x|) for (t, x), and the weights 2 |x| by which x |x| stretches the domain, of mean 1."""
     times, positions = points.T
     weights = 2.0 * np.abs(positions)
-    return np.column_stack([times, positions * np.abs(positions)]), weights / weights.mean()
+    graded = np.column_stack([times, positions * np.abs(positions)])
+    return pinn.Condition(graded, np.zeros(len(graded)), weights / weights.mean())
 
 
 def _conditions(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,20 +5,21 @@ from torch.nn.functional import cross_entropy
 
 
 def weighted_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the samples of ``weight * (output - value)**2``.
+    """Mean over the samples of the sum of ``weight * (output - value)**2``.
 
     Parameters
     ----------
-    outputs : Tensor, (b, 1)
-    targets : Tensor, (b, 2)
-        The value that the output should take, and the weight of the sample.
+    outputs : Tensor, (b, k)
+    targets : Tensor, (b, 2 k)
+        The values that the outputs should take, and their weights.
 
     Returns
     -------
     Tensor, scalar
     """
-    value, weight = targets[:, :1], targets[:, 1:]
-    return (weight * (outputs - value).square()).mean()
+    count = targets.shape[1] // 2
+    values, weights = targets[:, :count], targets[:, count:]
+    return count * (weights * (outputs - values).square()).mean()
 
 
 def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -57,20 +57,20 @@ def _poisson(
     grid_size: int,
     dtype: torch.dtype,
 ) -> Problem:
-    interior = pinn.scattered_points(interior_count, [0.0] * dimensions, [1.0] * dimensions)
     boundary = _boundary_points(dimensions, face_count)
-    axes = [np.linspace(0.0, 1.0, grid_size)] * dimensions
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, dimensions)
+    grid = pinn.grid_of(*[np.linspace(0.0, 1.0, grid_size)] * dimensions)
     return pinn.least_squares_problem(
         name=name,
         network=pinn.tanh_network([dimensions, *hidden, 1]),
         operator=negative_laplacian,
-        interior=pinn.Condition(interior, source(interior)),
+        domain=pinn.Domain(
+            [0.0] * dimensions, [1.0] * dimensions, lambda x: pinn.Condition(x, source(x)), interior_count
+        ),
         # The coefficient balances the two terms, whose residuals differ by the scale pi^2 of the operator.
         boundary=pinn.Condition(boundary, np.zeros(len(boundary)), 10.0),
-        reference=(grid, solution(grid)),
         epochs=120,
         dtype=dtype,
+        metrics={"relative_l2_error": pinn.solution_error(grid, solution(grid))},
     )
 
 

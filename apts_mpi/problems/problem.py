@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from apts_mpi.data import Order, take_over
 from apts_mpi.data.order import InOrder, InShards
 from apts_mpi.errors import require
+from apts_mpi.problems.redraw import Redraw
 from apts_mpi.tools.trees import Tree, count_samples, first_sample, named_leaves
 
 _DTYPES = (torch.float32, torch.float64)
@@ -77,6 +78,8 @@ class Problem:
         Makes a pair (inputs, targets) of a list of samples of a data set; None is torch's own.
     order : Order, optional
         Which samples make the batches; None: that of the loader, else all samples, shuffled by seed and epoch.
+    redraw : Redraw, optional
+        How others are drawn in the place of training samples, for ``--resample``.
 
     Raises
     ------
@@ -99,6 +102,7 @@ class Problem:
     prepare: Callable[[Any], Any] | None = None
     collate_fn: Callable[[list[Any]], Any] | None = None
     order: Order | None = None
+    redraw: Redraw | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")
@@ -120,6 +124,8 @@ class Problem:
         require(isinstance(self.accuracy, bool), "accuracy", self.accuracy, "give True or False")
         require(_is_count(self.group_size), "group_size", self.group_size, "give 1 or more")
         require(isinstance(self.coupled, bool), "coupled", self.coupled, "give True or False")
+        drawn = self.redraw is None or isinstance(self.redraw, Redraw)
+        require(drawn, "redraw", self.redraw, "give an apts_mpi.problems.Redraw, or None")
         require(_is_metrics(self.metrics), "metrics", self.metrics, "map names to functions of (network)")
         for name in ("prepare", "collate_fn"):
             value = getattr(self, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,15 +73,20 @@ class Batches:
         first, second = (half if isinstance(part, Half) else part for half, part in own)
         return (first, second), None
 
-    def positions(self) -> list[Position]:
+    def metadata(self) -> dict[str, Any]:
         """Where the reading of each rank is, of data sets that say so. Collective."""
-        own = [] if self._ahead is None else list(self._ahead.source.positions)
-        return [each for positions in self._comm.collect(own) for each in positions]
+        own = [] if self._ahead is None else [each._asdict() for each in self._ahead.source.positions]
+        found = [each for positions in self._comm.collect(own) for each in positions]
+        return {"data": found} if found else {}
 
-    def go_on(self, positions: Sequence[Position]) -> None:
-        """Read on from there where that is before what is needed."""
+    def go_on(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Read on from where a checkpoint says that the ranks were, where that is before what is needed."""
         if self._ahead is not None:
-            self._ahead.source.go_on(positions)
+            self._ahead.source.go_on([Position(**each) for each in saved])
+
+    def replace(self, train: Data) -> None:
+        """Have other samples, as many, in the places of these."""
+        self.train = to_device(train, device_of(self.train[0]))
 
     def _begin(self, epoch: int) -> None:
         """Know the batches of an epoch."""

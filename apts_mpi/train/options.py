@@ -102,8 +102,14 @@ class TrainingOptions:
         none.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
+    resample
+        Draw the points of a physics-informed problem, or other samples that a problem can draw, anew after that many
+        iterations, and so on. null: never.
+    resample_by
+        ``uniform``: as the problem draws them. ``residual``: of ten times as many candidates those whose residual is
+        large are taken more often, in proportion to 1 plus its share of the mean (Wu et al., arXiv 2207.10289).
     seed
-        Seed of the initial network, of the order of the samples and of dropout.
+        Seed of the initial network, of the points that are drawn anew, of the order of the samples and of dropout.
     dtype
         Of the network and its inputs.
     autocast
@@ -198,6 +204,8 @@ class TrainingOptions:
     relative_gradient_tolerance: float | None = None
     average: float | None = None
     batch_size: int | None = None
+    resample: int | None = None
+    resample_by: Literal["uniform", "residual"] = "uniform"
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
@@ -235,7 +243,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         require_fields(self)
-        for name in ("train_samples", "epochs", "max_iterations", "batch_size", "patience"):
+        for name in ("train_samples", "epochs", "max_iterations", "batch_size", "resample", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         for name in ("max_seconds", "max_cpu_seconds"):
@@ -244,6 +252,8 @@ class TrainingOptions:
         for name in ("problem_args", "network_args"):
             for each in getattr(self, name):
                 require(re.match(r"[A-Za-z_]\w*=", each) is not None, name, each, "give NAME=VALUE")
+        drawn = self.resample is not None or self.resample_by == "uniform"
+        require(drawn, "resample_by", self.resample_by, "give --resample with a number of iterations, too")
         self._check_end()
         both = self.autocast == "none" or self.dtype == "float32"
         require(both, "autocast", self.autocast, f"with dtype {self.dtype} choose none, or --dtype float32")

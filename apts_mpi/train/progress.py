@@ -103,6 +103,7 @@ _METADATA = record(
     {
         **{"configuration": text, "versions": mapping()},
         **{"data": _POSITIONS, "average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
+        "resampling": record({"number": whole(1), "checksum": whole()}),
     },
 )
 

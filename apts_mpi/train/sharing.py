@@ -54,7 +54,7 @@ def check_same_problem(problem: Problem, there: Wanted, comm: Communicator) -> N
     remedy = "all ranks need the same: seed what is random, and let nothing depend on the rank"
     names = ("name", "batch_size", "epochs", "accuracy", "group_size", "coupled")
     shared = {name: [repr(getattr(problem, name))] for name in names}
-    given = [name for name in ("test", "forward") if getattr(problem, name) is not None]
+    given = [name for name in ("test", "forward", "redraw") if getattr(problem, name) is not None]
     shared |= {"set of parts": given, "list of metrics": list(problem.metrics)}
     lazy = {name: data for name, data in (("train", problem.train), ("test", problem.test)) if _is_read(data)}
     shared |= {f"number of {name} samples": [str(len(data[0]))] for name, data in lazy.items()}

@@ -11,7 +11,6 @@ import torch
 
 from apts_mpi.apts import APTS
 from apts_mpi.checkpoint import Array, Checkpoint
-from apts_mpi.data.source import Position
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
@@ -25,10 +24,11 @@ from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.ending import Ending
 from apts_mpi.train.identity import check_identity, identity
-from apts_mpi.train.metrics import Metrics, Outputs
+from apts_mpi.train.metrics import Data, Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps
 from apts_mpi.train.rejection import Rejections
+from apts_mpi.train.resampling import Resampling
 from apts_mpi.train.stopping import Reason, Stopping
 
 # A rejected batch is tried again in a smaller ball that often, then the next batch has its turn.
@@ -101,7 +101,8 @@ class Training:
         self.solver = method.solver
         self.comm: Communicator = self.solver.comm
         self._data = Batches(problem, options, device, self.comm)
-        self.train, self.samples, self.batch_size = self._data.train, self._data.samples, self._data.size
+        self.samples, self.batch_size = self._data.samples, self._data.size
+        self._resampling = Resampling(problem, options, self.comm)
         self.progress = Progress()
         self._check_batch()
         average = options.average
@@ -140,6 +141,11 @@ class Training:
     def events(self) -> Events:
         """Of the solver."""
         return self.solver.events
+
+    @property
+    def train(self) -> Data:
+        """Inputs and targets of the training samples as they are now."""
+        return self._data.train
 
     @property
     def batches(self) -> int:
@@ -208,12 +214,13 @@ class Training:
     def _step(self) -> StepResult | BaselineResult:
         """One iteration; with APTS the batch of the one before where that was rejected, or where all are one batch."""
         with self.solver.events.timed("data"):
+            anew = self._resampling.renew(self._data, self.progress)
             batch, rows = self._data.batch(self.progress.epoch, self.progress.batch)
         steps = share_of_steps(self.progress, self.epochs, self.batches)
         share = max(steps, self._ending.time_share)
         if isinstance(self.solver, DataParallel):
             return self.solver.step(batch, rows, share)
-        known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0)
+        known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0 and not anew)
         if known and self._resumed:
             self.solver.repeat(batch, rows)
         self._resumed = False
@@ -262,8 +269,8 @@ class Training:
         arrays, solver = self.solver.save()
         run = identity(self.problem, self.options, self.batch_size)
         metadata: dict[str, Any] = {"solver": solver, "progress": asdict(self.progress), "run": run}
-        if positions := self._data.positions():
-            metadata["data"] = [each._asdict() for each in positions]
+        metadata |= self._resampling.metadata() | self._data.metadata()
+        arrays = [*arrays, *self._resampling.arrays()]
         if self.stopping.is_asked:
             metadata["stopping"] = asdict(self.stopping.state)
         if self.average is not None:
@@ -291,9 +298,10 @@ class Training:
             check_progress(saved["progress"], self.batches, RETRIES, checkpoint)
             if self.average is not None and "average" in saved:
                 self.average.check(checkpoint)
+        self._resampling.load(checkpoint, self._data)
         notices = self.solver.load(checkpoint, checkpoint.metadata["solver"])
         averaged = restore_average(self.average, checkpoint, saved.get("average"))
-        self._data.go_on([Position(**each) for each in saved.get("data", [])])
+        self._data.go_on(saved.get("data", []))
         self.progress, self._resumed = saved["progress"], True
         return [*notices, *averaged, *self.stopping.restore(saved.get("stopping"))]
 

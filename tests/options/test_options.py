@@ -105,6 +105,8 @@ BAD_VALUES = [
     (TrainingOptions, {"max_iterations": 0}, "max_iterations: 0"),
     (TrainingOptions, {"max_seconds": 0.0}, "max_seconds: 0.0"),
     (TrainingOptions, {"max_cpu_seconds": 0.0}, "max_cpu_seconds: 0.0"),
+    (TrainingOptions, {"resample": 0}, "resample: 0 .* give 1 or more, or null"),
+    (TrainingOptions, {"resample_by": "residual"}, "resample_by: 'residual' .* give --resample"),
     (TrainingOptions, {"batch_size": -3}, "batch_size: -3"),
     (TrainingOptions, {"train_samples": 0}, "train_samples: 0"),
     (TrainingOptions, {"dtype": "float16"}, "dtype: 'float16' .* choose one of float32, float64"),

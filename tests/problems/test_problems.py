@@ -21,6 +21,12 @@ SELF_CONTAINED = (
     "poisson-3d",
     "burgers",
     "allen-cahn",
+    "helmholtz-2d",
+    "wave",
+    "advection",
+    "gray-scott",
+    "lid-driven-cavity",
+    "inverse-diffusion",
     "deeponet-sine",
 )
 
