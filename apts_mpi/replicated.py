@@ -23,6 +23,7 @@ from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.mean_loss import MeanLoss
+from apts_mpi.objective.memory import MicroBatches
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
@@ -89,6 +90,7 @@ class Replicated:
             recorded=recorded,
             comm=self.comm,
         )
+        self.micro_batches = MicroBatches(options, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
@@ -129,6 +131,7 @@ class Replicated:
             stream=stream,
             least=samples_of_pass(self.network),
             group=self.options.group,
+            most=self.micro_batches.most,
         )
         if self.options.batch == "whole":
             given = zip(("inputs", "targets"), batch.samples, strict=True)
@@ -141,6 +144,7 @@ class Replicated:
         if doubted or not self._loss_is_checked:
             check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
             self._loss_is_checked = True
+        self.micro_batches.fit(batch, self.objective)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""
@@ -159,7 +163,10 @@ class Replicated:
         schwarz, own = self.schwarz, self.decomposition
         solvers, device = schwarz.solvers, schwarz.correction.device
         local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
+        parts = {
+            **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
+            "micro_batches": self.micro_batches,
+        }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

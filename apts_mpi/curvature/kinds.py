@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from apts_mpi.curvature.dense import gram
 from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_factor, damped_reciprocal
+from apts_mpi.curvature.patches import Convolution, patches
 from apts_mpi.curvature.signed import signed_factors
 from apts_mpi.network.recorder import UNCALLED
 
@@ -28,7 +29,6 @@ LARGEST_SIDE = 5120
 # Rows of patches of a convolution, in all and for each column: with more, its factor changes by a few hundredths alone.
 PATCHES, PATCHES_A_COLUMN = 16384, 32
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 Normalisation = (
     nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | InstanceNorm
@@ -71,36 +71,45 @@ class KroneckerFactors:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.means(self.sums(batch), batch.samples)
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
         none = self._weight.detach().new_empty(0, self._rows)
         gradients = torch.cat([none, *(self._rows_of(record.gradient) for record in records)])
         count = len(gradients)
-        share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(count, 1))
+        share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(batch.of_all(count)[0], 1))
         activations = torch.cat(
-            [none.new_empty(0, self._columns), *(self._activations(record.inputs, share) for record in records)]
+            [none.new_empty(0, self._columns), *(self._activations(record.inputs, share, batch) for record in records)]
         )
+        return [_second_moment(activations), _second_moment(gradients), count]
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        activations, gradients, count = sums
         # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once, and the
         # mean over positions again.
-        return [
-            _second_moment(activations) / batch.samples,
-            _second_moment(gradients) * (batch.samples**2 / max(count, 1)),
-        ]
+        return [activations / samples, gradients * (samples**2 / max(count, 1))]
 
-    def _activations(self, inputs: torch.Tensor, share: float) -> torch.Tensor:
+    def _activations(self, inputs: torch.Tensor, share: float, batch: LayerBatch) -> torch.Tensor:
         """What the weights and the bias of one output are multiplied by, as rows, one a sample and position.
 
-        Of a convolution on a share of the samples, evenly spread, whose rows are longer for it.
+        Of a convolution on a share of all samples, evenly spread, whose rows are longer for it.
         """
         module = self._module
         if not isinstance(module, Convolution):
             rows, scale = inputs.reshape(-1, inputs.shape[-1]), 1.0
         else:
             samples = _batched(inputs, self._weight.dim())
-            kept = max(1, int(share * len(samples)))
-            chosen = torch.arange(kept, device=inputs.device) * len(samples) // kept
-            rows = _patches(samples if kept >= len(samples) else samples[chosen], module)
-            scale = (len(samples) / kept) ** 0.5
+            total, before = batch.of_all(len(samples))
+            kept = max(1, int(share * total))
+            # Those of all that are among these: number * total // kept lies from ``before`` on.
+            first, last = (-(-edge * kept // max(total, 1)) for edge in (before, before + len(samples)))
+            chosen = torch.arange(first, last, device=inputs.device) * total // kept - before
+            rows = patches(samples if kept >= total else samples[chosen], module)
+            scale = (total / kept) ** 0.5
         if self._has_bias:
             rows = functional.pad(rows, (0, 1), value=1.0)
         return rows if scale <= 1.0 else rows * scale
@@ -163,6 +172,10 @@ class EmbeddingFactors:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.means(self.sums(batch), batch.samples)
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
         weights, records = self._module.weight.detach(), batch.reached
         none = torch.empty(0, dtype=torch.long, device=weights.device)
         tokens = torch.cat([none, *(record.inputs.flatten() for record in records)])
@@ -171,7 +184,12 @@ class EmbeddingFactors:
         if self._module.padding_idx is not None:
             counts[self._module.padding_idx] = 0.0
             gradients = gradients * (tokens != self._module.padding_idx)[:, None]
-        return [counts / batch.samples, _second_moment(gradients) * (batch.samples**2 / counts.sum().clamp_min(1.0))]
+        return [counts, _second_moment(gradients), counts.sum()]
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        counts, gradients, counted = sums
+        return [counts / samples, gradients * (samples**2 / counted.clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
@@ -211,13 +229,21 @@ class NormalisationDiagonal:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.means(self.sums(batch), batch.samples)
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
         total = torch.cat([torch.zeros_like(value).flatten() for value in self._module.parameters()])
         for record in batch.reached:
             inputs, gradient = (_batched(part, self._dimensions) for part in (record.inputs, record.gradient))
             of_weight, of_bias = gradient * self._normalise(inputs), gradient
             parts = [of_weight, of_bias] if self._has_bias else [of_weight]
             total += torch.cat([self._per_sample(part).square().sum(dim=0) for part in parts])
-        return [total * batch.samples]
+        return [total]
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        return [sums[0] * samples]
 
     def _normalise(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the scale is multiplied by."""
@@ -308,15 +334,6 @@ def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> Non
         torch.mul(factor[:, None], matrix, out=out)
 
 
-def _patches(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
-    """What a convolution multiplies its weights by, as rows, one a sample and position."""
-    patches = _padded(inputs, module)
-    places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    for dimension, (size, stride, dilation) in enumerate(places, start=2):
-        patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
-
-
 def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
     """With a first dimension, if it is that of a sample that came alone."""
     return tensor[None] if tensor.dim() < dimensions else tensor
@@ -327,16 +344,3 @@ def _dimensions(module: Normalisation) -> int:
     if isinstance(module, InstanceNorm):
         return 3 + get_args(InstanceNorm).index(type(module))
     return 1 + module.weight.dim()
-
-
-def _padded(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
-    """The inputs with the margins that the convolution adds."""
-    if module.padding == "same":
-        totals = [dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
-        margins = [(total // 2, total - total // 2) for total in totals]
-    else:
-        margins = [] if module.padding == "valid" else [(int(margin), int(margin)) for margin in module.padding]
-    if not any(map(any, margins)):
-        return inputs
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(inputs, [side for pair in reversed(margins) for side in pair], mode=mode)

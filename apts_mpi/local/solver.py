@@ -11,6 +11,8 @@ import torch
 
 from apts_mpi.curvature.layer import Curvature
 from apts_mpi.local.objective import LocalObjective
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.objective.passes import Sums
 from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.schema import Check, allow, record
@@ -192,6 +194,13 @@ class LocalSolver(ABC):
     def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
         """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
         return []
+
+    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums | None:
+        """What takes the place of ``records``, of calls on a part of the samples; None: they are kept, of all samples.
+
+        `apts_mpi.local.LocalObjective.sums` then has the sums of the parts, and ``records`` are empty.
+        """
+        return None
 
     def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
         """Take in what `measure` returned."""

@@ -135,6 +135,7 @@ def cut_batch(
     stream: tuple[int, ...],
     least: int,
     group: int | None = 1,
+    most: int | None = None,
 ) -> Batch:
     """Cut a batch into the passes of a rank that has the whole network. Collective.
 
@@ -157,6 +158,8 @@ def cut_batch(
         Samples that a pass needs, see `samples_of_pass`.
     group
         Number of consecutive samples that belong together; None: all, which then every rank has.
+    most
+        Samples that the network is run over at a time, at most; None: all of a pass.
 
     Raises
     ------
@@ -177,6 +180,7 @@ def cut_batch(
             check_rows(rows, count_samples(inputs))
         count = count_samples(inputs) if rows is None else len(rows)
         check_groups(count, group)
+        check_micro_batches(most, least, group)
         size = group or max(count, 1)
         if whole:
             ranges = teams.shards(comm.rank, count // size, local_data) if group else [(0, 1)]
@@ -208,6 +212,7 @@ def cut_batch(
                 position=start - first if whole else 0,
                 shard_size=last - first if whole else stop - start,
                 group=size,
+                most=most,
             )
         )
     shares = [part.weight for part in passes] if shared else team_shares(passes, team)
@@ -219,6 +224,15 @@ def check_groups(count: int, group: int | None) -> None:
     if group is not None and count % group:
         raise InvalidInput(
             f"batch_size: {count} samples are no whole number of groups of {group} (group_size); give a multiple of it"
+        )
+
+
+def check_micro_batches(most: int | None, least: int, group: int | None) -> None:
+    """Raise `InvalidInput` where parts of at most ``most`` samples, as even as may be, may have less than ``least``."""
+    if most is not None and group == 1 and most < 2 * least - 1:
+        raise InvalidInput(
+            f"micro_batch_size: {most} may leave single samples, of which batch normalisation takes no statistics; "
+            f"give {2 * least - 1} or more"
         )
 
 

@@ -17,9 +17,10 @@ from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain, multiplicity
+from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache, Pass
+from apts_mpi.objective.passes import Cache, Pass, Sums
 from apts_mpi.options import APTSOptions, GlobalStepOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
@@ -89,6 +90,8 @@ class AdditiveSchwarz:
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
+        if self._kind.whole_layers:
+            objective.summaries = self
         self._make_rows = make_rows
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
@@ -150,6 +153,7 @@ class AdditiveSchwarz:
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
         local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
         self._mirror.tensor.zero_()
+        caches = self._fresh(batch, caches)
         self.open_rows(caches)
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
@@ -167,6 +171,29 @@ class AdditiveSchwarz:
                         self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
+
+    def _fresh(self, batch: Batch, caches: Sequence[Sequence[Cache]]) -> Sequence[Sequence[Cache]]:
+        """The caches, of micro-batches anew the second time: sums of the layers are for one solve. Collective."""
+        # The same on all ranks, whichever of them have more than one micro-batch.
+        if self._kind.whole_layers and caches[0][0].is_used and batch.passes[0].most is not None:
+            caches = self._objective.evaluate(batch.passes).caches
+        caches[0][0].is_used = True
+        return caches
+
+    @property
+    def is_due(self) -> bool:
+        """See `apts_mpi.objective.passes.Summaries`."""
+        return next(iter(self._measuring.values())).is_due
+
+    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums | None:
+        """See `apts_mpi.objective.passes.Summaries`."""
+        found: Sums = {}
+        for subdomain in whole.subdomains:
+            sums = self._measuring[subdomain.index].sums(records, whole.samples, (first, last))
+            if sums is None:
+                return None
+            found |= sums
+        return found
 
     @property
     def _is_measuring(self) -> bool:

@@ -114,8 +114,8 @@ class TangentCurvature:
         share = share_of_samples(self._samples, batch, self._objective.outputs_of_sample)
         for part in batch.passes:
             thinned = part.thinned(share)
-            if thinned is not None:
-                curvature += thinned.weight * self._linearisation.reduced(thinned, columns)
+            for piece in [] if thinned is None else thinned.micro_batches():
+                curvature += piece.weight * self._linearisation.reduced(piece, columns)
         return curvature
 
 

@@ -236,7 +236,10 @@ class Staged:
         solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
         name, device = schwarz.local_solver, schwarz.correction.device
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
-        parts = {"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step}
+        parts = {
+            **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
+            "micro_batches": None,
+        }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
     def describe(self) -> str:

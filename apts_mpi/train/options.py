@@ -99,6 +99,8 @@ class TrainingOptions:
         none.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
+    micro_batch_size
+        Samples that a rank runs the network over at a time, at most; ``auto``: as many as there is memory for.
     seed
         Seed of the initial network, of the order of the samples and of dropout.
     dtype
@@ -191,6 +193,7 @@ class TrainingOptions:
     relative_gradient_tolerance: float | None = None
     average: float | None = None
     batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] = "auto"
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"

@@ -1,0 +1,63 @@
+"""What is kept of the micro-batches of a pass of which no more than one graph is there at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from apts_mpi.network.partition import Subdomain
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.objective.passes import Cache, Pass, Sums
+
+
+@dataclass
+class Gathered:
+    """What micro-batches leave of themselves, put together for their pass.
+
+    Attributes
+    ----------
+    whole : Pass
+        The pass.
+    caches : list of list of Cache
+        Of each micro-batch so far, one a subdomain.
+    records : list of LayerRecord
+        Calls of recorded layers, where they are kept.
+    sums : dict of nn.Module to list, or None
+        In their place what `apts_mpi.objective.passes.Summaries` makes of them, added up.
+    """
+
+    whole: Pass
+    caches: list[list[Cache]] = field(default_factory=list)
+    records: list[LayerRecord] = field(default_factory=list)
+    sums: Sums | None = None
+
+    def add(self, sums: Sums) -> None:
+        """Add sums of a micro-batch."""
+        total = {} if self.sums is None else self.sums
+        for module, more in sums.items():
+            before = total.get(module)
+            total[module] = more if before is None else [old + new for old, new in zip(before, more, strict=True)]
+        self.sums = total
+
+    def merged(self, gradients: Sequence[torch.Tensor]) -> list[Cache]:
+        """The caches of the pass, one a subdomain.
+
+        ``gradients`` has those of the pass's loss with respect to each; none where local solvers do not evaluate.
+        """
+        found = []
+        for number, subdomain in enumerate(self.whole.subdomains):
+            pieces = [caches[number] for caches in self.caches]
+            cache = Cache(subdomain, None, self.whole.stream, self.whole.targets)
+            cache.value = torch.stack([piece.value for piece in pieces]).sum()
+            cache.gradient = gradients[number] if gradients else None
+            cache.records, cache.sums = self.records, self.sums
+            cache.micro_batches, cache.is_recomputed = pieces, True
+            found.append(cache)
+        return found
+
+
+def light_cache(piece: Pass, subdomain: Subdomain) -> Cache:
+    """A cache that holds no activations: the local objective runs from the samples to the true loss."""
+    return Cache(replace(subdomain, first_segment=0), piece.inputs, piece.stream, piece.targets)
