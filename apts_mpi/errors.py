@@ -60,6 +60,20 @@ def named_failures(words: str, remedy: str) -> Iterator[None]:
         raise InvalidInput(f"{words}, which failed ({reason}); {remedy}") from error
 
 
+def name_remedy(error: BaseException) -> None:
+    """Add to an error for lack of memory, torch's or Python's, which option takes less."""
+    cause: BaseException | None = error
+    while cause is not None:
+        host = isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause)
+        if host or isinstance(cause, torch.OutOfMemoryError | MemoryError):
+            error.add_note(
+                "micro_batch_size: there is no memory for as many samples at a time; give a smaller one, such as 64 "
+                "(--micro-batch-size 64)"
+            )
+            return
+        cause = cause.__cause__
+
+
 def shown(value: object) -> str:
     """A value as messages show it: on one line, and of a long one the beginning."""
     try:

@@ -90,7 +90,7 @@ class Replicated:
             recorded=recorded,
             comm=self.comm,
         )
-        self.micro_batches = MicroBatches(options, self.comm)
+        self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
@@ -119,6 +119,11 @@ class Replicated:
         teams = self.decomposition.teams
         least = samples_of_groups(samples_of_pass(self.network), self.options.group)
         return least if self.options.coupled else least * teams.smallest_batch(self.options.schwarz.local_data)
+
+    @property
+    def most(self) -> int | None:
+        """See `apts_mpi.holding.Holding`."""
+        return self.micro_batches.most
 
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""

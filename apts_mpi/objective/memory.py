@@ -13,12 +13,11 @@ import torch
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
-from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import host
 from apts_mpi.tools.memory import free_memory
 from apts_mpi.tools.schema import Check, record, whole
-from apts_mpi.tools.trees import tensors_of, take
+from apts_mpi.tools.trees import take, tensors_of
 
 # Samples whose graph is measured.
 FEW = 8
@@ -33,8 +32,10 @@ class MicroBatches:
 
     Parameters
     ----------
-    options
-        The size, or ``auto``: then a batch for which the memory does not do decides it, for good.
+    most
+        The size; None for ``auto``: then a batch for which the memory does not do decides it, for good.
+    group
+        Number of consecutive samples that belong together; None: all, which are never divided.
     comm
         The ranks.
 
@@ -44,9 +45,9 @@ class MicroBatches:
         Samples of a micro-batch, at most; None: all that a rank has.
     """
 
-    def __init__(self, options: APTSOptions, comm: Communicator) -> None:
-        self.most = options.most
-        self._is_open = options.most is None and not options.coupled
+    def __init__(self, most: int | None, group: int | None, comm: Communicator) -> None:
+        self.most = most
+        self._is_open = most is None and group is not None
         self._is_decided = False
         self._comm = comm
         self._largest = 0

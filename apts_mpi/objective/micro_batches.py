@@ -50,7 +50,7 @@ class Gathered:
         for number, subdomain in enumerate(self.whole.subdomains):
             pieces = [caches[number] for caches in self.caches]
             cache = Cache(subdomain, None, self.whole.stream, self.whole.targets)
-            cache.value = torch.stack([piece.value for piece in pieces]).sum()
+            cache.value = torch.stack([piece.value for piece in pieces if piece.value is not None]).sum()
             cache.gradient = gradients[number] if gradients else None
             cache.records, cache.sums = self.records, self.sums
             cache.micro_batches, cache.is_recomputed = pieces, True

@@ -131,7 +131,9 @@ class APTSOptions:
         if isinstance(size, str):
             require(size == "auto", name, size, "give 1 or more, or auto")
             return
-        require(isinstance(size, int) and not isinstance(size, bool) and size >= 1, name, size, "give 1 or more, or auto")
+        require(
+            isinstance(size, int) and not isinstance(size, bool) and size >= 1, name, size, "give 1 or more, or auto"
+        )
         require(not self.coupled, name, size, "with coupled all samples belong together; choose auto")
         whole = size >= self.group_size
         require(whole, name, size, f"groups of {self.group_size} samples (group_size) are not divided; give as many")

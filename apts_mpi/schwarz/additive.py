@@ -12,15 +12,15 @@ from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.curvature.products import Product
 from apts_mpi.curvature.rows import GaussNewtonRows
+from apts_mpi.local.layer_sums import LayerSums
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain, multiplicity
-from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache, Pass, Sums
+from apts_mpi.objective.passes import Cache, Pass
 from apts_mpi.options import APTSOptions, GlobalStepOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
@@ -91,7 +91,7 @@ class AdditiveSchwarz:
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
         if self._kind.whole_layers:
-            objective.summaries = self
+            objective.summaries = LayerSums(self._measuring)
         self._make_rows = make_rows
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
@@ -179,21 +179,6 @@ class AdditiveSchwarz:
             caches = self._objective.evaluate(batch.passes).caches
         caches[0][0].is_used = True
         return caches
-
-    @property
-    def is_due(self) -> bool:
-        """See `apts_mpi.objective.passes.Summaries`."""
-        return next(iter(self._measuring.values())).is_due
-
-    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums | None:
-        """See `apts_mpi.objective.passes.Summaries`."""
-        found: Sums = {}
-        for subdomain in whole.subdomains:
-            sums = self._measuring[subdomain.index].sums(records, whole.samples, (first, last))
-            if sums is None:
-                return None
-            found |= sums
-        return found
 
     @property
     def _is_measuring(self) -> bool:

@@ -44,6 +44,8 @@ class BaselineOptions:
         See `apts_mpi.APTSOptions`.
     group
         Number of consecutive samples that the loss takes together; None: all.
+    most
+        Samples that a rank runs the network over at a time, at most; None: as many as there is memory for.
     """
 
     optimizer: str
@@ -51,6 +53,7 @@ class BaselineOptions:
     seed: int = 0
     autocast: Literal["none", "bfloat16"] = "none"
     group: int | None = 1
+    most: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
