@@ -78,12 +78,11 @@ class KroneckerFactors:
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
         none = self._weight.detach().new_empty(0, self._rows)
-        gradients = torch.cat([none, *(self._rows_of(record.gradient) for record in records)])
+        gradients = _joined([self._rows_of(record.gradient) for record in records], none)
         count = len(gradients)
         share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(batch.of_all(count)[0], 1))
-        activations = torch.cat(
-            [none.new_empty(0, self._columns), *(self._activations(record.inputs, share, batch) for record in records)]
-        )
+        found = [self._activations(record.inputs, share, batch) for record in records]
+        activations = _joined(found, none.new_empty(0, self._columns))
         return [_second_moment(activations), _second_moment(gradients), count]
 
     def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
@@ -319,6 +318,11 @@ def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
 def _shape(side: int) -> tuple[int, ...]:
     """Of the factor of a side of so many."""
     return (side,) if side > LARGEST_SIDE else (side, side)
+
+
+def _joined(rows: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
+    """All rows, without a copy of those of a layer that was called once; ``none`` without any."""
+    return rows[0] if len(rows) == 1 else torch.cat([none, *rows])
 
 
 def _second_moment(rows: torch.Tensor) -> torch.Tensor:

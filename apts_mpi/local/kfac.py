@@ -40,6 +40,7 @@ class KFAC(LocalSolver):
     """
 
     whole_layers = True
+    takes_sums = True
     local_data = "shared"
     preconditions = True
     damping = 0.3
@@ -159,7 +160,7 @@ class KFAC(LocalSolver):
         self._sum_over_team(fresh)
         return fresh
 
-    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums | None:
+    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums:
         """See `apts_mpi.local.LocalSolver`; of the layers that the loss depends on."""
         found: Sums = {}
         for curvature, module, _ in self.layers:

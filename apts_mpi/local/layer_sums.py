@@ -26,12 +26,9 @@ class LayerSums:
         """See `apts_mpi.objective.passes.Summaries`; the same for all solvers."""
         return next(iter(self._solvers.values())).is_due
 
-    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums | None:
+    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums:
         """See `apts_mpi.objective.passes.Summaries`."""
         found: Sums = {}
         for subdomain in whole.subdomains:
-            sums = self._solvers[subdomain.index].sums(records, whole.samples, (first, last))
-            if sums is None:
-                return None
-            found |= sums
+            found |= self._solvers[subdomain.index].sums(records, whole.samples, (first, last))
         return found

@@ -147,6 +147,8 @@ class LocalSolver(ABC):
         uses these rows as well.
     divisible : bool
         Whether its state can be given to other subdomains than those that it was saved of.
+    takes_sums : bool
+        Whether ``LocalObjective.sums`` of `sums` may take the place of the records, which then need not be kept.
     preconditions : bool
         Whether `direction` knows the curvature.
     damping, quadratic_damping : float or None
@@ -162,6 +164,7 @@ class LocalSolver(ABC):
     whole_layers: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
+    takes_sums: ClassVar[bool] = False
     preconditions: ClassVar[bool] = False
     damping: ClassVar[float | None] = None
     quadratic_damping: ClassVar[float | None] = None
@@ -195,12 +198,9 @@ class LocalSolver(ABC):
         """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
         return []
 
-    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums | None:
-        """What takes the place of ``records``, of calls on a part of the samples; None: they are kept, of all samples.
-
-        `apts_mpi.local.LocalObjective.sums` then has the sums of the parts, and ``records`` are empty.
-        """
-        return None
+    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums:
+        """What of ``records`` adds up, of calls on a part of the samples of this rank; where ``takes_sums``."""
+        return {}
 
     def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
         """Take in what `measure` returned."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +11,7 @@ import torch
 
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord
-from apts_mpi.objective.passes import Cache, Pass, Sums
+from apts_mpi.objective.passes import Cache, Pass, Summaries, Sums
 
 
 @dataclass
@@ -33,10 +35,32 @@ class Gathered:
     records: list[LayerRecord] = field(default_factory=list)
     sums: Sums | None = None
 
-    def add(self, sums: Sums) -> None:
-        """Add sums of a micro-batch."""
+    def received(
+        self, piece: Pass, records: Sequence[LayerRecord], summaries: Summaries | None
+    ) -> Sequence[LayerRecord]:
+        """Have layers that were called once summed up as soon as they have their gradients; returns the other calls."""
+        if summaries is None:
+            return records
+        calls = Counter(record.module for record in records)
+        for record in records:
+            if calls[record.module] == 1:
+                record.ready = functools.partial(self._sum_up, piece, summaries)
+        return [record for record in records if record.ready is None]
+
+    def _sum_up(self, piece: Pass, summaries: Summaries, record: LayerRecord) -> None:
+        self.take(piece, [record], summaries)
+        record.inputs = record.gradient = None
+
+    def take(self, piece: Pass, records: Sequence[LayerRecord], summaries: Summaries | None) -> None:
+        """Keep calls on a micro-batch that have their gradients, or add what ``summaries`` makes of them."""
+        for record in records:
+            record.complete(self.whole.weight)
+        if summaries is None:
+            self.records += records
+            return
+        first = piece.position - self.whole.position
         total = {} if self.sums is None else self.sums
-        for module, more in sums.items():
+        for module, more in summaries.sums(records, self.whole, first, first + piece.samples).items():
             before = total.get(module)
             total[module] = more if before is None else [old + new for old, new in zip(before, more, strict=True)]
         self.sums = total

@@ -286,24 +286,16 @@ class Objective:
         with preserved_random_state(self._device), torch.enable_grad(), noted, recording as records:
             term, caches = self._run_pass(piece, kept)
             loss = self.loss.mean(term)
+        records = gathered.received(piece, records, self.summaries)
         with self.buffers.copied(), self.reduction.listening() if self.reduction.is_begun else nullcontext():
             (loss * piece.weight).backward()
         self.events.count_work(piece.samples, 1.0, FORWARD + BACKWARD)
-        whole = gathered.whole
-        share = piece.weight / whole.weight
-        for record in records:
-            record.complete(whole.weight)
+        gathered.take(piece, records, self.summaries if is_recorded else None)
         if not kept:
             caches = [light_cache(piece, subdomain) for subdomain in piece.subdomains]
+        whole = gathered.whole
         for cache in caches:
-            self._complete(cache, loss.detach() * share, whole.weight)
-            cache.share = share
+            cache.share = piece.weight / whole.weight
+            self._complete(cache, loss.detach() * cache.share, whole.weight)
         gathered.caches.append(caches)
-        first, sums = piece.position - whole.position, None
-        if self.summaries is not None and is_recorded:
-            sums = self.summaries.sums(records, whole, first, first + piece.samples)
-        if sums is None:
-            gathered.records += records
-        else:
-            gathered.add(sums)
         return term._replace(value=term.value.detach())

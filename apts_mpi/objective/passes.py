@@ -174,11 +174,8 @@ class Summaries(Protocol):
     def is_due(self) -> bool:
         """Whether sums are wanted at the present point."""
 
-    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums | None:
-        """Of calls on samples ``first`` to ``last`` of the whole pass, their gradients those of its mean loss.
-
-        None where the calls are to be kept.
-        """
+    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums:
+        """Of calls on samples ``first`` to ``last`` of the whole pass, their gradients those of its mean loss."""
 
 
 @dataclass

@@ -90,7 +90,7 @@ class AdditiveSchwarz:
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
-        if self._kind.whole_layers:
+        if self._kind.takes_sums:
             objective.summaries = LayerSums(self._measuring)
         self._make_rows = make_rows
         self._largest_batch = 0
@@ -153,8 +153,7 @@ class AdditiveSchwarz:
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
         local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
         self._mirror.tensor.zero_()
-        caches = self._fresh(batch, caches)
-        self.open_rows(caches)
+        self.open_rows(caches := self._fresh(batch, caches))
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
         tried = batch.size <= self._largest_batch
@@ -174,8 +173,7 @@ class AdditiveSchwarz:
 
     def _fresh(self, batch: Batch, caches: Sequence[Sequence[Cache]]) -> Sequence[Sequence[Cache]]:
         """The caches, of micro-batches anew the second time: sums of the layers are for one solve. Collective."""
-        # The same on all ranks, whichever of them have more than one micro-batch.
-        if self._kind.whole_layers and caches[0][0].is_used and batch.passes[0].most is not None:
+        if self._kind.takes_sums and caches[0][0].is_used and batch.passes[0].most is not None:
             caches = self._objective.evaluate(batch.passes).caches
         caches[0][0].is_used = True
         return caches

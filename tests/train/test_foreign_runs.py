@@ -327,7 +327,8 @@ def test_which_options_are_the_calls():
     assert {name for name in of_the_run if "." not in name} == {
         "problem", "problem_args", "network", "network_args", "loss",
         "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "max_cpu_seconds",
-        "batch_size", "micro_batch_size", "seed", "dtype", "autocast", "optimizer", "learning_rate", "layout", "subdomains", "replicas",
+        "batch_size", "micro_batch_size", "seed", "dtype", "autocast", "optimizer", "learning_rate",
+        "layout", "subdomains", "replicas",
         "noise", "stop_on", "patience", "keep_best", "target_loss", "gradient_tolerance",
         "relative_gradient_tolerance", "average",
         "checkpoint_every", "checkpoint_keep_last", "checkpoint_keep_every", "checkpoint_in_background",
