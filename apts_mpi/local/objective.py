@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.curvature.rows import GaussNewtonRows
+from apts_mpi.errors import lacks_memory
 from apts_mpi.network.activations import Bundle, at_point, differentiable, inner_product
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.network.recorder import LayerRecord
@@ -186,9 +187,9 @@ class LocalObjective:
         if self._objective.knows_plain_passes_alone is not True:
             try:
                 return self._derivatives(tensors, weights)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # if for another reason, it comes again
+            except RuntimeError as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 self._objective.knows_plain_passes_alone = True
         self._objective.vector.alias_gradients()
         self._accumulated.zero_()
@@ -275,9 +276,9 @@ class LocalObjective:
                 torch.autograd.backward(value, inputs=self._parameters, retain_graph=before is not None)
                 objective.knows_plain_passes_alone = False
                 return
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # if for another reason, it comes again
+            except RuntimeError as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 if before is None:
                     raise
                 self._accumulated.copy_(before)

@@ -22,9 +22,9 @@ from apts_mpi.tools.trees import take, tensors_of
 # Samples whose graph is measured.
 FEW = 8
 
-# Beside what a graph keeps, its backward pass has gradients of the activations, and layers have records of theirs; and
-# share of the free memory that all of it may take.
-BESIDE, SHARE = 2.0, 0.5
+# Memory of an iteration in units of what a graph keeps, with gradients and tangents of the activations; and share of the
+# free memory that all of it may take.
+BESIDE, SHARE = 4.0, 0.5
 
 
 class MicroBatches:

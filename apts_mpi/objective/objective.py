@@ -23,6 +23,9 @@ from apts_mpi.tools.environment import preserved_random_state, random_state, see
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import map_tensors, take
 
+# Samples on which the work of the segments is measured.
+FEW = 8
+
 
 class Objective:
     """The loss of a batch that is spread over the ranks, as a function of the flat parameters.
@@ -158,7 +161,7 @@ class Objective:
     def _begin(self, passes: Sequence[Pass]) -> None:
         self.buffers.begin()
         with preserved_random_state(self._device), self.replayed():
-            self.segmented.measure(take(passes[0].inputs, slice(8)))
+            self.segmented.measure(take(passes[0].inputs, slice(min(passes[0].most or FEW, FEW))))
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[Term, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.checkpoint import Array, Checkpoint
+from apts_mpi.errors import name_remedy
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
@@ -134,6 +135,13 @@ class DataParallel:
         share
             Of the run that is behind it, the same on every rank: for optimizers that have a schedule.
         """
+        try:
+            return self._step(batch, rows, share)
+        except BaseException as error:
+            name_remedy(error)
+            raise
+
+    def _step(self, batch: Samples, rows: torch.Tensor | None, share: float) -> BaselineResult:
         started = seconds()
         self.events.work = 0.0
         self.iteration += 1
