@@ -22,8 +22,8 @@ from apts_mpi.tools.trees import take, tensors_of
 # Samples whose graph is measured.
 FEW = 8
 
-# Memory of an iteration in units of what a graph keeps, with gradients and tangents of the activations; and share of the
-# free memory that all of it may take.
+# Memory of an iteration in units of what a graph keeps, with gradients and tangents of the activations; and share of
+# the free memory that all of it may take.
 BESIDE, SHARE = 4.0, 0.5
 
 
