@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from apts_mpi.errors import lacks_memory
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.tools.environment import host
+from apts_mpi.tools.environment import host, kept_generators
 from apts_mpi.tools.memory import free_memory
 from apts_mpi.tools.schema import Check, record, whole
 from apts_mpi.tools.trees import take, tensors_of
@@ -110,7 +111,10 @@ def size_for(table: np.ndarray) -> int:
 
 
 def bytes_of_sample(objective: Objective, part: Pass) -> float:
-    """Bytes that a graph of the loss keeps for a sample, as a few samples show. Leaves no trace."""
+    """Bytes that a graph of the loss keeps for a sample, as a few samples show; 0 where torch cannot tell.
+
+    Leaves no trace.
+    """
     count = min(max(FEW // part.group, 1) * part.group, part.samples)
     few = replace(part, inputs=take(part.inputs, slice(count)), targets=take(part.targets, slice(count)))
     kept: dict[int, int] = {}
@@ -122,12 +126,23 @@ def bytes_of_sample(objective: Objective, part: Pass) -> float:
         return tensor
 
     unpack: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
-    # Held until the end: memory that is free again would be counted once for two.
-    with objective.replayed(few.stream), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        outputs, _ = objective.run_segments(few, few.inputs, cached=False)
-        loss = objective.loss(outputs, few.targets)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    try:
+        with (
+            kept_generators(objective.vector.values.device),
+            objective.replayed(few.stream),
+            torch.enable_grad(),
+            hooks,
+        ):
+            outputs, _ = objective.run_segments(few, few.inputs, cached=False)
+            loss = objective.loss(outputs, few.targets)
+    except RuntimeError as error:  # derivatives by torch.func within allow no such hooks
+        if lacks_memory(error):
+            raise
+        return 0.0
     for known in _known(objective, few):
         kept.pop(known.untyped_storage().data_ptr(), None)
+    # Held until here: memory that is free again would be counted once for two.
     del loss
     return sum(kept.values()) / count
 

@@ -304,6 +304,19 @@ def test_the_memory_decides_once_and_the_checkpoint_keeps_it(world, tmp_path, me
     assert again == {"most": size}
 
 
+def slope(made, inputs):
+    """What a network returns and its derivative, by torch.func."""
+    return torch.func.vmap(torch.func.grad(lambda point: made(point).sum()))(inputs).sum(dim=1, keepdim=True)
+
+
+def test_what_torch_cannot_measure_is_taken_whole():
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    solver = APTS(made, F.mse_loss, comm=MPI.COMM_SELF, forward=slope)
+    assert solver.step((torch.randn(20, 3), torch.randn(20, 1))).accepted
+    assert solver.holding.micro_batches.most is None
+
+
 def test_a_note_says_so_once():
     solver = APTS(wide(), F.cross_entropy, comm=MPI.COMM_SELF)
     with Room(ROOM):
