@@ -322,7 +322,7 @@ def _shape(side: int) -> tuple[int, ...]:
 
 def _joined(rows: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
     """All rows, without a copy of those of a layer that was called once; ``none`` without any."""
-    return rows[0] if len(rows) == 1 else torch.cat([none, *rows])
+    return rows[0].to(none.dtype) if len(rows) == 1 else torch.cat([none, *rows])
 
 
 def _second_moment(rows: torch.Tensor) -> torch.Tensor:

@@ -289,11 +289,11 @@ class Objective:
         with preserved_random_state(self._device), torch.enable_grad(), noted, recording as records:
             term, caches = self._run_pass(piece, kept)
             loss = self.loss.mean(term)
-        records = gathered.received(piece, records, self.summaries)
+        several = gathered.received(piece, records, self.summaries)
         with self.buffers.copied(), self.reduction.listening() if self.reduction.is_begun else nullcontext():
             (loss * piece.weight).backward()
         self.events.count_work(piece.samples, 1.0, FORWARD + BACKWARD)
-        gathered.take(piece, records, self.summaries if is_recorded else None)
+        gathered.take(piece, several, self.summaries if is_recorded else None)
         if not kept:
             caches = [light_cache(piece, subdomain) for subdomain in piece.subdomains]
         whole = gathered.whole
