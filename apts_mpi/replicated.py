@@ -136,8 +136,8 @@ class Replicated:
             stream=stream,
             least=samples_of_pass(self.network),
             group=self.options.group,
-            most=self.micro_batches.most,
         )
+        self.micro_batches.cut(batch, samples_of_pass(self.network))
         if self.options.batch == "whole":
             given = zip(("inputs", "targets"), batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if data is not None}, rows)

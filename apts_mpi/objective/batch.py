@@ -135,7 +135,6 @@ def cut_batch(
     stream: tuple[int, ...],
     least: int,
     group: int | None = 1,
-    most: int | None = None,
 ) -> Batch:
     """Cut a batch into the passes of a rank that has the whole network. Collective.
 
@@ -158,8 +157,6 @@ def cut_batch(
         Samples that a pass needs, see `samples_of_pass`.
     group
         Number of consecutive samples that belong together; None: all, which then every rank has.
-    most
-        Samples that the network is run over at a time, at most; None: all of a pass.
 
     Raises
     ------
@@ -180,7 +177,6 @@ def cut_batch(
             check_rows(rows, count_samples(inputs))
         count = count_samples(inputs) if rows is None else len(rows)
         check_groups(count, group)
-        check_micro_batches(most, least, group)
         size = group or max(count, 1)
         if whole:
             ranges = teams.shards(comm.rank, count // size, local_data) if group else [(0, 1)]
@@ -212,7 +208,6 @@ def cut_batch(
                 position=start - first if whole else 0,
                 shard_size=last - first if whole else stop - start,
                 group=size,
-                most=most,
             )
         )
     shares = [part.weight for part in passes] if shared else team_shares(passes, team)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from apts_mpi.errors import lacks_memory
-from apts_mpi.objective.batch import Batch
+from apts_mpi.objective.batch import Batch, check_micro_batches
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.parallel.communicator import Communicator
@@ -54,6 +54,19 @@ class MicroBatches:
         self._largest = 0
         self._bytes = 0.0
         self._sharing = 0
+
+    def cut(self, batch: Batch, least: int) -> None:
+        """Have the passes of a batch in micro-batches of the size that is known. Collective.
+
+        Raises
+        ------
+        InvalidInput
+            On every rank, where one may have less than ``least`` samples.
+        """
+        with self._comm.shared_errors():
+            check_micro_batches(self.most, least, batch.passes[0].group)
+        for part in batch.passes:
+            part.most = self.most
 
     def fit(self, batch: Batch, objective: Objective) -> None:
         """Have the passes of a batch in micro-batches, if the memory does not do for it. Collective."""

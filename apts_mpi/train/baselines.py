@@ -155,8 +155,8 @@ class DataParallel:
                 stream=(self._seed, self.iteration),
                 least=samples_of_pass(self.network),
                 group=self._group,
-                most=self.micro_batches.most,
             )
+            self.micro_batches.cut(cut, samples_of_pass(self.network))
             self.objective.begin(cut.passes)
             if not self._loss_is_checked:
                 check_objective(self.objective, cut, self.comm, True)
