@@ -37,6 +37,25 @@ class StageError(RuntimeError):
     """Something failed in a stage of a pipeline; the message names the stage, the cause is the error itself."""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is one for lack of memory, torch's on any device or Python's."""
+    # On the host torch has no class for it.
+    on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def name_remedy(error: BaseException) -> None:
+    """Add to an error for lack of memory which option takes less."""
+    cause: BaseException | None = error
+    while cause is not None and not lacks_memory(cause):
+        cause = cause.__cause__
+    if cause is not None:
+        error.add_note(
+            "micro_batch_size: there is no memory for as many samples at a time; give a smaller one, such as 64 "
+            "(--micro-batch-size 64)"
+        )
+
+
 @contextmanager
 def named_failures(words: str, remedy: str) -> Iterator[None]:
     """Name what has to be chosen instead, where torch cannot differentiate.
@@ -53,9 +72,9 @@ def named_failures(words: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, NotImplementedError) as error:
+        if lacks_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise InvalidInput(f"{words}, which failed ({reason}); {remedy}") from error
 

@@ -67,6 +67,10 @@ class Holding(Protocol):
     def smallest_batch(self) -> int:
         """Samples that a batch needs."""
 
+    @property
+    def most(self) -> int | None:
+        """Samples that a rank runs the network over at a time, at most; None: all that it has."""
+
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """The batch as this rank sees it, with random numbers keyed by ``stream``. Collective."""
 

@@ -23,6 +23,7 @@ from apts_mpi.network.watch import NetworkWatch
 from apts_mpi.objective.batch import Batch, Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.mean_loss import MeanLoss
+from apts_mpi.objective.memory import MicroBatches
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
@@ -92,6 +93,7 @@ class Replicated:
             comm=self.comm,
         )
         self.plateau = make_plateau(asked_for, options, vector.values)
+        self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, plateau=self.plateau)
         inner, size = self.inner, self.parameters
         self.coarse = make_coarse_level(
@@ -121,6 +123,11 @@ class Replicated:
         least = samples_of_groups(samples_of_pass(self.network), self.options.group)
         return least if self.options.coupled else least * teams.smallest_batch(self.options.schwarz.local_data)
 
+    @property
+    def most(self) -> int | None:
+        """See `apts_mpi.holding.Holding`."""
+        return self.micro_batches.most
+
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
         batch = cut_batch(
@@ -133,6 +140,7 @@ class Replicated:
             least=samples_of_pass(self.network),
             group=self.options.group,
         )
+        self.micro_batches.cut(batch, samples_of_pass(self.network))
         if self.options.batch == "whole":
             given = zip(("inputs", "targets"), batch.samples, strict=True)
             self._batches.look({name: data for name, data in given if data is not None}, rows)
@@ -144,6 +152,7 @@ class Replicated:
         if doubted or not self._loss_is_checked:
             check_objective(self.objective, batch, self.comm, self.options.batch == "whole", doubted)
             self._loss_is_checked = True
+        self.micro_batches.fit(batch, self.objective)
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""
@@ -163,10 +172,8 @@ class Replicated:
         solvers, device = schwarz.solvers, schwarz.correction.device
         local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
         parts = {
-            "coarse": self.coarse,
-            "global_step": self.global_step,
-            "last_step": self.last_step,
-            "plateau": self.plateau,
+            **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
+            **{"plateau": self.plateau, "micro_batches": self.micro_batches},
         }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 

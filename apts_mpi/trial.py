@@ -12,7 +12,7 @@ from math import sqrt
 import numpy as np
 import torch
 
-from apts_mpi.errors import SharedInvalidInput
+from apts_mpi.errors import SharedInvalidInput, name_remedy
 from apts_mpi.network.parameters import FREEZES
 from apts_mpi.network.places import Places
 from apts_mpi.network.segments import lower_precision
@@ -258,7 +258,8 @@ class Trials:
         try:
             with self._objective.vector.evaluated():
                 yield
-        except BaseException:
+        except BaseException as error:
+            name_remedy(error)
             # Here and not in the blocks within: an interrupt may come at their ends, too.
             places.put_back()
             self._values.copy_(self._before)

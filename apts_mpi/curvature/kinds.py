@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from apts_mpi.curvature.dense import gram
 from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_factor, damped_reciprocal
+from apts_mpi.curvature.normalisation import Normalisation, NormalisationDiagonal, batched
+from apts_mpi.curvature.patches import Convolution, patches
 from apts_mpi.curvature.signed import signed_factors
 from apts_mpi.network.recorder import UNCALLED
 
@@ -32,12 +34,6 @@ SMALL_SIDE, LARGEST_RATIO = 512, 32
 
 # Rows of patches of a convolution, in all and for each column: with more, its factor changes by a few hundredths alone.
 PATCHES, PATCHES_A_COLUMN = 16384, 32
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
-Normalisation = (
-    nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | InstanceNorm
-)
 
 
 class KroneckerFactors:
@@ -76,37 +72,45 @@ class KroneckerFactors:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.means(self.sums(batch), batch.samples)
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
         records = batch.reached
         # None of the calls may have been reached: then there are no rows.
         none = self._weight.detach().new_empty(0, self._rows)
-        gradients = torch.cat([none, *(self._rows_of(record.gradient) for record in records)])
+        gradients = _joined([self._rows_of(record.gradient) for record in records], none)
         count = len(gradients)
-        share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(count, 1))
-        activations = torch.cat(
-            [none.new_empty(0, self._columns), *(self._activations(record.inputs, share) for record in records)]
-        )
+        share = min(1.0, max(PATCHES, PATCHES_A_COLUMN * self._columns) / max(batch.of_all(count)[0], 1))
+        found = [self._activations(record.inputs, share, batch) for record in records]
+        activations = _joined(found, none.new_empty(0, self._columns))
+        of_inputs, of_outputs = self.statistics
+        return [_second_moment(activations, of_inputs), _second_moment(gradients, of_outputs), count]
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        activations, gradients, count = sums
         # Gradients of the mean loss carry 1/samples; E over samples of per-sample ones needs it back once, and the
         # mean over positions again.
-        of_inputs, of_outputs = self.statistics
-        return [
-            _second_moment(activations, of_inputs) / batch.samples,
-            _second_moment(gradients, of_outputs) * (batch.samples**2 / max(count, 1)),
-        ]
+        return [activations / samples, gradients * (samples**2 / max(count, 1))]
 
-    def _activations(self, inputs: torch.Tensor, share: float) -> torch.Tensor:
+    def _activations(self, inputs: torch.Tensor, share: float, batch: LayerBatch) -> torch.Tensor:
         """What the weights and the bias of one output are multiplied by, as rows, one a sample and position.
 
-        Of a convolution on a share of the samples, evenly spread, whose rows are longer for it.
+        Of a convolution on a share of all samples, evenly spread, whose rows are longer for it.
         """
         module = self._module
         if not isinstance(module, Convolution):
             rows, scale = inputs.reshape(-1, inputs.shape[-1]), 1.0
         else:
-            samples = _batched(inputs, self._weight.dim())
-            kept = max(1, int(share * len(samples)))
-            chosen = torch.arange(kept, device=inputs.device) * len(samples) // kept
-            rows = _patches(samples if kept >= len(samples) else samples[chosen], module)
-            scale = (len(samples) / kept) ** 0.5
+            samples = batched(inputs, self._weight.dim())
+            total, before = batch.of_all(len(samples))
+            kept = max(1, int(share * total))
+            # Those of all that are among these: number * total // kept lies from ``before`` on.
+            first, last = (-(-edge * kept // max(total, 1)) for edge in (before, before + len(samples)))
+            chosen = torch.arange(first, last, device=inputs.device) * total // kept - before
+            rows = patches(samples if kept >= total else samples[chosen], module)
+            scale = (total / kept) ** 0.5
         if self._has_bias:
             rows = functional.pad(rows, (0, 1), value=1.0)
         return rows if scale <= 1.0 else rows * scale
@@ -114,7 +118,7 @@ class KroneckerFactors:
     def _rows_of(self, gradient: torch.Tensor) -> torch.Tensor:
         """Output gradients as rows of the same order."""
         if isinstance(self._module, Convolution):
-            gradient = _batched(gradient, self._weight.dim()).movedim(1, -1)
+            gradient = batched(gradient, self._weight.dim()).movedim(1, -1)
         return gradient.reshape(-1, self._rows)
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
@@ -169,6 +173,10 @@ class EmbeddingFactors:
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.means(self.sums(batch), batch.samples)
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
         weights, records = self._module.weight.detach(), batch.reached
         none = torch.empty(0, dtype=torch.long, device=weights.device)
         tokens = torch.cat([none, *(record.inputs.flatten() for record in records)])
@@ -177,8 +185,12 @@ class EmbeddingFactors:
         if self._module.padding_idx is not None:
             counts[self._module.padding_idx] = 0.0
             gradients = gradients * (tokens != self._module.padding_idx)[:, None]
-        moment = _second_moment(gradients, self.statistics[1])
-        return [counts / batch.samples, moment * (batch.samples**2 / counts.sum().clamp_min(1.0))]
+        return [counts, _second_moment(gradients, self.statistics[1]), counts.sum()]
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        counts, gradients, counted = sums
+        return [counts / samples, gradients * (samples**2 / counted.clamp_min(1.0))]
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """See `apts_mpi.curvature.layer.Curvature`."""
@@ -192,69 +204,6 @@ class EmbeddingFactors:
         factor = self._inverse_outputs
         solved = weights @ factor if factor.dim() == 2 else weights * factor
         return solved.mul_(-self._inverse_inputs[:, None]).flatten()
-
-
-class NormalisationDiagonal:
-    """Diagonal Fisher matrix of the scale and shift of a normalisation layer, from per-sample gradients.
-
-    Parameters
-    ----------
-    module
-        ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GroupNorm``, or batch or instance normalisation.
-    """
-
-    kind = "NormalisationDiagonal"
-    signed = False
-
-    def __init__(self, module: Normalisation) -> None:
-        self._module = module
-        self._has_bias = getattr(module, "bias", None) is not None
-        self._dimensions = _dimensions(module)
-
-    @property
-    def statistics(self) -> list[tuple[int, ...]]:
-        """See `apts_mpi.curvature.layer.Curvature`."""
-        return [(sum(value.numel() for value in self._module.parameters()),)]
-
-    def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
-        """See `apts_mpi.curvature.layer.Curvature`."""
-        total = torch.cat([torch.zeros_like(value).flatten() for value in self._module.parameters()])
-        for record in batch.reached:
-            inputs, gradient = (_batched(part, self._dimensions) for part in (record.inputs, record.gradient))
-            of_weight, of_bias = gradient * self._normalise(inputs), gradient
-            parts = [of_weight, of_bias] if self._has_bias else [of_weight]
-            total += torch.cat([self._per_sample(part).square().sum(dim=0) for part in parts])
-        return [total * batch.samples]
-
-    def _normalise(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the scale is multiplied by."""
-        module = self._module
-        if isinstance(module, nn.LayerNorm):
-            return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.RMSNorm):
-            return functional.rms_norm(inputs, module.normalized_shape, eps=module.eps)
-        if isinstance(module, nn.GroupNorm):
-            return functional.group_norm(inputs, module.num_groups, eps=module.eps)
-        of_inputs = module.training or module.running_mean is None
-        mean, variance = (None, None) if of_inputs else (module.running_mean, module.running_var)
-        if isinstance(module, InstanceNorm):
-            return functional.instance_norm(inputs, mean, variance, use_input_stats=of_inputs, eps=module.eps)
-        return functional.batch_norm(inputs, mean, variance, training=of_inputs, eps=module.eps)
-
-    def _per_sample(self, products: torch.Tensor) -> torch.Tensor:
-        """Sum over the positions of each sample, shape (samples, parameters)."""
-        samples = len(products)
-        if isinstance(self._module, nn.LayerNorm | nn.RMSNorm):
-            return products.reshape(samples, -1, self._module.weight.numel()).sum(dim=1)
-        return products.reshape(samples, products.shape[1], -1).sum(dim=2)
-
-    def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
-        """See `apts_mpi.curvature.layer.Curvature`."""
-        self._inverse = damped_reciprocal(statistics[0], damping)
-
-    def direction(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See `apts_mpi.curvature.layer.Curvature`."""
-        return -gradient * self._inverse
 
 
 # For exactly these types: a subclass may compute something else.
@@ -303,6 +252,11 @@ def _shape(side: int, parameters: int) -> tuple[int, ...]:
     return (side,) if side > LARGEST_SIDE or is_large else (side, side)
 
 
+def _joined(rows: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
+    """All rows, without a copy of those of a layer that was called once; ``none`` without any."""
+    return rows[0].to(none.dtype) if len(rows) == 1 else torch.cat([none, *rows])
+
+
 def _second_moment(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """``R^T R`` of rows, or its diagonal where that is a factor's."""
     return gram(rows) if len(shape) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
@@ -314,37 +268,3 @@ def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> Non
         torch.mm(factor, matrix, out=out)
     else:
         torch.mul(factor[:, None], matrix, out=out)
-
-
-def _patches(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
-    """What a convolution multiplies its weights by, as rows, one a sample and position."""
-    patches = _padded(inputs, module)
-    places = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    for dimension, (size, stride, dilation) in enumerate(places, start=2):
-        patches = patches.unfold(dimension, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    return patches.movedim(1, -len(module.kernel_size) - 1).reshape(-1, module.weight[0].numel())
-
-
-def _batched(tensor: torch.Tensor, dimensions: int) -> torch.Tensor:
-    """With a first dimension, if it is that of a sample that came alone."""
-    return tensor[None] if tensor.dim() < dimensions else tensor
-
-
-def _dimensions(module: Normalisation) -> int:
-    """Least number of dimensions of several samples."""
-    if isinstance(module, InstanceNorm):
-        return 3 + get_args(InstanceNorm).index(type(module))
-    return 1 + module.weight.dim()
-
-
-def _padded(inputs: torch.Tensor, module: Convolution) -> torch.Tensor:
-    """The inputs with the margins that the convolution adds."""
-    if module.padding == "same":
-        totals = [dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
-        margins = [(total // 2, total - total // 2) for total in totals]
-    else:
-        margins = [] if module.padding == "valid" else [(int(margin), int(margin)) for margin in module.padding]
-    if not any(map(any, margins)):
-        return inputs
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(inputs, [side for pair in reversed(margins) for side in pair], mode=mode)

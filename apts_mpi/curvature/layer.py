@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,21 +28,33 @@ class LayerBatch:
         Gradients of the mean loss of the team's samples, with random signs of the samples; for those who need them.
     team_samples : int
         Number of these samples.
+    part : (int, int) or None
+        Which of this rank's samples the calls are on; None: on all of them.
     """
 
     records: Sequence[LayerRecord]
     samples: int
     signed: Sequence[torch.Tensor] = ()
     team_samples: int = 0
+    part: tuple[int, int] | None = None
 
     @property
     def reached(self) -> list[LayerRecord]:
         """The calls that the loss depends on."""
         return [record for record in self.records if record.gradient is not None]
 
+    def of_all(self, rows: int) -> tuple[int, int]:
+        """How many rows there are in calls on all samples where a part of them has so many, and how many before."""
+        if self.part is None:
+            return rows, 0
+        first, last = self.part
+        return rows * self.samples // (last - first), rows * first // (last - first)
+
 
 class Curvature(Protocol):
     """Approximate curvature of one layer, a running mean of what `measure` returns.
+
+    Statistics are ``means`` of ``sums``, which add up over parts of the samples.
 
     Attributes
     ----------
@@ -61,6 +73,12 @@ class Curvature(Protocol):
 
     def measure(self, batch: LayerBatch) -> list[torch.Tensor]:
         """Statistics of one batch."""
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """Tensors and numbers that add up over parts of the samples; of signed gradients there is one part alone."""
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """Statistics from the sums over this rank's samples."""
 
     def refresh(self, statistics: Sequence[torch.Tensor], damping: float) -> None:
         """Factorise the running means, damped."""

@@ -17,7 +17,7 @@ from apts_mpi.curvature.carrying import CarriedSegments, Carrying, along, column
 from apts_mpi.curvature.differences import by_differences
 from apts_mpi.curvature.loss_curvature import curved
 from apts_mpi.curvature.transposes import by_transposes
-from apts_mpi.errors import InvalidInput, named_failures
+from apts_mpi.errors import InvalidInput, lacks_memory, named_failures
 from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
 from apts_mpi.network.parameters import Entry, shaped_like
 from apts_mpi.network.segments import SegmentedNetwork, class_of
@@ -269,9 +269,9 @@ class Linearisation:
         for way in range(max(min(ways), self._ways.get(index, 0)), last):
             try:
                 return ways[way]()
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, NotImplementedError, ValueError) as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 self._ways[index] = way + 1
                 set_random_state(state, device)
                 if way > 0:

@@ -8,7 +8,7 @@ import torch
 
 from apts_mpi.curvature.differences import by_differences, check_close
 from apts_mpi.curvature.transposes import has_functions_of_users
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, lacks_memory
 from apts_mpi.network.activations import Bundle, at_point, detached, differentiable, with_differentiable
 from apts_mpi.objective.passes import Mean
 from apts_mpi.tools.trees import Tree, count_samples
@@ -65,9 +65,9 @@ def curved(
                 for own, other in zip(found, by_difference(), strict=True):
                     check_close(torch.zeros_like(other) if own is None else own, other)
             return found
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, NotImplementedError) as error:
+            if lacks_memory(error):
+                raise
             differs(error)
     return by_difference()
 
@@ -163,9 +163,9 @@ def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int])
                 if has_functions_of_users([value_at(point)]):
                     known = torch.zeros_like(directions) if curved is None else curved
                     check_close(known, by_differences(slope_at, [point.detach()], [directions])[1][0])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError):  # if for another reason, it comes again
+        except (RuntimeError, NotImplementedError) as error:  # if for another reason, it comes again
+            if lacks_memory(error):
+                raise
             curved = by_differences(slope_at, [point.detach()], [directions])[1][0]
     if curved is None:  # a loss linear in the outputs
         return point.new_zeros(samples, size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, at_point, differentiable
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Mean, Pass
+from apts_mpi.objective.passes import Mean, Pass, keeps_graphs
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import Tree
 
@@ -30,7 +31,7 @@ WITHOUT_PRODUCTS = (
 class PassProducts:
     """Products with the curvature of the loss at the present point, summed over passes of this rank.
 
-    The graphs of all passes are kept.
+    The graphs of all passes are kept, or made again for each product where graphs are not kept.
 
     Parameters
     ----------
@@ -44,10 +45,11 @@ class PassProducts:
 
     def __init__(self, objective: Objective, passes: Sequence[Pass], kind: ProductKind) -> None:
         self._events = objective.events
-        self._passes = passes
-        self._own = [self._of_pass(objective, part, kind) for part in passes]
+        self._passes = [piece for part in passes for piece in part.micro_batches()]
+        self._of_pass = functools.partial(self._make, objective, kind)
+        self._own = [self._of_pass(part) for part in passes] if keeps_graphs(passes) else []
 
-    def _of_pass(self, objective: Objective, part: Pass, kind: ProductKind) -> Product:
+    def _make(self, objective: Objective, kind: ProductKind, part: Pass) -> Product:
         # The fused kernels of attention have no second derivatives.
         with sdpa_kernel(SDPBackend.MATH), objective.replayed():
             outputs, _ = objective.run_segments(part, part.inputs, cached=False)
@@ -60,7 +62,8 @@ class PassProducts:
     def __call__(self, direction: torch.Tensor) -> torch.Tensor:
         """The curvature times a direction of all parameters, shape (n,)."""
         total = torch.zeros_like(direction)
-        for part, of_pass in zip(self._passes, self._own, strict=True):
+        own = self._own or map(self._of_pass, self._passes)
+        for part, of_pass in zip(self._passes, own, strict=True):
             total.add_(of_pass(direction), alpha=part.weight)
             self._events.count_work(part.samples, 1.0, 2.0 * BACKWARD)
         return total

@@ -36,6 +36,7 @@ class GaussNewtonRows:
     def __init__(self, objective: Objective, caches: Sequence[Cache]) -> None:
         self._objective = objective
         self._cache = min(caches, key=lambda cache: cache.subdomain.first_segment)
+        self._parts = self._cache.micro_batches or [self._cache]
         start, stop = min(c.subdomain.start for c in caches), max(c.subdomain.stop for c in caches)
         self.owned = {(c.subdomain.owned_start, c.subdomain.owned_stop) for c in caches}
         self._touched = objective.vector.touching(start, stop)
@@ -52,23 +53,31 @@ class GaussNewtonRows:
         """Number of rows, without computing them."""
         if self._rows is not None:
             return len(self._rows)
-        with torch.no_grad(), self._objective.replayed(self._cache.random_state):
+        part = self._parts[0]
+        with torch.no_grad(), self._objective.replayed(part.random_state):
             # Two, as a loss may use squeeze().
-            inputs, targets = (take(samples, slice(2)) for samples in (self._cache.inputs, self._cache.targets))
-            outputs = nn.Sequential(*self._segments())(inputs)
+            inputs, targets = (take(samples, slice(2)) for samples in (part.inputs, part.targets))
+            outputs = nn.Sequential(*self._segments(part))(inputs)
             places = read_outputs(self._objective.loss, outputs, targets)
         of_sample = side_by_side(outputs, places).shape[1] if places else 1
         return self._cache.samples * of_sample
 
     def _compute(self) -> torch.Tensor:
-        objective, cache = self._objective, self._cache
-        segments, first = objective.segmented, cache.subdomain.first_segment
+        if len(self._parts) == 1:
+            return self._of_part(self._parts[0])
+        # Rows of a mean over all samples, of which those are a share.
+        return torch.cat([self._of_part(part).mul_(part.share**0.5) for part in self._parts])
+
+    def _of_part(self, part: Cache) -> torch.Tensor:
+        """Rows of the mean over the samples of a part."""
+        objective, segments = self._objective, self._objective.segmented
         parameters = objective.vector.parameters[self._touched]
-        jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
-        with objective.replayed(cache.random_state):
-            rows = jacobian.rows(cache.inputs, cache.targets)
-        self._objective.events.count_work(cache.samples, segments.share(first, len(segments) - 1), jacobian.cost)
+        jacobian = BlockJacobian(self._segments(part), parameters, objective.loss)
+        with objective.replayed(part.random_state):
+            rows = jacobian.rows(part.inputs, part.targets)
+        share = segments.share(part.subdomain.first_segment, len(segments) - 1)
+        objective.events.count_work(part.samples, share, jacobian.cost)
         return rows
 
-    def _segments(self) -> Sequence[nn.Module]:
-        return self._objective.segmented.segments[self._cache.subdomain.first_segment :]
+    def _segments(self, part: Cache) -> Sequence[nn.Module]:
+        return self._objective.segmented.segments[part.subdomain.first_segment :]

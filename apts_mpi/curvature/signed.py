@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,14 @@ class SignedFactors:
             else:
                 statistics.append(part.square().sum(dim=0))
         return [statistic * scale for statistic in statistics]
+
+    def sums(self, batch: LayerBatch) -> list[Any]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        return self.measure(batch)
+
+    def means(self, sums: Sequence[Any], samples: int) -> list[torch.Tensor]:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        return list(sums)
 
     def _split(self, vectors: torch.Tensor) -> Sequence[torch.Tensor]:
         return vectors.split([math.prod(shape) for shape in self.shapes], dim=-1)

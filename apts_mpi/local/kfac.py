@@ -11,6 +11,7 @@ from apts_mpi.curvature.signed import DRAWS, SignedFactors, signed_factors
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.solver import LayerState, LocalSetting, LocalSolver, LocalState, SavedState, WholeLayer
 from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.objective.passes import Sums
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.schema import allow, whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball
@@ -39,6 +40,7 @@ class KFAC(LocalSolver):
     """
 
     whole_layers = True
+    takes_sums = True
     local_data = "shared"
     preconditions = True
     damping = 0.3
@@ -153,25 +155,28 @@ class KFAC(LocalSolver):
         key
             What random signs are drawn with.
         """
-        self._replace_unseen(local.records)
+        seen = local.sums or [record.module for record in local.records if record.gradient is not None]
+        self._replace_unseen({id(module) for module in seen})
         signed = local.signed_gradients(DRAWS, key) if any(layer.curvature.signed for layer in self.layers) else []
         fresh = [
             [
                 # What is not finite leads to a rejected step; it must not stay in the running means.
                 statistic.mul_(local.weight).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-                for statistic in curvature.measure(
-                    LayerBatch(
-                        [record for record in local.records if record.module is module],
-                        local.samples,
-                        [gradient[part] for gradient in signed],
-                        round(local.samples / local.weight),
-                    )
-                )
+                for statistic in _measured(layer, local, signed)
             ]
-            for curvature, module, part in self.layers
+            for layer in self.layers
         ]
         self._sum_over_team(fresh)
         return fresh
+
+    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums:
+        """See `apts_mpi.local.LocalSolver`; of the layers that the loss depends on."""
+        found: Sums = {}
+        for curvature, module, _ in self.layers:
+            batch = LayerBatch([record for record in records if record.module is module], samples, part=part)
+            if batch.reached:
+                found[module] = [] if curvature.signed else curvature.sums(batch)
+        return found
 
     def take_in(self, fresh: list[list[torch.Tensor]], factorise: bool = True) -> None:
         """Move the running means by what `measure` returned, and factorise."""
@@ -186,13 +191,13 @@ class KFAC(LocalSolver):
             if factorise:
                 curvature.refresh(means, self._damping)
 
-    def _replace_unseen(self, records: Sequence[LayerRecord]) -> None:
+    def _replace_unseen(self, called: set[int]) -> None:
         """A layer whose weights are used without calling it has nothing to measure but its gradients.
 
         Collective over the team: one rank's samples may not reach what those of another do, and what a rank has
-        running means of stays as it is, also for ranks that have none.
+        running means of stays as it is, also for ranks that have none. ``called`` has the identities of the modules
+        that this rank's loss depends on.
         """
-        called = {id(record.module) for record in records if record.gradient is not None}
         known = [layer.curvature.kind == SignedFactors.kind for layer in self.layers] if self.statistics else None
         seen = [(known, [id(layer.module) in called for layer in self.layers])]
         if self._team.size > 1:
@@ -215,6 +220,22 @@ class KFAC(LocalSolver):
         for statistic in flat:
             statistic.copy_(packed.tensor[start : start + statistic.numel()].view(statistic.shape))
             start += statistic.numel()
+
+
+def _measured(layer: WholeLayer, local: LocalObjective, signed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Statistics of a layer on this rank's samples; ``signed`` has gradients with random signs."""
+    curvature, module, part = layer
+    if local.sums is None or curvature.signed:
+        return curvature.measure(
+            LayerBatch(
+                [record for record in local.records if record.module is module],
+                local.samples,
+                [gradient[part] for gradient in signed],
+                round(local.samples / local.weight),
+            )
+        )
+    nothing = curvature.sums(LayerBatch([], local.samples))
+    return curvature.means(local.sums.get(module, nothing), local.samples)
 
 
 def _signed(layer: WholeLayer) -> WholeLayer:

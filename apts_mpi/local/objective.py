@@ -11,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apts_mpi.curvature.products import GaussNewtonProducts, HessianProducts, Product, ProductKind
 from apts_mpi.curvature.rows import GaussNewtonRows
+from apts_mpi.errors import lacks_memory
 from apts_mpi.network.activations import Bundle, at_point, differentiable, inner_product
 from apts_mpi.network.parameters import real_flat
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.objective import Objective
-from apts_mpi.objective.passes import Cache
+from apts_mpi.objective.passes import Cache, Sums
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.events import BACKWARD, FORWARD
@@ -82,14 +83,16 @@ class LocalObjective:
         self._accumulated = vector.gradients[entries[0].start : entries[-1].stop]
         self._inside = slice(subdomain.start - entries[0].start, subdomain.stop - entries[0].start)
         self._block_gradient = vector.gradients[subdomain.start : subdomain.stop]
-        self._last_segment = len(objective.segmented) - 1
-        if objective.ends_before_loss(subdomain):
-            self._last_segment = subdomain.last_segment
 
     @functools.cached_property
     def records(self) -> list[LayerRecord]:
         """Calls of the recorded layers on this rank's samples."""
         return self._objective.load_records(self._cache.records)
+
+    @property
+    def sums(self) -> Sums | None:
+        """In their place, of samples in micro-batches, what the local solver's ``sums`` has made of them."""
+        return self._cache.sums
 
     def begin(self) -> None:
         """Form the first-order correction at theta_k; before the first evaluation. Collective over the team."""
@@ -184,9 +187,9 @@ class LocalObjective:
         if self._objective.knows_plain_passes_alone is not True:
             try:
                 return self._derivatives(tensors, weights)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # if for another reason, it comes again
+            except RuntimeError as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 self._objective.knows_plain_passes_alone = True
         self._objective.vector.alias_gradients()
         self._accumulated.zero_()
@@ -226,26 +229,30 @@ class LocalObjective:
         kind
             ``hessian``, or ``gauss-newton``, which is zero for an objective that is linear in its outputs (inexact).
         """
-        own: list[Product] = []
-        # The fused kernels of attention have no second derivatives.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for cache in self._parts:
-                outputs = self._outputs(cache)
-                if kind == "hessian":
-                    own.append(HessianProducts(self._value_of(cache, outputs), self._parameters))
-                else:
-                    loss = self._objective.loss
-                    own.append(GaussNewtonProducts(outputs, cache.targets, loss, self._parameters))
-        self._count(FORWARD + BACKWARD)
+        own = [] if self._cache.is_recomputed else [self._product_of(cache, kind) for cache in self._parts]
+        if own:
+            self._count(FORWARD + BACKWARD)
 
         def product(direction: torch.Tensor) -> torch.Tensor:
             around = torch.zeros_like(self._accumulated)
             around[self._inside] = direction
-            curved = torch.stack([of_part(around)[self._inside] for of_part in own]).sum(dim=0)
-            self._count(2.0 * BACKWARD)
+            # Of micro-batches one after the other, so that there is one graph at a time.
+            products = own or (self._product_of(cache, kind) for cache in self._parts)
+            curved = torch.stack([of_part(around)[self._inside] for of_part in products]).sum(dim=0)
+            self._count(2.0 * BACKWARD + (0.0 if own else FORWARD + BACKWARD))
             return self._over_team(curved, curved.new_zeros(()))[0]
 
         return product
+
+    def _product_of(self, cache: Cache, kind: ProductKind) -> Product:
+        """`products` of a part of the samples, as a part of those of all."""
+        # The fused kernels of attention have no second derivatives.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            outputs = self._outputs(cache)
+            if kind == "hessian":
+                return HessianProducts(self._value_of(cache, outputs), self._parameters)
+            products = GaussNewtonProducts(outputs, cache.targets, self._objective.loss, self._parameters)
+        return products if cache.share == 1.0 else lambda direction: products(direction) * cache.share
 
     def _first_order(self) -> torch.Tensor:
         return torch.dot(self._correction, self.block - self._start).double()
@@ -269,9 +276,9 @@ class LocalObjective:
                 torch.autograd.backward(value, inputs=self._parameters, retain_graph=before is not None)
                 objective.knows_plain_passes_alone = False
                 return
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # if for another reason, it comes again
+            except RuntimeError as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 if before is None:
                     raise
                 self._accumulated.copy_(before)
@@ -283,9 +290,14 @@ class LocalObjective:
         objective = self._objective
         with objective.replayed(cache.random_state):
             outputs = objective.load(cache.inputs)
-            for segment in objective.segmented.segments[cache.subdomain.first_segment : self._last_segment + 1]:
+            for segment in objective.segmented.segments[self._extent(cache)]:
                 outputs = objective.segmented.run(segment, outputs)
         return outputs
+
+    def _extent(self, cache: Cache) -> slice:
+        """Segments of the objective: up to the loss, or where its gradient is known up to the subdomain's own last."""
+        last = len(self._objective.segmented) - 1 if cache.output_gradient is None else cache.subdomain.last_segment
+        return slice(cache.subdomain.first_segment, last + 1)
 
     def _value_of(self, cache: Cache, outputs: Bundle) -> torch.Tensor:
         if cache.output_gradient is None:
@@ -293,7 +305,8 @@ class LocalObjective:
         return inner_product(outputs, self._objective.load(cache.output_gradient))
 
     def _count(self, cost: float) -> None:
-        share = self._objective.segmented.share(self._cache.subdomain.first_segment, self._last_segment)
+        extent = self._extent(self._parts[0])
+        share = self._objective.segmented.share(extent.start, extent.stop - 1)
         self._objective.events.count_work(self.samples, share, cost)
 
     def _over_team(self, gradient: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ import torch
 
 from apts_mpi.curvature.layer import Curvature
 from apts_mpi.local.objective import LocalObjective
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.objective.passes import Sums
 from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.schema import Check, allow, record
@@ -145,6 +147,8 @@ class LocalSolver(ABC):
         uses these rows as well.
     divisible : bool
         Whether its state can be given to other subdomains than those that it was saved of.
+    takes_sums : bool
+        Whether ``LocalObjective.sums`` of `sums` may take the place of the records, which then need not be kept.
     preconditions : bool
         Whether `direction` knows the curvature.
     damping, quadratic_damping : float or None
@@ -160,6 +164,7 @@ class LocalSolver(ABC):
     whole_layers: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
+    takes_sums: ClassVar[bool] = False
     preconditions: ClassVar[bool] = False
     damping: ClassVar[float | None] = None
     quadratic_damping: ClassVar[float | None] = None
@@ -192,6 +197,10 @@ class LocalSolver(ABC):
     def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
         """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
         return []
+
+    def sums(self, records: Sequence[LayerRecord], samples: int, part: tuple[int, int]) -> Sums:
+        """What of ``records`` adds up, of calls on a part of the samples of this rank; where ``takes_sums``."""
+        return {}
 
     def take_in(self, fresh: list[list[torch.Tensor]]) -> None:
         """Take in what `measure` returned."""

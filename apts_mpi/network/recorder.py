@@ -31,11 +31,14 @@ class LayerRecord:
     gradient : Tensor or None
         Gradient of the mean loss of the pass with respect to what the layer returned, kept as the inputs are; None
         where the loss does not depend on it.
+    ready : callable or None
+        Called with the record when it has its gradient, in the backward pass.
     """
 
     module: nn.Module
     inputs: Any
     gradient: Any = None
+    ready: Callable[[LayerRecord], None] | None = None
 
     def complete(self, weight: float) -> None:
         """Divide the gradient by ``weight``, which the loss was multiplied by."""
@@ -47,6 +50,8 @@ class LayerRecord:
 
         def take(gradient: torch.Tensor) -> None:
             self.gradient = gradient.detach().reshape(shape)
+            if self.ready is not None:
+                self.ready(self)
 
         shape = outputs.shape
         _whole(outputs).register_hook(take)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, lacks_memory
 from apts_mpi.network.activations import Bundle, detached, differentiable
 from apts_mpi.network.parameters import Entry, FlatParameters
 from apts_mpi.network.partition import Layer
@@ -209,9 +209,9 @@ class CalledNetwork(torch.nn.Module):
             state = random_state(device)
             try:
                 return self._function(self.network, inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # if for another reason, it comes again
+            except RuntimeError as error:  # if for another reason, it comes again
+                if lacks_memory(error):
+                    raise
                 self._needs_graph = True
                 set_random_state(state, device)
         with torch.enable_grad():

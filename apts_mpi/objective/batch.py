@@ -222,6 +222,15 @@ def check_groups(count: int, group: int | None) -> None:
         )
 
 
+def check_micro_batches(most: int | None, least: int, group: int | None) -> None:
+    """Raise `InvalidInput` where parts of at most ``most`` samples, as even as may be, may have less than ``least``."""
+    if most is not None and group == 1 and most < 2 * least - 1:
+        raise InvalidInput(
+            f"micro_batch_size: {most} may leave single samples, of which batch normalisation takes no statistics; "
+            f"give {2 * least - 1} or more"
+        )
+
+
 def samples_of_groups(least: int, group: int | None) -> int:
     """Number of samples of the fewest groups that have ``least`` samples."""
     return least if group is None else -(-least // group) * group

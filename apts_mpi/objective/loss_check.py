@@ -57,7 +57,7 @@ def check_objective(objective: Objective, batch: Batch, comm: Communicator, whol
     """
     inputs, targets = batch.samples
     assert inputs is not None and targets is not None  # as the batch was cut
-    part, device, rows = batch.passes[0], device_of(inputs), batch.rows
+    part, device, rows = batch.passes[0].micro_batches()[0], device_of(inputs), batch.rows
     if whole:
         check_same_batch({"inputs": inputs, "targets": targets}, rows, comm)
     group, loss = part.group, objective.loss

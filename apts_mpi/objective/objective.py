@@ -15,12 +15,16 @@ from apts_mpi.network.partition import Subdomain
 from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.mean_loss import MeanLoss, Term
-from apts_mpi.objective.passes import Cache, Pass, Run
+from apts_mpi.objective.micro_batches import Gathered, light_cache
+from apts_mpi.objective.passes import Cache, Pass, Run, Summaries, keeps_graphs
 from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import map_tensors, take
+
+# Samples on which the work of the segments is measured.
+FEW = 8
 
 
 class Objective:
@@ -55,6 +59,8 @@ class Objective:
         Where work is counted.
     outputs_of_sample : int
         Numbers that the network returns for a sample, once it was evaluated.
+    summaries : Summaries or None
+        What takes sums over the calls of recorded layers, where graphs are not kept; None: the calls are kept.
     knows_plain_passes_alone : bool or None
         Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
         None until that was tried.
@@ -81,6 +87,7 @@ class Objective:
         self.keep_gradients = keep_gradients
         self.outputs_of_sample = 1
         self.knows_plain_passes_alone: bool | None = None
+        self.summaries: Summaries | None = None
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
         self._comm = comm
@@ -122,15 +129,15 @@ class Objective:
         passes
             This rank's samples.
         keep_graph
-            Whether `backward` will be called, and caches are wanted.
+            Whether `backward` will be called, and caches are wanted. Of passes in micro-batches no graph is kept.
         """
+        keep_graph = keep_graph and keeps_graphs(passes)
+        parts = [piece for part in passes for piece in part.micro_batches()]
         run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
         terms: list[Term] = []
-        self.buffers.begin()
+        self._begin(passes)
         with preserved_random_state(self._device):
-            with self.replayed():
-                self.segmented.measure(take(passes[0].inputs, slice(8)))
-            for part in passes:
+            for part in parts:
                 with (
                     torch.set_grad_enabled(keep_graph),
                     self.buffers.noted(part.weight),
@@ -146,10 +153,15 @@ class Objective:
         self.loss.settle(terms, self._comm)
         with torch.set_grad_enabled(keep_graph):
             losses = [self.loss.mean(term) for term in terms]
-        for part, loss in zip(passes, losses, strict=True):
+        for part, loss in zip(parts, losses, strict=True):
             run.loss += loss.detach().double() * part.weight
         run.losses = losses if keep_graph else []
         return run
+
+    def _begin(self, passes: Sequence[Pass]) -> None:
+        self.buffers.begin()
+        with preserved_random_state(self._device), self.replayed():
+            self.segmented.measure(take(passes[0].inputs, slice(min(passes[0].most or FEW, FEW))))
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[Term, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)
@@ -183,8 +195,15 @@ class Objective:
 
     def evaluate(self, passes: Sequence[Pass]) -> Run:
         """`forward` and `backward`. Collective."""
-        run = self.forward(passes, keep_graph=True)
-        self.backward(passes, run)
+        if keeps_graphs(passes) or self.loss.is_open or self.loss.is_pair is None:
+            run = self.forward(passes, keep_graph=True)
+            self.backward(passes, run)
+            return run
+        # A micro-batch is backward before the next is forward.
+        run, terms = Run(torch.zeros((), dtype=torch.float64, device=self._device)), list[Term]()
+        self._begin(passes)
+        self._accumulate(passes, run, terms)
+        self.loss.settle(terms, self._comm)
         return run
 
     def load(self, cached: Any) -> Bundle:
@@ -202,7 +221,11 @@ class Objective:
         ----------
         passes, run
             The passes and their forward evaluation with its graph, at the present parameters; the graph is used up.
+            Where none is kept, passes are forward again, micro-batch by micro-batch.
         """
+        if not keeps_graphs(passes):
+            self._accumulate(passes, run)
+            return
         gradients = self.vector.gradients
         self.vector.alias_gradients()
         gradients.zero_()
@@ -234,3 +257,48 @@ class Objective:
         if cache.gradient is not None:
             after = self.vector.gradients[cache.subdomain.start : cache.subdomain.stop]
             torch.sub(after, cache.gradient, out=cache.gradient).div_(weight)
+
+    def _accumulate(self, passes: Sequence[Pass], run: Run, terms: list[Term] | None = None) -> None:
+        """`backward` with the graph of one micro-batch at a time; with ``terms`` these are forward the first time."""
+        self.vector.alias_gradients()
+        self.vector.gradients.zero_()
+        run.caches = []
+        for whole in passes:
+            owned = [self.vector.gradients[part.start : part.stop] for part in whole.subdomains]
+            before = [gradient.clone() for gradient in owned] if self.keep_gradients else []
+            pieces, gathered = whole.micro_batches(), Gathered(whole)
+            for piece in pieces:
+                if whole is passes[-1] and piece is pieces[-1]:
+                    self.reduction.begin()
+                term = self._through(piece, gathered, terms is not None)
+                if terms is not None:
+                    terms.append(term)
+                    run.loss += self.loss.mean(term).double() * piece.weight
+            gradients = [(after - old).div_(whole.weight) for after, old in zip(owned, before, strict=False)]
+            run.caches.append(gathered.merged(gradients))
+        self.reduction.finish().wait()
+        self.vector.still(self.reduction.total)
+
+    def _through(self, piece: Pass, gathered: Gathered, is_first_time: bool) -> Term:
+        """A micro-batch forwards and backwards. Returns what its loss returned, without a graph."""
+        noted = self.buffers.noted(piece.weight) if is_first_time else self.buffers.copied()
+        # What leaves a subdomain, and its gradient, are found by a pass through all of the network alone.
+        kept = self.inexact and self.keep_gradients
+        is_recorded = self.summaries is None or self.summaries.is_due
+        recording = self._recorder.recording() if is_recorded else nullcontext(list[LayerRecord]())
+        with preserved_random_state(self._device), torch.enable_grad(), noted, recording as records:
+            term, caches = self._run_pass(piece, kept)
+            loss = self.loss.mean(term)
+        several = gathered.received(piece, records, self.summaries)
+        with self.buffers.copied(), self.reduction.listening() if self.reduction.is_begun else nullcontext():
+            (loss * piece.weight).backward()
+        self.events.count_work(piece.samples, 1.0, FORWARD + BACKWARD)
+        gathered.take(piece, several, self.summaries if is_recorded else None)
+        if not kept:
+            caches = [light_cache(piece, subdomain) for subdomain in piece.subdomains]
+        whole = gathered.whole
+        for cache in caches:
+            cache.share = piece.weight / whole.weight
+            self._complete(cache, loss.detach() * cache.share, whole.weight)
+        gathered.caches.append(caches)
+        return term._replace(value=term.value.detach())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from apts_mpi.network.activations import Bundle
-from apts_mpi.network.partition import Subdomain
+from apts_mpi.network.partition import Subdomain, split
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.parallel.transport import on_device
 from apts_mpi.tools.trees import Tree, count_samples, take, tensors_of
@@ -21,6 +22,9 @@ Loss = Callable[[Any, Any], torch.Tensor | tuple[torch.Tensor, Any]]
 
 # Of a loss of either kind, the mean over the samples.
 Mean = Callable[[Any, Any], torch.Tensor]
+
+# Of layers, what adds up over the micro-batches of a pass: tensors and numbers.
+Sums = dict[nn.Module, list[Any]]
 
 
 @dataclass
@@ -33,8 +37,9 @@ class Cache:
         Whose cache it is.
     inputs : tree of Tensor
         Activations that enter the subdomain's first segment.
-    random_state : Tensor
-        State of the random stream there, so that a local evaluation draws the same dropout masks.
+    random_state : Tensor, or tuple of int
+        State of the random stream there, or the key of one that begins there, so that a local evaluation draws the
+        same dropout masks.
     targets : tree of Tensor
         Targets of the pass.
     outputs : tree of Tensor, or None
@@ -47,23 +52,32 @@ class Cache:
         Its gradient with respect to the subdomain; kept where local solvers evaluate.
     records : list of LayerRecord
         Calls of the layers that the objective was asked to record, in the whole pass.
+    sums : dict of nn.Module to list, or None
+        In their place, of a pass in micro-batches, what `Summaries` makes of them; None where it makes nothing.
     share : float
         Factor of the true loss of these samples in the local objective.
     micro_batches : list of Cache
         What the local objective runs over, where the samples are in several parts; empty: this cache itself.
+    is_recomputed : bool
+        Whether the graph of one of them is kept at a time, and computed again where it is needed again.
+    is_used : bool
+        Whether local problems were solved with it.
     """
 
     subdomain: Subdomain
     inputs: Any
-    random_state: torch.Tensor
+    random_state: torch.Tensor | tuple[int, ...]
     targets: Tree
     outputs: Bundle | None = None
     output_gradient: Any = None
     value: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     records: list[LayerRecord] = field(default_factory=list)
+    sums: Sums | None = None
     share: float = 1.0
     micro_batches: list[Cache] = field(default_factory=list)
+    is_recomputed: bool = False
+    is_used: bool = False
 
     @property
     def samples(self) -> int:
@@ -90,6 +104,8 @@ class Pass:
         Where these samples begin in the shard that the team shares, and the number of its samples.
     group : int
         Number of consecutive samples that belong together.
+    most : int or None
+        Samples that the network is run over at a time, at most; None: all.
     """
 
     inputs: Tree
@@ -100,11 +116,33 @@ class Pass:
     position: int
     shard_size: int
     group: int = 1
+    most: int | None = None
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return count_samples(self.inputs)
+
+    def micro_batches(self) -> list[Pass]:
+        """The same in parts of at most ``most`` samples, as even as may be; random streams are their own."""
+        groups = self.samples // self.group
+        most = groups if self.most is None else max(self.most // self.group, 1)
+        count = -(-groups // most) if groups else 1
+        if count == 1:
+            return [self]
+        places = [tuple(edge * self.group for edge in split(groups, count, index)) for index in range(count)]
+        return [
+            replace(
+                self,
+                inputs=take(self.inputs, slice(start, stop)),
+                targets=take(self.targets, slice(start, stop)),
+                weight=self.weight * (stop - start) / self.samples,
+                stream=(*self.stream, index),
+                position=self.position + start,
+                most=None,
+            )
+            for index, (start, stop) in enumerate(places)
+        ]
 
     def thinned(self, share: float) -> Pass | None:
         """The same with evenly spread ``share`` of the shard's groups, whichever ranks have them; None without any."""
@@ -123,6 +161,23 @@ class Pass:
         return replace(self, inputs=take(self.inputs, chosen), targets=take(self.targets, chosen), weight=weight)
 
 
+def keeps_graphs(passes: Sequence[Pass]) -> bool:
+    """Whether the graphs of all passes may be kept from the forward to the backward pass."""
+    samples = sum(part.samples for part in passes)
+    return all(part.most is None or samples <= part.most for part in passes)
+
+
+class Summaries(Protocol):
+    """Takes sums over calls of layers, so that those of one micro-batch alone are kept."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether sums are wanted at the present point."""
+
+    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums:
+        """Of calls on samples ``first`` to ``last`` of the whole pass, their gradients those of its mean loss."""
+
+
 @dataclass
 class Run:
     """A forward evaluation of all passes of this rank.
@@ -132,7 +187,7 @@ class Run:
     loss : Tensor, shape (), float64
         This rank's part of f: the weighted sum of its passes' mean losses, see `apts_mpi.objective.mean_loss.MeanLoss`.
     losses : list of Tensor
-        Mean loss of each pass, with its graph until the backward pass.
+        Mean loss of each pass, with its graph until the backward pass; none where graphs are not kept.
     caches : list of list of Cache
         Caches of each pass.
     """

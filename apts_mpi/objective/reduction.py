@@ -85,6 +85,11 @@ class GradientReduction:
         self._missing = list(self._sizes)
         self._next = 0
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the last backward pass is under way, or next."""
+        return self._pending is not None
+
     def abandon(self) -> None:
         """After an error within an evaluation: gradients of the user's own are not to be sent."""
         self._pending = None

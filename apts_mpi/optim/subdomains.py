@@ -48,7 +48,11 @@ class GradientObjective:
     ----------
     block : Tensor, shape (size,)
         The displacement.
+    sums
+        None: the calls are there.
     """
+
+    sums = None
 
     def __init__(
         self,

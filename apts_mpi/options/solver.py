@@ -17,8 +17,8 @@ class PipelineOptions:
     Parameters
     ----------
     micro_batches
-        Parts of a replica's share of the batch, which the stages work on at the same time. Batch normalisation takes
-        its statistics from each.
+        Parts of a replica's share of the batch, which the stages work on at the same time; more where they would be
+        larger than ``micro_batch_size``. Batch normalisation takes its statistics from each.
     schedule
         ``gpipe``: all forward passes, then all backward passes. ``1f1b``: one of each in turn, which keeps fewer graphs
         at a time.
@@ -77,6 +77,10 @@ class APTSOptions:
     coupled
         The loss takes all samples of the batch together (Dice, the root of a mean). Every rank evaluates the whole
         batch, in the time and the memory that one process takes for it; what the ranks share are the local solves.
+    micro_batch_size
+        Samples that a rank runs the network over at a time, at most: the passes over larger shares of a batch are cut
+        into micro-batches, whose losses, gradients and statistics are added up, and no more than one graph is kept.
+        ``auto``: as many as there is memory for, in layout staged as ``pipeline.micro_batches`` makes them.
     schwarz, local, coarse, trust_region, global_step, pipeline
         Options of the parts; those of the pipeline are for layout staged.
     """
@@ -91,6 +95,7 @@ class APTSOptions:
     noise: Literal["none", "batches"] = "none"
     group_size: int = 1
     coupled: bool = False
+    micro_batch_size: int | Literal["auto"] = "auto"
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     coarse: CoarseOptions = field(default_factory=CoarseOptions)
@@ -115,7 +120,25 @@ class APTSOptions:
         require(alone, "group_size", self.group_size, "with coupled all samples are one group; give one of the two")
         whole = not (self.coupled and self.batch == "shard")
         require(whole, "batch", self.batch, "with coupled every rank needs all samples; choose whole")
+        self._check_micro_batches()
         # Streams of random numbers are numbered from it in 64 bits.
         require(0 <= self.seed < 2**40, "seed", self.seed, "give 0 or more, below 2**40")
         limit = self.stall_timeout
         require(limit is None or limit > 0.0, "stall_timeout", limit, "give seconds above 0, or null")
+
+    def _check_micro_batches(self) -> None:
+        size, name = self.micro_batch_size, "micro_batch_size"
+        if isinstance(size, str):
+            require(size == "auto", name, size, "give 1 or more, or auto")
+            return
+        require(
+            isinstance(size, int) and not isinstance(size, bool) and size >= 1, name, size, "give 1 or more, or auto"
+        )
+        require(not self.coupled, name, size, "with coupled all samples belong together; choose auto")
+        whole = size >= self.group_size
+        require(whole, name, size, f"groups of {self.group_size} samples (group_size) are not divided; give as many")
+
+    @property
+    def most(self) -> int | None:
+        """Samples of a micro-batch, at most; None where the memory is to say."""
+        return None if isinstance(self.micro_batch_size, str) else self.micro_batch_size

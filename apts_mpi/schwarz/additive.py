@@ -11,6 +11,7 @@ import torch
 from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.curvature.rows import GaussNewtonRows
+from apts_mpi.local.layer_sums import LayerSums
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
@@ -96,6 +97,8 @@ class AdditiveSchwarz:
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
+        if self._kind.takes_sums:
+            objective.summaries = LayerSums(self._measuring)
         self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
@@ -158,7 +161,7 @@ class AdditiveSchwarz:
         local_radius = math.inf if self._is_noisy else self._local_radius(radius)
         self._mirror.tensor.zero_()
         self._reduction = 0.0
-        self.open_rows(caches)
+        self.open_rows(caches := self._fresh(batch, caches))
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
         tried = batch.size <= self._largest_batch
@@ -184,6 +187,13 @@ class AdditiveSchwarz:
         if self._data:
             return radius / self._count
         return subdomain_radius(radius, self._count, self._norm)
+
+    def _fresh(self, batch: Batch, caches: Sequence[Sequence[Cache]]) -> Sequence[Sequence[Cache]]:
+        """The caches, of micro-batches anew the second time: sums of the layers are for one solve. Collective."""
+        if self._kind.takes_sums and caches[0][0].is_used and batch.passes[0].most is not None:
+            caches = self._objective.evaluate(batch.passes).caches
+        caches[0][0].is_used = True
+        return caches
 
     @property
     def _is_measuring(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from apts_mpi.curvature.linearisation import Column, Linearisation
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
+from apts_mpi.objective.passes import Pass
 from apts_mpi.options import ENOUGH_TARGETS
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.reduced_model import ReducedModel
@@ -114,9 +116,16 @@ class TangentCurvature:
         share = share_of_samples(self._samples, batch, self._objective.outputs_of_sample)
         for part in batch.passes:
             thinned = part.thinned(share)
-            if thinned is not None:
-                curvature += thinned.weight * self._linearisation.reduced(thinned, columns)
+            for piece in [] if thinned is None else _divided(thinned, count):
+                curvature += piece.weight * self._linearisation.reduced(piece, columns)
         return curvature
+
+
+def _divided(part: Pass, columns: int) -> Sequence[Pass]:
+    """The micro-batches of a pass along so many columns, each of which has tangents of the activations."""
+    # Three at least: batch normalisation takes no statistics of a single sample.
+    most = None if part.most is None else max(part.most // (1 + columns), 3)
+    return replace(part, most=most).micro_batches()
 
 
 class RowCurvature:

@@ -191,6 +191,11 @@ class Staged:
         least = samples_of_groups(self._least, self.options.group)
         return least if self.options.coupled else least * self.options.pipeline.micro_batches * self.options.replicas
 
+    @property
+    def most(self) -> int | None:
+        """See `apts_mpi.holding.Holding`."""
+        return self.options.most
+
     def cut(self, samples: Samples, rows: torch.Tensor | None, stream: tuple[int, ...]) -> Batch:
         """See `apts_mpi.holding.Holding`."""
         batch = cut_micro_batches(
@@ -206,7 +211,8 @@ class Staged:
             if min(part.samples for part in batch.passes) < self._least:
                 raise InvalidInput(
                     f"batch_size: {batch.size} samples leave a micro-batch with one, of which batch normalisation "
-                    f"takes no statistics; give at least {self.smallest_batch}, or fewer --micro-batches"
+                    f"takes no statistics; give at least {self.smallest_batch}, fewer --micro-batches, or a larger "
+                    "--micro-batch-size"
                 )
         if self.options.batch == "whole":
             needed = {"inputs": self.objective.pipeline.is_first, "targets": self.objective.pipeline.is_last}
@@ -245,10 +251,8 @@ class Staged:
         name, device = schwarz.local_solver, schwarz.correction.device
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
         parts = {
-            "coarse": self.coarse,
-            "global_step": self.global_step,
-            "last_step": self.last_step,
-            "plateau": self.plateau,
+            **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
+            **{"plateau": self.plateau, "micro_batches": None},
         }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 

@@ -77,6 +77,10 @@ def cut_micro_batches(
         size = group or max(count, 1)
         start, stop = split(count // size, team.size, team.rank) if whole and group else (0, count // size)
         smallest = count // size // team.size if whole and group else count // size
+        if options.most is not None:
+            # As many on all replicas.
+            largest = -(-count // size // team.size) if whole else count // size
+            micro_batches = max(micro_batches, -(-largest // max(options.most // size, 1)))
         if smallest < micro_batches:
             each = "" if size == 1 else f" in groups of {size}"
             raise InvalidInput(

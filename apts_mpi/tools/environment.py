@@ -158,6 +158,12 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
+def free_memory_of_gpu(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has, or that torch keeps for this process."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
     """Leave torch's random state on ``device`` after the block as it was before."""

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.checkpoint import Array, Checkpoint
+from apts_mpi.errors import name_remedy
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import Subdomain
@@ -19,6 +20,7 @@ from apts_mpi.network.teams import Teams
 from apts_mpi.objective.batch import Samples, cut_batch, samples_of_groups, samples_of_pass
 from apts_mpi.objective.loss_check import check_objective
 from apts_mpi.objective.mean_loss import MeanLoss, check_fault
+from apts_mpi.objective.memory import MicroBatches
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
@@ -35,7 +37,7 @@ from apts_mpi.state.tensors import (
 )
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.tools.schema import record, whole
+from apts_mpi.tools.schema import anything, record, whole
 from apts_mpi.train.optimizer_states import Arrays
 from apts_mpi.train.optimizers import OPTIMIZERS, weights_of
 from apts_mpi.train.options import BaselineOptions
@@ -111,6 +113,7 @@ class DataParallel:
         # Where training goes on, while the network is at the point where it is evaluated.
         self._left: torch.Tensor | None = None
         self._loss_is_checked = False
+        self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.notes = self._notes()
         self.iteration = 0
 
@@ -132,6 +135,13 @@ class DataParallel:
         share
             Of the run that is behind it, the same on every rank: for optimizers that have a schedule.
         """
+        try:
+            return self._step(batch, rows, share)
+        except BaseException as error:
+            name_remedy(error)
+            raise
+
+    def _step(self, batch: Samples, rows: torch.Tensor | None, share: float) -> BaselineResult:
         started = seconds()
         self.events.work = 0.0
         self.iteration += 1
@@ -146,10 +156,12 @@ class DataParallel:
                 least=samples_of_pass(self.network),
                 group=self._group,
             )
+            self.micro_batches.cut(cut, samples_of_pass(self.network))
             self.objective.begin(cut.passes)
             if not self._loss_is_checked:
                 check_objective(self.objective, cut, self.comm, True)
                 self._loss_is_checked = True
+            self.micro_batches.fit(cut, self.objective)
         first: list[tuple[float, float]] = []
         most_work = 0.0
 
@@ -196,7 +208,7 @@ class DataParallel:
         self.to_evaluated_point()
         tensors: dict[str, torch.Tensor] = {}
         kept = take_tensors(self._kind.kept.take(self.optimizer), "optimizer", tensors)
-        metadata = {"iteration": self.iteration, "optimizer": kept}
+        metadata = {"iteration": self.iteration, "optimizer": kept, "micro_batches": self.micro_batches.state()}
         if self._left is not None:
             metadata["left"] = take_tensors(self._left, "optimizer/left", tensors)
         return replicated_arrays(named_tensors(self.network) | tensors, self.comm), metadata
@@ -211,6 +223,7 @@ class DataParallel:
             read = reader(checkpoint, self.vector.values.device)
             self._kind.kept.put(self.optimizer, put_tensors(metadata["optimizer"], read))
             self._left = put_tensors(metadata.get("left"), read)
+            self.micro_batches.restore(metadata.get("micro_batches", {}))
         return self.notes
 
     def _check(self, checkpoint: Checkpoint, metadata: Any) -> dict[str, Any]:
@@ -220,7 +233,8 @@ class DataParallel:
         known = {"iteration": whole(), "optimizer": self._kind.kept.check(self.optimizer, arrays)}
         if self._kind.averages:
             known["left"] = arrays.typed(tuple(self.vector.values.shape))
-        checked: dict[str, Any] = record(known)(metadata, f"{checkpoint.path}: solver")
+        later = {"micro_batches": self.micro_batches.saved(anything, anything)}
+        checked: dict[str, Any] = record(known, later)(metadata, f"{checkpoint.path}: solver")
         return checked
 
     @torch.no_grad()

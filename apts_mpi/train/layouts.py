@@ -83,11 +83,13 @@ def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Int
     if options.optimizer == "apts":
         apts = APTS(network, loss, comm=world, options=solver_options, forward=forward)
         arrays = functools.partial(replicated_arrays, comm=apts.comm)
-        return Method(apts, whole_outputs(called, apts.comm, solver_options.group), arrays)
-    baseline = replace(options.baseline_options(), group=solver_options.group)
+        outputs = whole_outputs(called, apts.comm, solver_options.group, lambda: apts.holding.most)
+        return Method(apts, outputs, arrays)
+    baseline = replace(options.baseline_options(), group=solver_options.group, most=solver_options.most)
     other = DataParallel(network, loss, comm=world, options=baseline, forward=forward)
     arrays = functools.partial(replicated_arrays, comm=other.comm)
-    return Method(other, whole_outputs(called, other.comm, solver_options.group), arrays, notes=other.notes)
+    outputs = whole_outputs(called, other.comm, solver_options.group, lambda: other.micro_batches.most)
+    return Method(other, outputs, arrays, notes=other.notes)
 
 
 def with_groups(options: TrainingOptions, problem: Problem) -> APTSOptions:
@@ -173,7 +175,7 @@ def _staged_outputs(solver: StagedAPTS, data: Data, consume: Consume) -> None:
     """See `apts_mpi.train.metrics.Outputs`: the last stage has them."""
     held = solver.options, solver.holding.decomposition.team.rank
     # The stages have one half of the samples each, and the same pieces.
-    (size,) = solver.comm.agree([piece_of(data)], lambda table: [table.min()])
+    (size,) = solver.comm.agree([piece_of(data, solver.holding.most)], lambda table: [table.min()])
     edges = edges_of(count_samples(data[0]), held[0].replicas, held[1], held[0].group, int(size))
     ranges = list(itertools.pairwise(edges))
     inputs, targets = data

@@ -31,14 +31,20 @@ Outputs = Callable[[Data, Consume], None]
 PIECE = 2048
 
 
-def whole_outputs(called: Callable[[Tree], Any], comm: Communicator, group: int | None = 1) -> Outputs:
+def whole_outputs(
+    called: Callable[[Tree], Any],
+    comm: Communicator,
+    group: int | None = 1,
+    most: Callable[[], int | None] = lambda: None,
+) -> Outputs:
     """The `Outputs` of a network that every rank has as a whole, which ``called`` takes the inputs of.
 
-    Groups of samples that belong together are not divided; where all do, rank 0 has them.
+    Groups of samples that belong together are not divided; where all do, rank 0 has them. ``most`` tells how many
+    samples the network is run over at a time.
     """
 
     def outputs(data: Data, consume: Consume) -> None:
-        edges = edges_of(count_samples(data[0]), comm.size, comm.rank, group, piece_of(data))
+        edges = edges_of(count_samples(data[0]), comm.size, comm.rank, group, piece_of(data, most()))
         for edge in itertools.pairwise(edges):
             inputs, targets = (take(part, slice(*edge)) for part in data)
             consume(called(inputs), targets)
@@ -46,9 +52,9 @@ def whole_outputs(called: Callable[[Tree], Any], comm: Communicator, group: int 
     return outputs
 
 
-def piece_of(data: Data) -> int:
-    """Samples of a piece; of what is read they take little memory."""
-    return min(part.piece(PIECE) if isinstance(part, Half) else PIECE for part in data)
+def piece_of(data: Data, most: int | None = None) -> int:
+    """Samples of a piece, ``most`` of them at most; of what is read they take little memory."""
+    return min(most or PIECE, *(part.piece(PIECE) if isinstance(part, Half) else PIECE for part in data))
 
 
 def edges_of(count: int, ranks: int, rank: int, group: int | None, piece: int) -> list[int]:

@@ -46,6 +46,8 @@ class BaselineOptions:
         See `apts_mpi.APTSOptions`.
     group
         Number of consecutive samples that the loss takes together; None: all.
+    most
+        Samples that a rank runs the network over at a time, at most; None: as many as there is memory for.
     """
 
     optimizer: str
@@ -53,6 +55,7 @@ class BaselineOptions:
     seed: int = 0
     autocast: Literal["none", "bfloat16"] = "none"
     group: int | None = 1
+    most: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class TrainingOptions:
     resample_by
         ``uniform``: as the problem draws them. ``residual``: of ten times as many candidates those whose residual is
         large are taken more often, in proportion to 1 plus its share of the mean (Wu et al., arXiv 2207.10289).
+    micro_batch_size
+        Samples that a rank runs the network over at a time, at most; ``auto``: as many as there is memory for.
     seed
         Seed of the initial network, of the points that are drawn anew, of the order of the samples and of dropout.
     dtype
@@ -206,6 +211,7 @@ class TrainingOptions:
     batch_size: int | None = None
     resample: int | None = None
     resample_by: Literal["uniform", "residual"] = "uniform"
+    micro_batch_size: int | Literal["auto"] = "auto"
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"

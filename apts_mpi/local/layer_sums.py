@@ -1,0 +1,34 @@
+"""What local solvers make of the calls of layers in one micro-batch, so that the calls need not be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from apts_mpi.local.solver import LocalSolver
+from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.objective.passes import Pass, Sums
+
+
+class LayerSums:
+    """Sums over the layers of the subdomains that a rank measures; see `apts_mpi.objective.passes.Summaries`.
+
+    Parameters
+    ----------
+    solvers
+        The local solvers by the numbers of their subdomains.
+    """
+
+    def __init__(self, solvers: Mapping[int, LocalSolver]) -> None:
+        self._solvers = solvers
+
+    @property
+    def is_due(self) -> bool:
+        """See `apts_mpi.objective.passes.Summaries`; the same for all solvers."""
+        return next(iter(self._solvers.values())).is_due
+
+    def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums:
+        """See `apts_mpi.objective.passes.Summaries`."""
+        found: Sums = {}
+        for subdomain in whole.subdomains:
+            found |= self._solvers[subdomain.index].sums(records, whole.samples, (first, last))
+        return found
