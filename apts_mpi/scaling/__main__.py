@@ -1,4 +1,4 @@
-"""``python -m apts_mpi.scaling run|report|predict``: strong and weak scaling studies."""
+"""``python -m apts_mpi.scaling run|report|predict|…``: scaling studies, and what follows for more ranks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, require
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
+from apts_mpi.scaling.calls import Machine
+from apts_mpi.scaling.collectives import LIBRARIES
+from apts_mpi.scaling.network import read_network
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
+
+# Where none is given: links of 100 Gbit/s.
+NETWORKS = ["fat-tree:12.5GB/s,1us", "dragonfly:12.5GB/s,1us"]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,6 +37,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("run", run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
         ("report", report, "speed-up, efficiency and the share of each event of finished runs"),
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
+        ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
+        ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
     made = {}
     for name, command, description in commands:
@@ -48,10 +57,36 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     made["report"].add_argument("--hdf5", type=Path, metavar="FILE", help="also put the runs into an HDF5 file")
     made["predict"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
-    for name in ("report", "predict"):
+    made["simulate"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
+    made["simulate"].add_argument(
+        "--ranks", type=int, nargs="+", default=[64, 256, 1024], metavar="N", help="sizes (default: 64 256 1024)"
+    )
+    made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
+    for name in ("predict", "simulate"):
+        _add_machine(made[name], several=name == "simulate")
+    for name in ("report", "predict", "simulate"):
         made[name].add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    for name in ("report", "predict"):
         made[name].add_argument("--plot", type=Path, metavar="NAME", help="also draw NAME.png and NAME.svg")
     return parser.parse_args(arguments)
+
+
+def _add_machine(parser: argparse.ArgumentParser, several: bool) -> None:
+    words = "TOPOLOGY:BANDWIDTH,LATENCY (flat, fat-tree, dragonfly), or a machine file"
+    default = NETWORKS if several else NETWORKS[:1]
+    given = {"nargs": "+", "default": default} if several else {"nargs": 1, "default": default}
+    parser.add_argument("--network", metavar="NETWORK", help=f"{words} (default: {' '.join(default)})", **given)
+    parser.add_argument(
+        "--measured-on", metavar="NETWORK", help="of the machine of the studies (default: the first of --network)"
+    )
+    parser.add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="whose algorithms (default: mpich)")
+
+
+def _machines(options: argparse.Namespace) -> tuple[list[Machine], Machine]:
+    """Those to predict, and that of the studies."""
+    machines = [Machine(read_network(given), options.mpi) for given in options.network]
+    given = options.measured_on
+    return machines, machines[0] if given is None else Machine(read_network(given), options.mpi)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -98,14 +133,47 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     from apts_mpi.scaling.predict import as_json, print_prediction
     from apts_mpi.scaling.predict import predict as predict_studies
 
-    prediction = predict_studies(read_studies(options.file))
+    (machine,), measured_on = _machines(options)
+    prediction = predict_studies(read_studies(options.file), machine, measured_on)
     print_prediction(prediction, console)
     write_json(options.json, as_json(prediction))
     if options.plot is not None:
         from apts_mpi.scaling.plots import plot_prediction
 
         studies = {name: (points, prediction.shapes[name]) for name, points in prediction.points.items()}
-        plot_prediction(studies, prediction.values, files_of(options.plot))
+        plot_prediction(studies, prediction.values, machine, files_of(options.plot))
+    return 0
+
+
+def simulate(options: argparse.Namespace, console: Console) -> int:
+    """Fit, extrapolate, and simulate."""
+    from apts_mpi.scaling.cost_fit import grown
+    from apts_mpi.scaling.predict import predict as predict_studies
+    from apts_mpi.scaling.simulate import compare, print_compared
+
+    require(all(ranks >= 2 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 2 or more")
+    machines, measured_on = _machines(options)
+    prediction = predict_studies(read_studies(options.file), machines[0], measured_on)
+    studies = {
+        name: [grown(points[-1].shape, name.split(", ")[0], ranks) for ranks in options.ranks]
+        for name, points in prediction.points.items()
+    }
+    found = compare(studies, prediction.values, machines)
+    print_compared(found, console)
+    write_json(options.json, [asdict(one) | {"error": one.error} for one in found])
+    return 0
+
+
+def network(options: argparse.Namespace, console: Console) -> int:
+    """Measure latency and bandwidth. Collective."""
+    from mpi4py import MPI
+
+    from apts_mpi.scaling.micro_benchmark import measure
+
+    found, call = measure(MPI.COMM_WORLD)
+    if MPI.COMM_WORLD.rank == 0:
+        say(console, f"{found}, and {1e6 * call:.3g} us a call from Python without a message: {options.file}")
+        write_json(options.file, asdict(found))
     return 0
 
 
