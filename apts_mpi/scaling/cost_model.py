@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from apts_mpi.options import ENOUGH_TARGETS
-from apts_mpi.scaling.calls import NETWORK, OBJECT, SCALAR, SEND, Amounts, Call, Exchanges, Machine
+from apts_mpi.scaling.calls import NETWORK, OBJECT, SCALAR, SEND, Amounts, Call, Exchanges, Machine, Term
 
 # Bytes of a bucket of gradients.
 BUCKET = 1 << 20
