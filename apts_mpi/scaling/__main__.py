@@ -24,8 +24,11 @@ from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 
-# Where none is given: links of 100 Gbit/s.
+# Where none is given: links of 100 Gbit/s; for GPUs of 400.
 NETWORKS = ["fat-tree:12.5GB/s,1us", "dragonfly:12.5GB/s,1us"]
+FAST = ["fat-tree:50GB/s,2us", "dragonfly:50GB/s,2us"]
+
+GPUS = [64, 128, 256, 512, 1024, 2048, 4096]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("report", report, "speed-up, efficiency and the share of each event of finished runs"),
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
         ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
+        ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
         ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
     made = {}
@@ -61,6 +65,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     made["simulate"].add_argument(
         "--ranks", type=int, nargs="+", default=[64, 256, 1024], metavar="N", help="sizes (default: 64 256 1024)"
     )
+    made["gpt"].add_argument(
+        "--ranks", type=int, nargs="+", default=GPUS, metavar="N", help=f"GPUs (default: {' '.join(map(str, GPUS))})"
+    )
+    made["gpt"].add_argument("--simulate", type=int, nargs="+", default=[], metavar="N", help="GPUs to simulate, too")
+    made["gpt"].add_argument(
+        "--network", nargs="+", default=FAST, metavar="NETWORK", help=f"(default: {' '.join(FAST)})"
+    )
+    made["gpt"].add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="(default: mpich)")
     made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
     for name in ("predict", "simulate"):
         _add_machine(made[name], several=name == "simulate")
@@ -161,6 +173,20 @@ def simulate(options: argparse.Namespace, console: Console) -> int:
     found = compare(studies, prediction.values, machines)
     print_compared(found, console)
     write_json(options.json, [asdict(one) | {"error": one.error} for one in found])
+    return 0
+
+
+def gpt(options: argparse.Namespace, console: Console) -> int:
+    """A model that nobody has run, from counted operations and a stated machine."""
+    from apts_mpi.scaling.gpt import GPT, GPU, LAYOUTS, print_paper, shape_of, values_of
+    from apts_mpi.scaling.simulate import compare, print_compared
+
+    machines = [Machine(read_network(given), options.mpi) for given in options.network]
+    model, gpu = GPT(), GPU()
+    print_paper(model, gpu, sorted(options.ranks), machines[0], console)
+    if options.simulate:
+        shapes = {layout: [shape_of(model, layout, ranks) for ranks in options.simulate] for layout in LAYOUTS}
+        print_compared(compare(shapes, values_of(model, gpu), machines), console)
     return 0
 
 
