@@ -28,6 +28,7 @@ from apts_mpi.tools.streams import end_with_reader
 NETWORKS = ["fat-tree:12.5GB/s,1us", "dragonfly:12.5GB/s,1us"]
 FAST = ["fat-tree:50GB/s,2us", "dragonfly:50GB/s,2us"]
 
+TABLES = [1000, 10_000, 100_000]
 GPUS = [64, 128, 256, 512, 1024, 2048, 4096]
 
 
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
         ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
         ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
+        ("root", root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
         ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
     made = {}
@@ -73,6 +75,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--network", nargs="+", default=FAST, metavar="NETWORK", help=f"(default: {' '.join(FAST)})"
     )
     made["gpt"].add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="(default: mpich)")
+    made["root"].add_argument(
+        "--ranks", type=int, nargs="+", default=TABLES, metavar="N", help=f"(default: {' '.join(map(str, TABLES))})"
+    )
     made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
     for name in ("predict", "simulate"):
         _add_machine(made[name], several=name == "simulate")
@@ -181,12 +186,22 @@ def gpt(options: argparse.Namespace, console: Console) -> int:
     from apts_mpi.scaling.gpt import GPT, GPU, LAYOUTS, print_paper, shape_of, values_of
     from apts_mpi.scaling.simulate import compare, print_compared
 
+    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
     machines = [Machine(read_network(given), options.mpi) for given in options.network]
     model, gpu = GPT(), GPU()
     print_paper(model, gpu, sorted(options.ranks), machines[0], console)
     if options.simulate:
         shapes = {layout: [shape_of(model, layout, ranks) for ranks in options.simulate] for layout in LAYOUTS}
         print_compared(compare(shapes, values_of(model, gpu), machines), console)
+    return 0
+
+
+def root(options: argparse.Namespace, console: Console) -> int:
+    """Time operations on tables of many ranks."""
+    from apts_mpi.scaling.root import print_operations
+
+    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
+    print_operations(options.ranks, console)
     return 0
 
 

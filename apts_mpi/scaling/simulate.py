@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.scaling.calls import SEND, Call, Machine
+from apts_mpi.scaling.calls import Call, Machine
 from apts_mpi.scaling.collectives import choose
 from apts_mpi.scaling.cost_fit import predicted
 from apts_mpi.scaling.cost_model import BUBBLE, PASSES, Shape, parts, seconds_of
@@ -65,7 +65,7 @@ def plan(shape: Shape, values: Mapping[str, float], machine: Machine) -> list[St
     steps: list[Step] = []
     for name, term in parts(shape).items():
         if shape.stages > 1 and shape.layout == "staged" and name in PIPELINED:
-            steps += _pipelines(name, seconds_of(term.work, values), parts(shape)["pipeline messages"].calls, shape)
+            steps += _pipelines(name, seconds_of(term.work, values), values["call"], shape)
         elif name not in IN_PIPELINES:
             seconds = seconds_of(term.work, values)
             steps += [Step(name, "compute", seconds=seconds)] if seconds else []
@@ -78,15 +78,14 @@ def _step(term: str, call: Call, seconds: float, machine: Machine) -> Step:
     return Step(term, algorithm, call.group, call.size, call.times, seconds)
 
 
-def _pipelines(term: str, seconds: float, messages: Sequence[Call], shape: Shape) -> list[Step]:
+def _pipelines(term: str, seconds: float, call: float, shape: Shape) -> list[Step]:
     """Of the evaluations three of equal cost, of the products one; the activations of a micro-batch in each."""
     count, number = (PASSES, 0) if term == PIPELINED[0] else (1, 1)
+    messages = parts(shape)["pipeline messages"].calls
     if number >= len(messages):
         return []
-    sent = messages[number]
-    assert sent.operation == SEND
-    one = Step(term, "pipeline", "replica", sent.size, shape.micro_batches, seconds / count / shape.micro_batches)
-    return [one] * count
+    each = seconds / count / shape.micro_batches + call
+    return [Step(term, "pipeline", "replica", messages[number].size, shape.micro_batches, each)] * count
 
 
 class Simulator:
