@@ -12,11 +12,11 @@ from pathlib import Path
 from apts_mpi.errors import InvalidInput
 from apts_mpi.scaling.collectives import Round
 
-# Hosts of a leaf of the fat tree; of a router, routers of a chassis and chassis of a group of the dragonfly.
-LEAF, NODES, ROUTERS, CHASSIS = 16, 4, 4, 4
+# Hosts of a leaf of the fat tree; of a router, and routers of a group, of the dragonfly.
+LEAF, NODES, ROUTERS = 16, 4, 16
 
 # Links between two groups of a dragonfly: a quarter of what all of a group's hosts could send at a time.
-BETWEEN_GROUPS = NODES * ROUTERS * CHASSIS // 4
+BETWEEN_GROUPS = NODES * ROUTERS // 4
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}
 GIVEN = re.compile(r"([a-z-]+):([0-9.eE+-]+)(kB|MB|GB)/s,([0-9.eE+-]+)(ns|us|ms)")
@@ -48,8 +48,7 @@ TOPOLOGIES = {
     "dragonfly": (
         Tier(NODES, 2),
         Tier(NODES * ROUTERS, 3),
-        Tier(NODES * ROUTERS * CHASSIS, 4),
-        Tier(math.inf, 7, BETWEEN_GROUPS / (NODES * ROUTERS * CHASSIS)),
+        Tier(math.inf, 5, BETWEEN_GROUPS / (NODES * ROUTERS)),
     ),
 }
 
@@ -124,11 +123,15 @@ def _fat_tree(ranks: int) -> tuple[int, str]:
 
 
 def _dragonfly(ranks: int) -> tuple[int, str]:
-    """Of two groups or more, whose chassis are as many as are needed for `CHASSIS` groups."""
-    chassis = min(CHASSIS, max(1, ranks // (NODES * ROUTERS * CHASSIS)))
-    groups = max(2, math.ceil(ranks / (NODES * ROUTERS * chassis)))
-    words = f"{groups},{BETWEEN_GROUPS};{chassis},{NODES};{ROUTERS},{NODES};{NODES}"
-    return groups * chassis * ROUTERS * NODES, words
+    """Of two groups or more, each with a link between any two of its routers that is as wide as a router's hosts.
+
+    SimGrid finds the way to another group by the router with that group's number: there are no more groups than that.
+    """
+    groups = max(2, math.ceil(ranks / (NODES * ROUTERS)))
+    if groups > ROUTERS:
+        most = NODES * ROUTERS * ROUTERS
+        raise InvalidInput(f"network: a dragonfly of {ranks} hosts cannot be simulated; give {most} ranks or fewer")
+    return groups * NODES * ROUTERS, f"{groups},{BETWEEN_GROUPS};1,{NODES};{ROUTERS},{NODES};{NODES}"
 
 
 def read_network(given: str) -> Network:

@@ -74,8 +74,14 @@ def test_a_network_counts_links():
 
 def test_what_crosses_groups_of_a_dragonfly_shares_their_links():
     """128 ranks, two groups of 64: in the last round a quarter of the bandwidth is there."""
-    latency = (2 * 2 + 2 * 3 + 2 * 4 + 7) * 1e-6
-    assert seconds("dragonfly:1GB/s,7us", "allreduce", 128, 1000) == pytest.approx(latency + (6 + 4) * 1e-6)
+    latency = (2 * 2 + 4 * 3 + 5) * 1e-6
+    assert seconds("dragonfly:1GB/s,5us", "allreduce", 128, 1000) == pytest.approx(latency + (6 + 4) * 1e-6)
+
+
+def test_a_dragonfly_that_simgrid_cannot_route():
+    assert "16,16;1,4;16,4;4" in read_network("dragonfly:1GB/s,5us").platform(1024)
+    with pytest.raises(InvalidInput, match="a dragonfly of 1025 hosts cannot be simulated; give 1024 ranks or fewer"):
+        read_network("dragonfly:1GB/s,5us").platform(1025)
 
 
 def test_networks_are_read(tmp_path):
