@@ -17,7 +17,7 @@ from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
 from apts_mpi.scaling.calls import Machine
 from apts_mpi.scaling.collectives import LIBRARIES
-from apts_mpi.scaling.network import read_network
+from apts_mpi.scaling.network import Network, read_network
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
 from apts_mpi.tools.command import FILE_WIDTH, add_version, say
@@ -207,14 +207,13 @@ def root(options: argparse.Namespace, console: Console) -> int:
 
 def network(options: argparse.Namespace, console: Console) -> int:
     """Measure latency and bandwidth. Collective."""
-    from mpi4py import MPI
+    from apts_mpi.parallel.micro_benchmark import measure
 
-    from apts_mpi.scaling.micro_benchmark import measure
-
-    found, call = measure(MPI.COMM_WORLD)
-    if MPI.COMM_WORLD.rank == 0:
-        say(console, f"{found}, and {1e6 * call:.3g} us a call from Python without a message: {options.file}")
+    measured = measure()
+    if measured is not None:
+        found = Network("flat", measured.bandwidth, measured.latency)
         write_json(options.file, asdict(found))
+        say(console, f"{found}, and {1e6 * measured.call:.3g} us a call from Python without a message: {options.file}")
     return 0
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.scaling.network import Network
 from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
 
@@ -21,8 +21,16 @@ CALLS, SERIES = 50, 20
 SHORTER, LONGER = 1 << 20, 1 << 22
 
 
-def measure(world: MPI.Intracomm) -> tuple[Network, float]:
-    """The network, taken as flat, and the seconds that a call costs without any message. Collective.
+class Measured(NamedTuple):
+    """Seconds of an empty message, bytes a second, and the seconds that a call costs without any message."""
+
+    latency: float
+    bandwidth: float
+    call: float
+
+
+def measure() -> Measured | None:
+    """What messages take among all ranks, on rank 0; None on the others. Collective.
 
     A sum among all ranks takes a call and so many messages in a row; one on a rank alone takes the call. The
     difference is the messages', whatever language called. Of long messages the difference of two lengths counts.
@@ -32,6 +40,7 @@ def measure(world: MPI.Intracomm) -> tuple[Network, float]:
     SharedInvalidInput
         On a rank alone.
     """
+    world = MPI.COMM_WORLD
     comm = Communicator(world, Events())
     with comm.shared_errors():
         if world.size < 2:
@@ -41,13 +50,14 @@ def measure(world: MPI.Intracomm) -> tuple[Network, float]:
     together = _fastest(lambda: world.Allreduce(number, total))
     rounds = math.ceil(math.log2(world.size))
     shorter, longer = (_fastest(_ring(world, size), CALLS // 10) for size in (SHORTER, LONGER))
-    own = [alone, (together - alone) / rounds, (LONGER - SHORTER) / (longer - shorter)]
+    # No message is faster than the clock can tell.
+    own = [max((together - alone) / rounds, 1e-9), (LONGER - SHORTER) / max(longer - shorter, 1e-9), alone]
 
     def decide(table: np.ndarray) -> list[float]:
-        return [table[:, 0].max(), table[:, 1].max(), table[:, 2].min()]
+        return [table[:, 0].max(), table[:, 1].min(), table[:, 2].max()]
 
-    call, latency, bandwidth = comm.agree(own, decide)
-    return Network("flat", bandwidth, max(latency, 1e-9)), call
+    found = Measured(*comm.agree(own, decide))
+    return found if world.rank == 0 else None
 
 
 def _ring(world: MPI.Intracomm, size: int) -> Callable[[], object]:
