@@ -29,16 +29,21 @@ class Measured(NamedTuple):
     call: float
 
 
-def measure() -> Measured | None:
-    """What messages take among all ranks, on rank 0; None on the others. Collective.
+def measure(keep: Callable[[Measured], None]) -> None:
+    """See what messages take among all ranks. Collective.
 
     A sum among all ranks takes a call and so many messages in a row; one on a rank alone takes the call. The
     difference is the messages', whatever language called. Of long messages the difference of two lengths counts.
 
+    Parameters
+    ----------
+    keep
+        Called on rank 0 with what was found.
+
     Raises
     ------
     SharedInvalidInput
-        On a rank alone.
+        On a rank alone, and if ``keep`` refuses.
     """
     world = MPI.COMM_WORLD
     comm = Communicator(world, Events())
@@ -57,7 +62,9 @@ def measure() -> Measured | None:
         return [table[:, 0].max(), table[:, 1].min(), table[:, 2].max()]
 
     found = Measured(*comm.agree(own, decide))
-    return found if world.rank == 0 else None
+    with comm.shared_errors():
+        if world.rank == 0:
+            keep(found)
 
 
 def _ring(world: MPI.Intracomm, size: int) -> Callable[[], object]:

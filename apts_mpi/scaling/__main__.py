@@ -20,7 +20,7 @@ from apts_mpi.scaling.collectives import LIBRARIES
 from apts_mpi.scaling.network import Network, read_network
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
-from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, add_version, said_once, say
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 
@@ -207,13 +207,14 @@ def root(options: argparse.Namespace, console: Console) -> int:
 
 def network(options: argparse.Namespace, console: Console) -> int:
     """Measure latency and bandwidth. Collective."""
-    from apts_mpi.parallel.micro_benchmark import measure
+    from apts_mpi.parallel.micro_benchmark import Measured, measure
 
-    measured = measure()
-    if measured is not None:
+    def keep(measured: Measured) -> None:
         found = Network("flat", measured.bandwidth, measured.latency)
         write_json(options.file, asdict(found))
         say(console, f"{found}, and {1e6 * measured.call:.3g} us a call from Python without a message: {options.file}")
+
+    measure(keep)
     return 0
 
 
@@ -241,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
         status = options.command(options, console)
     except InvalidInput as error:
-        print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
+        with said_once():
+            print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
     sys.exit(status)
 

@@ -27,3 +27,11 @@ def test_one_rank_has_no_network(tmp_path):
     assert job.returncode == 2
     assert "there is one rank, and no message; start it with mpirun -n 2 or more" in job.stderr
     assert not (tmp_path / "machine.json").exists()
+
+
+@pytest.mark.processes
+@needs_mpirun
+def test_a_file_that_cannot_be_written(tmp_path):
+    job = start(tmp_path, 2, ["network", "nowhere/machine.json"], "apts_mpi.scaling")
+    assert job.returncode == 2
+    assert job.stderr.count("'nowhere/machine.json' cannot be written") == 1
