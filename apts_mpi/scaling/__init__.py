@@ -2,5 +2,6 @@
 
 It may import records, plot and the options of training; ``adding``, ``root`` and ``gpt`` alone import parts of a
 solver, so that reports and predictions work without MPI. Read ``measured`` and ``report`` first, then ``cost_model``
-for the formulas, with ``collectives`` and ``network`` for what messages take; ``simulate`` has ``skeleton.c`` beside it.
+for the formulas, with ``collectives`` and ``network`` for what messages take; ``simulate`` does
+them by ``skeleton.c``.
 """

@@ -66,7 +66,7 @@ NOT_RUN = {
     "sphinx-build": ".ci/run",
     "pytest tests/slurm": ".ci/run",
     "python -m apts_mpi.scaling simulate": "tests/scaling/test_simulate.py, where SimGrid is",
-    "python -m apts_mpi.scaling gpt --simulate": "the same, at smaller sizes",
+    "python -m apts_mpi.scaling gpt --simulate": "tests/scaling/test_simulate.py, smaller ones",
     "python -m pytest": "jobs/local_test.sh, and whoever has a GPU",
     "tensorboard": "whoever looks at curves",
 }
