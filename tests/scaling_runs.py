@@ -1,14 +1,24 @@
 """Records of scaling studies that were not run, with figures that are known."""
 
 import json
+from dataclasses import replace
 
 import yaml
 
+from apts_mpi.scaling.calls import Exchanges, Machine
 from apts_mpi.scaling.cost_fit import Point
 from apts_mpi.scaling.cost_model import Shape, seconds_of, terms
 from apts_mpi.scaling.measured import MeasuredRun
+from apts_mpi.scaling.network import read_network
 
 EVENT = {"calls": 4, "seconds_min": 1.0, "ratio": 1.0, "messages": 0, "bytes": 0, "gradient_evaluations": 1.0}
+
+NETWORK = "fat-tree:12.5GB/s,1us"
+
+MACHINE = Machine(read_network(NETWORK))
+
+# Of a network with a million parameters: four buckets, two gathers and broadcasts.
+EXCHANGES = Exchanges({"global evaluation": (4, 1e6), "judge": (4, 64.0)})
 
 OPTIONS = {
     "layout": "replicated",
@@ -46,12 +56,13 @@ def shape_of(layout, kind, ranks, **others):
         {"subdomains": ranks, "batch_size": 600 * ranks} if kind == "weak" else {"subdomains": 8, "batch_size": 4800}
     )
     activations = 512.0 if layout == "staged" else 0.0
-    return Shape(layout, ranks, parameters=1_000_000, activation_bytes=activations, **grown | others)
+    shape = Shape(layout, ranks, parameters=1_000_000, activation_bytes=activations, **grown | others)
+    return shape if layout == "staged" else replace(shape, exchanges=EXCHANGES)
 
 
 def point_of(shape, values):
     """What the model itself would measure."""
-    parts = {name: seconds_of(amounts, values) for name, amounts in terms(shape).items()}
+    parts = {name: seconds_of(amounts, values) for name, amounts in terms(shape, MACHINE).items()}
     events = {
         "global evaluation": 0.75 * parts["gradient evaluations"],
         "judge": 0.25 * parts["gradient evaluations"],
@@ -67,6 +78,8 @@ def record_of(kind, shape, values):
     measured = {name: EVENT | {"seconds_max": 4 * seconds, "share": 0.2} for name, seconds in point.events.items()}
     sent = shape.activation_bytes * shape.batch_size * 4 if shape.ranks > 1 else 0
     measured["judge"]["bytes"] = sent
+    for name, (count, size) in shape.exchanges.events.items():
+        measured[name] |= {"messages": 4 * count, "bytes": 4 * count * size}
     found = summary(shape.ranks, shape.batch_size, 4 * point.seconds)
     found |= {"subdomains": shape.subdomains, "parameters": shape.parameters, "events": measured}
     options = OPTIONS | {"layout": shape.layout, "batch_size": shape.batch_size}

@@ -1,4 +1,4 @@
-"""``python -m apts_mpi.scaling run|report|predict``: strong and weak scaling studies."""
+"""``python -m apts_mpi.scaling run|report|predict|…``: scaling studies, and what follows for more ranks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, require
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.directory import SUMMARY
+from apts_mpi.scaling.calls import Machine
+from apts_mpi.scaling.collectives import LIBRARIES
+from apts_mpi.scaling.network import Network, read_network
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
-from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, add_version, said_once, say
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
+
+# Where none is given: links of 100 Gbit/s; for GPUs of 400.
+NETWORKS = ["fat-tree:12.5GB/s,1us", "dragonfly:12.5GB/s,1us"]
+FAST = ["fat-tree:50GB/s,2us", "dragonfly:50GB/s,2us"]
+
+TABLES = [1000, 10_000, 100_000]
+GPUS = [64, 128, 256, 512, 1024, 2048, 4096]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,6 +41,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("run", run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
         ("report", report, "speed-up, efficiency and the share of each event of finished runs"),
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
+        ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
+        ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
+        ("root", root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
+        ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
     made = {}
     for name, command, description in commands:
@@ -48,10 +63,47 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     made["report"].add_argument("--hdf5", type=Path, metavar="FILE", help="also put the runs into an HDF5 file")
     made["predict"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
-    for name in ("report", "predict"):
+    made["simulate"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
+    made["simulate"].add_argument(
+        "--ranks", type=int, nargs="+", default=[64, 256, 1024], metavar="N", help="sizes (default: 64 256 1024)"
+    )
+    made["gpt"].add_argument(
+        "--ranks", type=int, nargs="+", default=GPUS, metavar="N", help=f"GPUs (default: {' '.join(map(str, GPUS))})"
+    )
+    made["gpt"].add_argument("--simulate", type=int, nargs="+", default=[], metavar="N", help="GPUs to simulate, too")
+    made["gpt"].add_argument(
+        "--network", nargs="+", default=FAST, metavar="NETWORK", help=f"(default: {' '.join(FAST)})"
+    )
+    made["gpt"].add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="(default: mpich)")
+    made["root"].add_argument(
+        "--ranks", type=int, nargs="+", default=TABLES, metavar="N", help=f"(default: {' '.join(map(str, TABLES))})"
+    )
+    made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
+    for name in ("predict", "simulate"):
+        _add_machine(made[name], several=name == "simulate")
+    for name in ("report", "predict", "simulate"):
         made[name].add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    for name in ("report", "predict"):
         made[name].add_argument("--plot", type=Path, metavar="NAME", help="also draw NAME.png and NAME.svg")
     return parser.parse_args(arguments)
+
+
+def _add_machine(parser: argparse.ArgumentParser, several: bool) -> None:
+    words = "TOPOLOGY:BANDWIDTH,LATENCY (flat, fat-tree, dragonfly), or a machine file"
+    default = NETWORKS if several else NETWORKS[:1]
+    given = {"nargs": "+", "default": default} if several else {"nargs": 1, "default": default}
+    parser.add_argument("--network", metavar="NETWORK", help=f"{words} (default: {' '.join(default)})", **given)
+    parser.add_argument(
+        "--measured-on", metavar="NETWORK", help="of the machine of the studies (default: the first of --network)"
+    )
+    parser.add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="whose algorithms (default: mpich)")
+
+
+def _machines(options: argparse.Namespace) -> tuple[list[Machine], Machine]:
+    """Those to predict, and that of the studies."""
+    machines = [Machine(read_network(given), options.mpi) for given in options.network]
+    given = options.measured_on
+    return machines, machines[0] if given is None else Machine(read_network(given), options.mpi)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -98,14 +150,71 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     from apts_mpi.scaling.predict import as_json, print_prediction
     from apts_mpi.scaling.predict import predict as predict_studies
 
-    prediction = predict_studies(read_studies(options.file))
+    (machine,), measured_on = _machines(options)
+    prediction = predict_studies(read_studies(options.file), machine, measured_on)
     print_prediction(prediction, console)
     write_json(options.json, as_json(prediction))
     if options.plot is not None:
         from apts_mpi.scaling.plots import plot_prediction
 
         studies = {name: (points, prediction.shapes[name]) for name, points in prediction.points.items()}
-        plot_prediction(studies, prediction.values, files_of(options.plot))
+        plot_prediction(studies, prediction.values, machine, files_of(options.plot))
+    return 0
+
+
+def simulate(options: argparse.Namespace, console: Console) -> int:
+    """Fit, extrapolate, and simulate."""
+    from apts_mpi.scaling.cost_fit import grown
+    from apts_mpi.scaling.predict import predict as predict_studies
+    from apts_mpi.scaling.simulate import compare, print_compared
+
+    require(all(ranks >= 2 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 2 or more")
+    machines, measured_on = _machines(options)
+    prediction = predict_studies(read_studies(options.file), machines[0], measured_on)
+    studies = {
+        name: [grown(points[-1].shape, name.split(", ")[0], ranks) for ranks in options.ranks]
+        for name, points in prediction.points.items()
+    }
+    found = compare(studies, prediction.values, machines)
+    print_compared(found, console)
+    write_json(options.json, [asdict(one) | {"error": one.error} for one in found])
+    return 0
+
+
+def gpt(options: argparse.Namespace, console: Console) -> int:
+    """A model that nobody has run, from counted operations and a stated machine."""
+    from apts_mpi.scaling.gpt import GPT, GPU, LAYOUTS, print_paper, shape_of, values_of
+    from apts_mpi.scaling.simulate import compare, print_compared
+
+    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
+    machines = [Machine(read_network(given), options.mpi) for given in options.network]
+    model, gpu = GPT(), GPU()
+    print_paper(model, gpu, sorted(options.ranks), machines[0], console)
+    if options.simulate:
+        shapes = {layout: [shape_of(model, layout, ranks) for ranks in options.simulate] for layout in LAYOUTS}
+        print_compared(compare(shapes, values_of(model, gpu), machines), console)
+    return 0
+
+
+def root(options: argparse.Namespace, console: Console) -> int:
+    """Time operations on tables of many ranks."""
+    from apts_mpi.scaling.root import print_operations
+
+    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
+    print_operations(options.ranks, console)
+    return 0
+
+
+def network(options: argparse.Namespace, console: Console) -> int:
+    """Measure latency and bandwidth. Collective."""
+    from apts_mpi.parallel.micro_benchmark import Measured, measure
+
+    def keep(measured: Measured) -> None:
+        found = Network("flat", measured.bandwidth, measured.latency)
+        write_json(options.file, asdict(found))
+        say(console, f"{found}, and {1e6 * measured.call:.3g} us a call from Python without a message: {options.file}")
+
+    measure(keep)
     return 0
 
 
@@ -133,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
         status = options.command(options, console)
     except InvalidInput as error:
-        print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
+        with said_once():
+            print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
     sys.exit(status)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from apts_mpi.errors import InvalidInput
-from apts_mpi.scaling.cost_model import UNITS, Amounts, Shape, added, seconds_of, terms
+from apts_mpi.scaling.calls import NETWORK, Amounts, Machine
+from apts_mpi.scaling.cost_model import UNITS, Shape, added, seconds_of, terms
 
 try:
     from scipy.optimize import nnls
@@ -28,6 +29,9 @@ TERMS_OF_EVENTS = {
 
 # A study has outlived its use where less than this part of the ranks' time does the work of one rank.
 HALF = 0.5
+
+# Numbers of ranks without which nothing can be held out of a fit, so that no error is known.
+FEWEST_SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def fit_reduced_model(columns: Sequence[int], seconds: Sequence[float]) -> dict[
     return dict(zip(REDUCED, _solve(rows, np.array(seconds)), strict=True))
 
 
-def fit(points: Sequence[Point], reduced: Mapping[str, float]) -> dict[str, float]:
+def fit(points: Sequence[Point], reduced: Mapping[str, float], machine: Machine) -> dict[str, float]:
     """Values of the unknowns by non-negative least squares, each equation relative to the time of its iteration.
 
     Parameters
@@ -64,6 +68,8 @@ def fit(points: Sequence[Point], reduced: Mapping[str, float]) -> dict[str, floa
         Measured sizes; those of one rank have no messages.
     reduced
         Values of `fit_reduced_model`.
+    machine
+        On which they were measured.
 
     Raises
     ------
@@ -74,9 +80,10 @@ def fit(points: Sequence[Point], reduced: Mapping[str, float]) -> dict[str, floa
     if len(ranks) < 2:
         raise InvalidInput(f"predict: the runs are all of {ranks} ranks; measure one more size, such as --ranks 1 2")
     unknown = [name for name in UNITS if name not in REDUCED]
-    equations = [equation for point in points for equation in _equations(point)]
+    equations = [equation for point in points for equation in _equations(point, machine)]
     rows = np.array([[amounts.get(name, 0.0) for name in unknown] for amounts, _, _ in equations])
-    known = np.array([seconds_of({n: amounts.get(n, 0.0) for n in REDUCED}, reduced) for amounts, _, _ in equations])
+    given = (*REDUCED, NETWORK)
+    known = np.array([seconds_of({n: amounts.get(n, 0.0) for n in given}, reduced) for amounts, _, _ in equations])
     right = np.array([seconds for _, seconds, _ in equations])
     weights = np.array([1.0 / whole for _, _, whole in equations])
     solution = _solve(rows * weights[:, None], np.maximum(right - known, 0.0) * weights)
@@ -91,9 +98,9 @@ def _solve(rows: np.ndarray, right: np.ndarray) -> list[float]:
     return (solution / lengths).tolist()
 
 
-def _equations(point: Point) -> list[tuple[Amounts, float, float]]:
+def _equations(point: Point, machine: Machine) -> list[tuple[Amounts, float, float]]:
     """Amounts, their seconds, and those of the iteration: of it all and of the events that hold computation alone."""
-    parts = terms(point.shape)
+    parts = terms(point.shape, machine)
     found = [(added(*parts.values()), point.seconds, point.seconds)]
     for events, names in TERMS_OF_EVENTS.items():
         seconds = sum(point.events.get(event, 0.0) for event in events)
@@ -102,24 +109,32 @@ def _equations(point: Point) -> list[tuple[Amounts, float, float]]:
     return found
 
 
-def predicted(shape: Shape, values: Mapping[str, float]) -> dict[str, float]:
+def predicted(shape: Shape, values: Mapping[str, float], machine: Machine) -> dict[str, float]:
     """Seconds of each term of an iteration."""
-    return {name: seconds_of(amounts, values) for name, amounts in terms(shape).items()}
+    return {name: seconds_of(amounts, values) for name, amounts in terms(shape, machine).items()}
 
 
-def held_out(points: Sequence[Point], reduced: Mapping[str, float]) -> dict[int, list[tuple[Point, float]]]:
+def held_out(
+    points: Sequence[Point], reduced: Mapping[str, float], machine: Machine
+) -> dict[int, list[tuple[Point, float]]]:
     """For each number of ranks its points with the seconds that a fit of all other sizes predicts.
 
-    Empty where there would be less than two other sizes to fit.
+    Raises
+    ------
+    InvalidInput
+        Below `FEWEST_SIZES`: no size is left over that would say how wrong the fit is.
     """
     sizes = sorted({point.shape.ranks for point in points})
-    if len(sizes) < 3:
-        return {}
+    if len(sizes) < FEWEST_SIZES:
+        raise InvalidInput(
+            f"predict: the runs are of {len(sizes)} number(s) of ranks, {sizes}, and a fit to fewer than "
+            f"{FEWEST_SIZES} cannot be checked by a size that is left out; measure one more size, such as --ranks 1 2 4"
+        )
     found = {}
     for ranks in sizes:
-        values = fit([point for point in points if point.shape.ranks != ranks], reduced)
+        values = fit([point for point in points if point.shape.ranks != ranks], reduced, machine)
         own = [point for point in points if point.shape.ranks == ranks]
-        found[ranks] = [(point, sum(predicted(point.shape, values).values())) for point in own]
+        found[ranks] = [(point, sum(predicted(point.shape, values, machine).values())) for point in own]
     return found
 
 
@@ -136,14 +151,16 @@ def extrapolate(shape: Shape, kind: str, most_ranks: int) -> list[Shape]:
         The last size.
     """
     doublings = range(math.ceil(math.log2(most_ranks)))
-    shapes = []
-    for ranks in [2**power for power in doublings] + [most_ranks]:
-        grown = replace(shape, ranks=ranks, cores=0)
-        if kind == "weak":
-            samples = shape.batch_size * ranks // shape.ranks
-            grown = replace(grown, batch_size=samples, subdomains=max(1, shape.subdomains * ranks // shape.ranks))
-        shapes.append(grown)
-    return shapes
+    return [grown(shape, kind, ranks) for ranks in [2**power for power in doublings] + [most_ranks]]
+
+
+def grown(shape: Shape, kind: str, ranks: int) -> Shape:
+    """A size of a study with another number of ranks, each with a core of its own; see `extrapolate`."""
+    more = replace(shape, ranks=ranks, cores=0)
+    if kind == "strong":
+        return more
+    samples = shape.batch_size * ranks // shape.ranks
+    return replace(more, batch_size=samples, subdomains=max(1, shape.subdomains * ranks // shape.ranks))
 
 
 @dataclass(frozen=True)
@@ -165,12 +182,12 @@ class Limit:
     share: float = 0.0
 
 
-def first_limit(shapes: Sequence[Shape], values: Mapping[str, float]) -> Limit:
+def first_limit(shapes: Sequence[Shape], values: Mapping[str, float], machine: Machine) -> Limit:
     """Which term limits a study first. What a term loses is its seconds beyond its even share of those of one rank."""
-    base = predicted(shapes[0], values)
+    base = predicted(shapes[0], values, machine)
     whole = sum(base.values())
     for shape in shapes[1:]:
-        parts = predicted(shape, values)
+        parts = predicted(shape, values, machine)
         seconds = sum(parts.values())
         # Work a rank, compared with that of the first size: 1 in a weak study, fewer samples a rank in a strong one.
         even = shape.batch_size * shapes[0].ranks / (shapes[0].batch_size * shape.ranks)

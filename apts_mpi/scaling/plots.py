@@ -22,6 +22,7 @@ from apts_mpi.plot.figure import (
     rc_context,
     save,
 )
+from apts_mpi.scaling.calls import Machine
 from apts_mpi.scaling.cost_fit import Point, predicted
 from apts_mpi.scaling.cost_model import Shape
 
@@ -100,7 +101,10 @@ def _draw_shares(figure: Any, tables: Mapping[str, Sequence[dict[str, Any]]]) ->
 
 
 def plot_prediction(
-    studies: Mapping[str, tuple[Sequence[Point], Sequence[Shape]]], values: Mapping[str, float], files: Sequence[Path]
+    studies: Mapping[str, tuple[Sequence[Point], Sequence[Shape]]],
+    values: Mapping[str, float],
+    machine: Machine,
+    files: Sequence[Path],
 ) -> None:
     """Draw the predicted seconds of an iteration and of its terms against ranks, and the measured ones.
 
@@ -110,10 +114,12 @@ def plot_prediction(
         For each study by its name the measured points and the shapes to predict.
     values
         Of the unknowns.
+    machine
+        That is predicted.
     files
         Where to write the figure.
     """
-    parts = {name: [predicted(shape, values) for shape in shapes] for name, (_, shapes) in studies.items()}
+    parts = {name: [predicted(shape, values, machine) for shape in shapes] for name, (_, shapes) in studies.items()}
     terms = dict.fromkeys(term for of_study in parts.values() for part in of_study for term in _seen(part))
     columns = min(2, len(studies))
     with rc_context({"font.size": TEXT}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.scaling.calls import Exchanges, Machine
 from apts_mpi.scaling.cost_fit import (
     Limit,
     Point,
@@ -49,6 +50,8 @@ class Prediction:
         What each study becomes with more ranks.
     limits
         Which term limits each first.
+    machine, measured_on
+        That is predicted, and on which the runs were.
     """
 
     values: dict[str, float]
@@ -56,6 +59,8 @@ class Prediction:
     errors: dict[int, list[tuple[Point, float]]]
     shapes: dict[str, list[Shape]]
     limits: dict[str, Limit]
+    machine: Machine
+    measured_on: Machine
 
 
 def point_of(run: MeasuredRun) -> Point:
@@ -86,6 +91,8 @@ def point_of(run: MeasuredRun) -> Point:
         # To be judged a step sends its activations once; the few scalars beside them do not count.
         activation_bytes=judge["bytes"] / judge["calls"] / run.batch_size * replicas if staged else 0.0,
         cores=run.cores,
+        most_columns=coarse.get("largest"),
+        exchanges=_exchanges(run),
     )
     # Events are of the whole run, whose first iteration is a slow one.
     scale = run.median / summary["seconds"]
@@ -93,13 +100,28 @@ def point_of(run: MeasuredRun) -> Point:
     return Point(shape, run.median, events)
 
 
-def predict(studies: Studies) -> Prediction:
+def _exchanges(run: MeasuredRun) -> Exchanges:
+    """Messages of an iteration by event, as the rank with most of them has counted them."""
+    iterations, events = run.summary["iterations"], run.summary["events"]
+    counts = {name: round(event["messages"] / iterations) for name, event in events.items()}
+    sizes = {name: event["bytes"] / max(1, event["messages"]) for name, event in events.items()}
+    return Exchanges({name: (count, sizes[name]) for name, count in counts.items() if count})
+
+
+def predict(studies: Studies, machine: Machine, measured_on: Machine) -> Prediction:
     """Fit the model to all sizes of all studies, and to all but one in turn.
+
+    Parameters
+    ----------
+    studies
+        What was measured.
+    machine, measured_on
+        To predict, and on which it was measured.
 
     Raises
     ------
     InvalidInput
-        If there is only one size, or a staged study without a run of two stages.
+        If there are fewer than three sizes, or a staged study without a run of two stages.
     """
     if not studies.runs:
         raise InvalidInput("predict: the file has no runs; measure some with apts_mpi.scaling run")
@@ -108,10 +130,11 @@ def predict(studies: Studies) -> Prediction:
     points = {name: _with_activations(name, own) for name, own in points.items()}
     every = [point for own in points.values() for point in own]
     reduced = fit_reduced_model(list(studies.reduced_model), list(studies.reduced_model.values()))
-    values = fit(every, reduced)
+    errors = held_out(every, reduced, measured_on)
+    values = fit(every, reduced, measured_on)
     shapes = {name: extrapolate(own[-1].shape, name.split(", ")[0], MOST_RANKS) for name, own in points.items()}
-    limits = {name: first_limit(own, values) for name, own in shapes.items()}
-    return Prediction(values, points, held_out(every, reduced), shapes, limits)
+    limits = {name: first_limit(own, values, machine) for name, own in shapes.items()}
+    return Prediction(values, points, errors, shapes, limits, machine, measured_on)
 
 
 def _with_activations(name: str, points: list[Point]) -> list[Point]:
@@ -134,8 +157,9 @@ def print_prediction(prediction: Prediction, console: Console) -> None:
         table.add_row(name, f"{value:.3g}" if value else "0 (not seen)", unit)
     console.print(table)
     _print_errors(prediction, console)
+    say(console, f"measured on {prediction.measured_on.network}; predicted on {prediction.machine.network}")
     for name, shapes in prediction.shapes.items():
-        _print_sizes(name, shapes, prediction.values, console)
+        _print_sizes(name, shapes, prediction, console)
         limit = prediction.limits[name]
         sentence = f"{name}: the efficiency stays above a half up to {MOST_RANKS} ranks"
         if limit.ranks is not None:
@@ -147,28 +171,27 @@ def print_prediction(prediction: Prediction, console: Console) -> None:
 
 
 def _print_errors(prediction: Prediction, console: Console) -> None:
-    if not prediction.errors:
-        say(console, "two sizes leave none to be held out: the error is not known")
-        return
     table = Table(title="each size predicted from the others", caption="More ranks than cores: as many share one.")
     for heading in ("ranks", "study", "measured s", "predicted s", "error"):
         table.add_column(heading, justify="left" if heading == "study" else "right")
     for ranks, found in prediction.errors.items():
         for point, seconds in found:
             name = next(name for name, own in prediction.points.items() if point in own)
-            error = seconds / point.seconds - 1.0
-            table.add_row(str(ranks), name, f"{point.seconds:.4g}", f"{seconds:.4g}", f"{error:+.0%}")
+            error = f"{seconds / point.seconds - 1.0:+.0%}"
+            shown = "below 1%" if error in ("+0%", "-0%") else error
+            table.add_row(str(ranks), name, f"{point.seconds:.4g}", f"{seconds:.4g}", shown)
     console.print(table)
 
 
-def _print_sizes(name: str, shapes: Sequence[Shape], values: Mapping[str, float], console: Console) -> None:
+def _print_sizes(name: str, shapes: Sequence[Shape], prediction: Prediction, console: Console) -> None:
+    values, machine = prediction.values, prediction.machine
     table = Table(title=f"{name}, predicted")
     for heading in ("ranks", "seconds", "samples/s", "efficiency", "longest terms"):
         table.add_column(heading, justify="left" if heading == "longest terms" else "right")
     base = shapes[0]
-    base_speed = base.batch_size / sum(predicted(base, values).values())
+    base_speed = base.batch_size / sum(predicted(base, values, machine).values())
     for shape in (shape for shape in shapes if shape.ranks in SHOWN):
-        parts = predicted(shape, values)
+        parts = predicted(shape, values, machine)
         whole = sum(parts.values())
         longest = sorted(parts, key=lambda term: -parts[term])[:3]
         shares = ", ".join(f"{term} {parts[term] / whole:.0%}" for term in longest)
@@ -184,6 +207,8 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
     return {
         "values": values,
         "units": UNITS,
+        "network": str(prediction.machine.network),
+        "measured_on": str(prediction.measured_on.network),
         "errors": [
             {"ranks": ranks, "layout": point.shape.layout, "batch_size": point.shape.batch_size}
             | {"measured": point.seconds, "predicted": seconds}
@@ -193,7 +218,9 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
         "studies": {
             name: {
                 "limit": {"ranks": limit.ranks, "term": limit.term, "share": limit.share},
-                "sizes": [{"ranks": shape.ranks, "seconds": predicted(shape, values)} for shape in shapes],
+                "sizes": [
+                    {"ranks": shape.ranks, "seconds": predicted(shape, values, prediction.machine)} for shape in shapes
+                ],
             }
             for (name, shapes), limit in zip(prediction.shapes.items(), prediction.limits.values(), strict=True)
         },

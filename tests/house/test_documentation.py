@@ -66,6 +66,8 @@ NOT_RUN = {
     "python -m apts_mpi.doctor --clear-shared-memory": "tests/doctor/test_shared_memory.py",
     "sphinx-build": ".ci/run",
     "pytest tests/slurm": ".ci/run",
+    "python -m apts_mpi.scaling simulate": "tests/scaling/test_simulate.py, where SimGrid is",
+    "python -m apts_mpi.scaling gpt --simulate": "tests/scaling/test_simulate.py, smaller ones",
     "python -m pytest": "jobs/local_test.sh, and whoever has a GPU",
     "tensorboard": "whoever looks at curves",
 }

@@ -73,7 +73,7 @@ def without_mpi(directory, commands):
 @pytest.mark.skipif(h5py.get_config().mpi, reason="h5py itself imports mpi4py")
 @pytest.mark.processes
 def test_what_is_finished_is_read_without_mpi(run, tmp_path):
-    studies = [write_run(tmp_path / f"r{ranks}", ranks, 1.0 / ranks) for ranks in (1, 2)]
+    studies = [write_run(tmp_path / f"r{ranks}", ranks, 1.0 / ranks) for ranks in (1, 2, 4)]
     checkpoint = str(run / "checkpoints")
     commands = {
         "plot": [str(run), "--out", str(tmp_path / "plot")],

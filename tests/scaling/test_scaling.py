@@ -288,7 +288,6 @@ def test_a_real_study(tmp_path, monkeypatch, capsys):
     assert status == 2 and "the run with 1 rank(s) failed: " in errors
     assert "batch_size: 1 is too small" in errors
     assert read_studies(tmp_path / "studies.h5").runs == stored
-    assert call(str(tmp_path / "studies.h5"), f"--json={tmp_path / 'out.json'}", command="predict") == 0
-    values = json.loads((tmp_path / "out.json").read_text())["values"]
-    # At one and two ranks the samples and the passes of a rank are proportional: either may get all of the time.
-    assert min(values.values()) >= 0.0 and values["gradient"] + values["pass"] > 0.0
+    # Two sizes, of which none can be left out to see how wrong the fit is.
+    assert call(str(tmp_path / "studies.h5"), command="predict") == 2
+    assert "a fit to fewer than 3 cannot be checked" in capsys.readouterr().err
