@@ -102,8 +102,10 @@ class APTS:
         with self._trials.iteration(self._forget):
             self._take(batch, rows, done)
             run = self._evaluate()
-            schwarz = self._judge(run, *self._correct(run), keep_graph=again)
-            self._follow(schwarz)
+            schwarz = self._trials.look_back(self.state, self.batch, run, self._forget)
+            schwarz = schwarz or self._judge(run, *self._correct(run), keep_graph=again)
+            if self.holding.coarse is not None and not schwarz.skipped:
+                self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
             return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
 
     def _goes_on(self, again: bool, done: float | None) -> bool:
@@ -111,6 +113,7 @@ class APTS:
         check_call(not again or hasattr(self, "batch"), done)
         if self.holding.watch.look(not again, self._steps()):
             self._forget()
+            self.state.forget_step()
         return again
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
@@ -171,10 +174,6 @@ class APTS:
         # A larger ball has other corrections; into a smaller one they are scaled.
         self._has_correction = self._has_correction and judged.next_radius <= judged.radius
         return judged
-
-    def _follow(self, schwarz: Judged) -> None:
-        if self.holding.coarse is not None and not schwarz.skipped:
-            self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
 
     def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""
