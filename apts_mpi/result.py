@@ -11,7 +11,7 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import AFTER_REJECTION, FAR, NEWEST, SHORTER, TRIALS, following, is_short
+from apts_mpi.trust_region.next_batch import AFTER_REJECTION, FAR, NEWEST, PART, SHORTER, TRIALS, following, is_short
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -128,16 +128,16 @@ class State:
         """The last step does not lead to the present point, which is the user's."""
         self.slope, self.tried = 0.0, 0
 
-    def is_doubtful(self, loss: float, after: float) -> bool:
-        """Whether the last step may have been a bad one, for a batch with this loss and slope along it at its end."""
-        if not (math.isfinite(loss) and math.isfinite(after)) or after > -self.slope:
-            return True
-        return self.loss is not None and self.spread > 0.0 and loss - self.loss > FAR * self.spread
+    def is_far(self, loss: float) -> bool:
+        """Whether a batch's loss at the end of the last step lies beyond what losses of batches differ by."""
+        if self.loss is None or not math.isfinite(loss):
+            return not math.isfinite(loss)
+        return self.spread > 0.0 and loss - self.loss > FAR * self.spread
 
     def taken_back(self, before: float, after: float, gradient_norm: float, options: TrustRegionOptions) -> Judged:
         """The last step as the next batch judges it, by its losses there: accepted, or taken back.
 
-        Where the loss before the step is not finite it is the batch that is at fault.
+        Where the loss before the step is not finite, or far as well, it is the batch that is at fault.
 
         Parameters
         ----------
@@ -148,12 +148,13 @@ class State:
         options
             Limits of the radius.
         """
-        promised, risen = -self.slope, after - before
-        stands = not math.isfinite(before) or risen <= promised
+        promised, risen, radius = -self.slope, after - before, self.present_radius
+        bad = math.isfinite(before) and self.is_far(after)
+        if bad and self.loss is not None and math.isfinite(after):
+            bad = risen > PART * (after - self.loss)
+        following = max(SHORTER * radius, options.min_radius) if bad else radius
         rho = -risen / promised
-        radius = self.present_radius
-        following = radius if stands else max(SHORTER * radius, options.min_radius)
-        return Judged(before, after, promised, -risen, rho, stands, radius, following, math.nan, gradient_norm)
+        return Judged(before, after, promised, -risen, rho, not bad, radius, following, math.nan, gradient_norm)
 
     def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> tuple[Judged, bool, float]:
         """A judged step with the radius as the next batch has it; and what `starting` and `retry` become.

@@ -145,7 +145,8 @@ class Trials:
             loss, self._after = torch.stack([present.loss, torch.dot(gradient, last).double()]).tolist()
 
             def doubt(table: np.ndarray) -> Sequence[float]:
-                return [state.is_doubtful(math.fsum(table[:, 0]), self._inner.sum_of_table(table[:, 1]))]
+                after = self._inner.sum_of_table(table[:, 1])
+                return [state.is_far(math.fsum(table[:, 0])) or not math.isfinite(after)]
 
             (doubtful,) = self._comm.agree([loss, self._after], doubt)
             return self._compare(state, batch, loss, forget) if doubtful else None

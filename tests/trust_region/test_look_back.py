@@ -240,29 +240,46 @@ def state(**changes):
 
 
 @pytest.mark.parametrize(
-    ("loss", "after", "doubtful"),
-    [
-        (0.5, 0.9, False),
-        (0.5, 1.1, True),  # it rises more steeply at the end than it fell at the start
-        (0.5 + 0.99 * FAR * 0.1, 0.0, False),
-        (0.5 + 1.01 * FAR * 0.1, 0.0, True),
-        (math.nan, 0.0, True),
-        (0.5, math.inf, True),
-    ],
+    ("loss", "far"), [(0.5 + 0.99 * FAR * 0.1, False), (0.5 + 1.01 * FAR * 0.1, True), (math.nan, True), (-9.0, False)]
 )
-def test_doubts(loss, after, doubtful):
-    assert state().is_doubtful(loss, after) == doubtful
-    assert not state(spread=0.0, loss=None).is_doubtful(9.0, 0.0)
+def test_far_losses(loss, far):
+    assert state().is_far(loss) == far
+    unknown = state(spread=0.0, loss=None)
+    assert not unknown.is_far(9.0) and unknown.is_far(math.inf)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "stands"),
-    [(0.5, 1.49, True), (0.5, 1.51, False), (math.nan, math.nan, True), (math.inf, 0.5, True), (0.5, math.nan, False)],
+    [
+        (0.5, 0.89, True),
+        (0.5, 1.0, False),
+        (0.76, 1.0, True),  # most of it is the batch's own
+        (0.74, 1.0, False),
+        (math.nan, math.nan, True),
+        (math.inf, 0.5, True),
+        (0.5, math.nan, False),
+        (0.5, math.inf, False),
+        (5.0, 4.0, True),
+    ],
 )
 def test_last_step_as_the_next_batch_judges_it(before, after, stands):
     judged = state().taken_back(before, after, 1.0, TrustRegionOptions())
     assert judged.accepted == stands
     assert judged.next_radius == (2.0 if stands else 2.0 * SHORTER)
+
+
+def test_batches_that_are_learnt_by_heart_take_no_step_back():
+    """Each step then raises the loss of the next batch by more than it promises to lower that of its own."""
+    inputs = torch.randn(60, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    targets = torch.randint(3, (60,), generator=torch.Generator().manual_seed(4))
+    solver = make(network=lambda: networks.classifier(width=64))
+    radius = math.inf
+    for number in range(150):
+        rows = slice(number % 4 * 15, number % 4 * 15 + 15)
+        solver.step((inputs[rows], targets[rows]))
+        radius = min(radius, solver.state.present_radius)
+    assert networks.cross_entropy(solver.network(inputs), targets).item() < 0.05
+    assert radius > 1e-3
 
 
 def test_usual_difference_of_losses():
