@@ -243,7 +243,8 @@ class Trials:
             products = self._inner.own(gradient, step)
             if self._decay:
                 products.append(torch.linalg.vector_norm(step, dtype=torch.float64).square())
-            moved = (self._values != self._before).any().double()
+            # Many times faster than to compare elements, as bits do not come into it.
+            moved = torch.stack(torch.aminmax(self._values - self._before)).double().abs().sum().ne(0.0).double()
             fault = self._objective.loss.fault(moved)
             own = torch.stack([present.loss, (trial or present).loss, moved, *products, fault]).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,16 +71,27 @@ class KFAC(LocalSolver):
 
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""
-        if self.is_due and not self._is_measured:
-            self.take_in(self.measure(local, self.updates))
-        self._is_measured = False
-        self.count += 1
+        self._begin(local)
         start = local.block.clone()
         for gradient in local.gradients(self._options.iterations):
             local.block += self.direction(self._averaged(gradient))
             displacement = local.block - start
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
+
+    def displacement(self, local: LocalObjective, radius: float, kind: NormKind) -> torch.Tensor:
+        """See `apts_mpi.local.LocalSolver`; in a ball without end the first iteration is the direction itself."""
+        if math.isfinite(radius) or self._options.iterations > 1:
+            return super().displacement(local, radius, kind)
+        self._begin(local)
+        return self.direction(self._averaged(local.gradient))
+
+    def _begin(self, local: LocalObjective) -> None:
+        """Take in statistics that are due, and count the iteration."""
+        if self.is_due and not self._is_measured:
+            self.take_in(self.measure(local, self.updates))
+        self._is_measured = False
+        self.count += 1
 
     def _averaged(self, gradient: torch.Tensor) -> torch.Tensor:
         """The running mean of the gradients up to this one, without the zeros from which it starts."""

@@ -184,6 +184,14 @@ class LocalSolver(ABC):
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """Move ``local.block`` from R_d theta_k by at most ``radius``. Collective over the team where it evaluates."""
 
+    def displacement(self, local: LocalObjective, radius: float, kind: NormKind) -> torch.Tensor:
+        """How far `solve` moves the block, which is afterwards as before. Collective over the team as that is."""
+        start = local.block.clone()
+        self.solve(local, radius, kind)
+        moved = local.block - start
+        local.block.copy_(start)
+        return moved
+
     @property
     def is_due(self) -> bool:
         """Whether it wants statistics in this iteration, the same for all subdomains; for whole layers alone."""

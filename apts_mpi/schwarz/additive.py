@@ -212,10 +212,8 @@ class AdditiveSchwarz:
         subdomain = cache.subdomain
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
-        start = local.block.clone()
-        self.solvers[subdomain.index].solve(local, radius, self._norm)
-        displacement = self._objective.vector.still(local.block - start, subdomain.start)
-        local.block.copy_(start)
+        displacement = self.solvers[subdomain.index].displacement(local, radius, self._norm)
+        self._objective.vector.still(displacement, subdomain.start)
         if self._stack is not None:
             size = len(displacement)
             descent = self._downhill(local.gradient, displacement, radius)
