@@ -135,7 +135,7 @@ class APTS:
         """Loss, gradient and caches at the present point; and have a radius."""
         objective, passes = self.holding.objective, self.batch.passes
         with self.events.timed("global evaluation"):
-            if self._run is None:
+            if self._run is None or not (self._has_correction or objective.suits(self._run)):
                 self._run = objective.evaluate(passes)
             elif not self._has_gradient:
                 objective.backward(passes, self._run)

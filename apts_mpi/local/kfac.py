@@ -69,6 +69,11 @@ class KFAC(LocalSolver):
         often = min(refresh, OFTEN)
         return self.count < often or self.count % (often if self.count < refresh else refresh) == 0
 
+    @property
+    def observes(self) -> bool:
+        """See `apts_mpi.local.LocalSolver`; its direction takes the gradient alone."""
+        return self.is_due or self._options.iterations > 1
+
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""
         self._begin(local)

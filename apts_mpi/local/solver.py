@@ -197,6 +197,11 @@ class LocalSolver(ABC):
         """Whether it wants statistics in this iteration, the same for all subdomains; for whole layers alone."""
         return False
 
+    @property
+    def observes(self) -> bool:
+        """Whether the next `solve` or `measure` looks at calls of layers, or at outputs of the local objective."""
+        return True
+
     def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
         """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
         return []

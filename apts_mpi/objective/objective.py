@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -55,6 +55,8 @@ class Objective:
         Where work is counted.
     outputs_of_sample : int
         Numbers that the network returns for a sample, once it was evaluated.
+    observes : callable
+        Whether the next local solves look at calls of layers and outputs of segments, which then are recorded.
     knows_plain_passes_alone : bool or None
         Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
         None until that was tried.
@@ -81,6 +83,8 @@ class Objective:
         self.keep_gradients = keep_gradients
         self.outputs_of_sample = 1
         self.knows_plain_passes_alone: bool | None = None
+        self.observes: Callable[[], bool] = lambda: True
+        self._is_observed = True
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
         self._comm = comm
@@ -124,17 +128,19 @@ class Objective:
         keep_graph
             Whether `backward` will be called, and caches are wanted.
         """
-        run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
+        self._is_observed = self.observes()
+        run = Run(torch.zeros((), dtype=torch.float64, device=self._device), is_observed=self._is_observed)
         terms: list[Term] = []
         self.buffers.begin()
         with preserved_random_state(self._device):
-            with self.replayed():
-                self.segmented.measure(take(passes[0].inputs, slice(8)))
+            if not self.segmented.is_measured:
+                with self.replayed():
+                    self.segmented.measure(take(passes[0].inputs, slice(8)))
             for part in passes:
                 with (
                     torch.set_grad_enabled(keep_graph),
                     self.buffers.noted(part.weight),
-                    self._recorder.recording() as records,
+                    self.recording() as records,
                 ):
                     term, caches = self._run_pass(part, keep_graph)
                 for cache in caches:
@@ -150,6 +156,16 @@ class Objective:
             run.loss += loss.detach().double() * part.weight
         run.losses = losses if keep_graph else []
         return run
+
+    @contextmanager
+    def recording(self) -> Iterator[list[LayerRecord]]:
+        """Record calls of layers in the block, if that is wanted of the present evaluation."""
+        with self._recorder.recording() if self._is_observed else nullcontext(list[LayerRecord]()) as records:
+            yield records
+
+    def suits(self, run: Run) -> bool:
+        """Whether an evaluation has what the next local solves look at."""
+        return run.is_observed or not self.observes()
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[Term, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)
@@ -169,7 +185,7 @@ class Objective:
                     if subdomain.first_segment == index
                 ]
             activations = self.segmented.run(segment, activations)
-            for cache in caches:
+            for cache in caches if self._is_observed else ():
                 if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
                     for tensor in differentiable(activations):
                         if tensor.requires_grad:  # behind a step function, say, nothing does

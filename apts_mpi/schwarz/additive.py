@@ -89,6 +89,7 @@ class AdditiveSchwarz:
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
+        objective.observes = lambda: any(solver.observes for solver in self._measuring.values())
         self._make_rows = make_rows
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []

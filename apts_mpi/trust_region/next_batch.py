@@ -11,7 +11,7 @@ own batch,
 which comes to rest where the slope is zero on average: where steps end at the minimum along them of the loss of all
 samples. It costs one inner product, and one vector.
 
-So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the next batch's loss, which
+So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the loss of the next, which
 is computed anyway, says whether it was a bad one. Where that is not finite, or lies above that of the step's own batch
 by far more than losses of batches differ, the same batch is evaluated where the step began as well. If the step has
 made the larger part of the difference it is taken back. Steps at the start, and the first ones after it and
