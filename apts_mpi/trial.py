@@ -156,12 +156,12 @@ class Trials:
         assert self._last_step is not None
         self._values.sub_(self._last_step.vector)
         with self._objective.buffers.unnoted():
-            before = self._objective.forward(batch.passes, keep_graph=False)
-        own = [self._comm.events.work, float(before.loss), loss, float(norm(self._objective.reduction.total, "2"))]
+            start = self._objective.forward(batch.passes, keep_graph=False)
+        own = [self._comm.events.work, float(start.loss), loss, float(norm(self._objective.reduction.total, "2"))]
 
         def decide(table: np.ndarray) -> Sequence[float]:
-            losses = map(math.fsum, table[:, 1:3].T)
-            judged = state.taken_back(*losses, self._inner.norm_of_table(table[:, 3]), self._options)
+            before, after = (math.fsum(column) for column in table[:, 1:3].T)
+            judged = state.taken_back(before, after, self._inner.norm_of_table(table[:, 3]), self._options)
             return [*astuple(judged), table[:, 0].max()]
 
         *record, self.work = self._comm.agree(own, decide)
