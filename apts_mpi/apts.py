@@ -104,9 +104,7 @@ class APTS:
             run = self._evaluate()
             schwarz = self._trials.look_back(self.state, self.batch, run, self._forget)
             schwarz = schwarz or self._judge(run, *self._correct(run), keep_graph=again)
-            if self.holding.coarse is not None and not schwarz.skipped:
-                self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
-            return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
+            return self._report(schwarz, self._follow(schwarz, keep_graph=again), started)
 
     def _goes_on(self, again: bool, done: float | None) -> bool:
         """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
@@ -175,8 +173,10 @@ class APTS:
         self._has_correction = self._has_correction and judged.next_radius <= judged.radius
         return judged
 
-    def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
-        """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""
+    def _follow(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
+        """Let the coarse level take note; then a step over all parameters from there, if there is to be one."""
+        if self.holding.coarse is not None and not schwarz.skipped:
+            self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
         if self.holding.global_step is None or schwarz.skipped:
             return None
         run, find = self._evaluate(), self.holding.global_step.find
