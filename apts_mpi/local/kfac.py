@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -84,10 +83,10 @@ class KFAC(LocalSolver):
             clip_to_ball(displacement, radius, kind)
             torch.add(start, displacement, out=local.block)
 
-    def displacement(self, local: LocalObjective, radius: float, kind: NormKind) -> torch.Tensor:
-        """See `apts_mpi.local.LocalSolver`; in a ball without end the first iteration is the direction itself."""
-        if math.isfinite(radius) or self._options.iterations > 1:
-            return super().displacement(local, radius, kind)
+    def unbounded(self, local: LocalObjective) -> torch.Tensor:
+        """See `apts_mpi.local.LocalSolver`; a single iteration is the direction itself."""
+        if self._options.iterations > 1:
+            return super().unbounded(local)
         self._begin(local)
         return self.direction(self._averaged(local.gradient))
 

@@ -14,7 +14,7 @@ from apts_mpi.curvature.products import Product
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
-from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
+from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, displacement_of, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain, multiplicity
 from apts_mpi.objective.batch import Batch
@@ -213,7 +213,8 @@ class AdditiveSchwarz:
         subdomain = cache.subdomain
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
-        displacement = self.solvers[subdomain.index].displacement(local, radius, self._norm)
+        solver = self.solvers[subdomain.index]
+        displacement = solver.unbounded(local) if self._is_noisy else displacement_of(solver, local, radius, self._norm)
         self._objective.vector.still(displacement, subdomain.start)
         if self._stack is not None:
             size = len(displacement)
