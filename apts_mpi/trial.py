@@ -186,7 +186,7 @@ class Trials:
     ) -> tuple[Judged, Run | None]:
         """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point. Collective.
 
-        Where the next batch judges nothing is evaluated but at the start, see `State.is_on_trial`.
+        Where the next batch judges nothing is evaluated but at the start, see ``apts_mpi.result.State.is_on_trial``.
 
         Parameters
         ----------

@@ -191,7 +191,7 @@ def judge_table(
     rounding
         Relative error of a loss.
     tried
-        Whether the loss after the step is known; see `untried`.
+        Whether the loss after the step is known; see ``untried``.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
