@@ -104,15 +104,16 @@ class APTS:
         with self._trials.iteration(self._forget):
             self._take(batch, rows, done)
             run = self._evaluate()
-            schwarz = self._judge(run, *self._correct(run), keep_graph=again)
-            self._follow(schwarz)
-            return self._report(schwarz, self._take_global_step(schwarz, keep_graph=again), started)
+            schwarz = self._trials.look_back(self.state, self.batch, run, self._forget)
+            schwarz = schwarz or self._judge(run, *self._correct(run), keep_graph=again)
+            return self._report(schwarz, self._follow(schwarz, keep_graph=again), started)
 
     def _goes_on(self, again: bool, done: float | None) -> bool:
         """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
         check_call(not again or hasattr(self, "batch"), done)
         if self.holding.watch.look(not again, self._steps()):
             self._forget()
+            self.state.forget_step()
         return again
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
@@ -134,7 +135,7 @@ class APTS:
         """Loss, gradient and caches at the present point; and have a radius."""
         objective, passes = self.holding.objective, self.batch.passes
         with self.events.timed("global evaluation"):
-            if self._run is None:
+            if self._run is None or not (self._has_correction or objective.suits(self._run)):
                 self._run = objective.evaluate(passes)
             elif not self._has_gradient:
                 objective.backward(passes, self._run)
@@ -173,12 +174,10 @@ class APTS:
         self._has_correction &= self.holding.schwarz.is_known_in(judged.next_radius, judged.radius)
         return judged
 
-    def _follow(self, schwarz: Judged) -> None:
+    def _follow(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
+        """The coarse level takes note; then steps over all parameters from there: the last accepted, or the first."""
         if self.holding.coarse is not None and not schwarz.skipped:
             self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
-
-    def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
-        """Trust-region steps over all parameters where the Schwarz step led to: the last accepted, or the first."""
         shown = None
         if self.holding.global_step is not None and not schwarz.skipped:
             for left in reversed(range(self.options.global_step.iterations)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import AFTER_REJECTION, SHORTER, following, is_short
+from apts_mpi.trust_region.next_batch import AFTER_REJECTION, FAR, NEWEST, PART, SHORTER, TRIALS, following, is_short
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -89,6 +90,11 @@ class State:
         Share of that which the next try of a rejected batch has.
     starting
         Whether no step has been long enough yet.
+    tried
+        Steps in a row that were accepted since the last one that was not, or since the start.
+    loss, spread
+        Of the last accepted step's own batch where it began, and the usual difference of two such losses; None and 0
+        before them.
     """
 
     iteration: int = 0
@@ -103,12 +109,52 @@ class State:
     share: float = 1.0
     retry: float = 1.0
     starting: bool = True
+    tried: int = 0
+    loss: float | None = None
+    spread: float = 0.0
 
     @property
     def present_radius(self) -> float:
         """Of the ball, which the first gradient gives at the latest."""
         assert self.radius is not None
         return self.radius * self.share * self.retry
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether a step is to be judged by its own batch: at the start, and until many have been accepted after it."""
+        return self.tried < TRIALS
+
+    def forget_step(self) -> None:
+        """The last step does not lead to the present point, which is the user's."""
+        self.slope, self.tried = 0.0, 0
+
+    def is_far(self, loss: float) -> bool:
+        """Whether a batch's loss at the end of the last step lies beyond what losses of batches differ by."""
+        if self.loss is None or not math.isfinite(loss):
+            return not math.isfinite(loss)
+        return self.spread > 0.0 and loss - self.loss > FAR * self.spread
+
+    def taken_back(self, before: float, after: float, gradient_norm: float, options: TrustRegionOptions) -> Judged:
+        """The last step as the next batch judges it, by its losses there: accepted, or taken back.
+
+        Where the loss before the step is not finite, or far as well, it is the batch that is at fault.
+
+        Parameters
+        ----------
+        before, after
+            Losses of the next batch where the step began, and at its end.
+        gradient_norm
+            At its end.
+        options
+            Limits of the radius.
+        """
+        promised, risen, radius = -self.slope, after - before, self.present_radius
+        bad = math.isfinite(before) and self.is_far(after)
+        if bad and self.loss is not None and math.isfinite(after):
+            bad = risen > PART * (after - self.loss)
+        following = max(SHORTER * radius, options.min_radius) if bad else radius
+        rho = -risen / promised
+        return Judged(before, after, promised, -risen, rho, not bad, radius, following, math.nan, gradient_norm)
 
     def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> tuple[Judged, bool, float]:
         """A judged step with the radius as the next batch has it; and what `starting` and `retry` become.
@@ -140,8 +186,14 @@ class State:
     def move(self, judged: Judged, options: TrustRegionOptions) -> None:
         """Take over the next radius, and the loss of an accepted step into the window of the last ones."""
         self.radius = judged.next_radius / (self.share * self.retry)
-        # Of a first-order prediction; a batch judges the step before its own once.
-        self.slope = -judged.predicted_reduction if judged.accepted else 0.0
+        if judged.accepted:
+            difference = 0.0 if self.loss is None else abs(judged.loss - self.loss)
+            self.spread += (NEWEST if self.spread else 1.0) * (difference - self.spread)
+            self.loss = judged.loss
+        if not judged.skipped:
+            self.tried = self.tried + 1 if judged.accepted and not self.starting else 0
+            # Of a first-order prediction; a batch judges the step before its own once.
+            self.slope = -judged.predicted_reduction if judged.accepted else 0.0
         if judged.skipped and self.accepted == self.rejected == 0:
             # Such a batch has not told how long a step may be.
             self.radius = options.initial_radius
@@ -179,10 +231,12 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped", "slope", "share", "retry", "starting"),
+    later=("skipped", "slope", "share", "retry", "starting", "tried", "loss", "spread"),
     slope=number(),
     share=number(0.0, 1.0),
     retry=number(0.0, 1.0),
+    loss=nothing_or(number()),
+    spread=number(0.0),
     starting=flag,
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),

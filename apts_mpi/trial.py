@@ -28,6 +28,7 @@ from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import BEGIN, LastStep
+from apts_mpi.trust_region.norms import norm
 
 # A ratio that a model of the loss seldom has, however long the step: losses that do not belong together have it.
 LEAST_RHO, LARGEST_RHO = -1.0, 3.0
@@ -78,6 +79,8 @@ class Trials:
         self._last_step = last_step
         self._check_loss = check_loss
         self._doubts = 0
+        # This rank's part of the present batch's slope along the last step.
+        self._after = 0.0
         self._values = objective.vector.values
         # The last point that was judged.
         self._before = self._values.clone()
@@ -117,6 +120,61 @@ class Trials:
         self._inner.clip(step, radius)
         return step
 
+    def look_back(self, state: State, batch: Batch, present: Run, forget: Callable[[], None]) -> Judged | None:
+        """Let a batch judge the step before, and take that back where it was a bad one. Collective.
+
+        Parameters
+        ----------
+        state
+            Its radius moves on.
+        batch, present
+            The samples, and their evaluation at the present point, with its gradient.
+        forget
+            Called where the point changes.
+
+        Returns
+        -------
+        Judged or None
+            The step that is taken back; None where it stands.
+        """
+        self._after = 0.0
+        if self._last_step is None or state.slope >= 0.0:
+            return None
+        with self._comm.events.timed("judge"):
+            gradient, last = self._objective.reduction.total, self._last_step.vector
+            loss, self._after = torch.stack([present.loss, torch.dot(gradient, last).double()]).tolist()
+
+            def doubt(table: np.ndarray) -> Sequence[float]:
+                after = self._inner.sum_of_table(table[:, 1])
+                return [state.is_far(math.fsum(table[:, 0])) or not math.isfinite(after)]
+
+            (doubtful,) = self._comm.agree([loss, self._after], doubt)
+            return self._compare(state, batch, loss, forget) if doubtful else None
+
+    def _compare(self, state: State, batch: Batch, loss: float, forget: Callable[[], None]) -> Judged | None:
+        """Evaluate f_k where the last step began, and let rank 0 decide whether to go back to there. Collective."""
+        assert self._last_step is not None
+        self._values.sub_(self._last_step.vector)
+        with self._objective.buffers.unnoted():
+            start = self._objective.forward(batch.passes, keep_graph=False)
+        own = [self._comm.events.work, float(start.loss), loss, float(norm(self._objective.reduction.total, "2"))]
+
+        def decide(table: np.ndarray) -> Sequence[float]:
+            before, after = (math.fsum(column) for column in table[:, 1:3].T)
+            judged = state.taken_back(before, after, self._inner.norm_of_table(table[:, 3]), self._options)
+            return [*astuple(judged), table[:, 0].max()]
+
+        *record, self.work = self._comm.agree(own, decide)
+        judged = judged_of(record)
+        if judged.accepted:
+            self._values.copy_(self._before)
+            return None
+        self._before.copy_(self._values)
+        forget()
+        state.starting = False
+        state.move(judged, self._options)
+        return judged
+
     def judge(
         self,
         state: State,
@@ -127,6 +185,8 @@ class Trials:
         keep_graph: bool,
     ) -> tuple[Judged, Run | None]:
         """Evaluate f_k at the end of ``step``, let rank 0 judge, and take the step or restore the point. Collective.
+
+        Where the next batch judges nothing is evaluated but at the start, see ``apts_mpi.result.State.is_on_trial``.
 
         Parameters
         ----------
@@ -145,16 +205,17 @@ class Trials:
         -------
         judged : Judged
         trial : Run or None
-            The evaluation there; None where the parameters shrank after the step.
+            The evaluation there; None without one, or where the parameters shrank after the step.
 
         Raises
         ------
         SharedInvalidInput
             For a loss that is not, for this batch, what it was for the first.
         """
+        tried = self._last_step is None or state.is_on_trial
         with self._comm.events.timed("judge"):
             self._values.add_(self._objective.vector.still(step))
-            trial = self._objective.forward(batch.passes, keep_graph)
+            trial = self._objective.forward(batch.passes, keep_graph) if tried else None
             # With autocast samples are rounded independently of each other; what is summed of them much less.
             rounding = self._epsilon / (batch.size**0.5 if self._is_lower else 1.0)
 
@@ -167,26 +228,27 @@ class Trials:
                     predicted_reduction=predicted_reduction,
                     earlier_losses=state.losses,
                     rounding=rounding,
+                    tried=tried,
                 )
                 starting, retry = state.starting, state.retry
                 if self._last_step is not None:
-                    after = self._inner.sum_of_table(table[:, 7])
+                    after = self._inner.sum_of_table(table[:, -4])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                length = sqrt(self._inner.sum_of_table(table[:, -5])) if self._decay else 0.0
-                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *table[:, -4:].max(axis=0)]
+                length = sqrt(self._inner.sum_of_table(table[:, -6])) if self._decay else 0.0
+                seen = table[:, [-5, -3, -2, -1]].max(axis=0)
+                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *seen]
 
             # The device is waited for here, once for all numbers.
             gradient = self._objective.reduction.total
             products = self._inner.own(gradient, step)
-            if self._last_step is not None:
-                products.append(torch.dot(gradient, self._last_step.vector).double())
             if self._decay:
                 products.append(torch.linalg.vector_norm(step, dtype=torch.float64).square())
-            moved = (self._values != self._before).any().double()
+            # Many times faster than to compare elements, as bits do not come into it.
+            moved = torch.stack(torch.aminmax(self._values - self._before)).double().abs().sum().ne(0.0).double()
             fault = self._objective.loss.fault(moved)
-            own = torch.stack([present.loss, trial.loss, moved, *products, fault]).tolist()
+            own = torch.stack([present.loss, (trial or present).loss, moved, *products, fault]).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
-            own += [froze, len(events.notes.fresh), self._objective.buffers.have_moved]
+            own += [self._after, froze, len(events.notes.fresh), self._objective.buffers.have_moved]
             *record, starting, retry, length, self.work, fault_seen, any_froze, news, moving = self._comm.agree(
                 [events.work, *own], decide
             )

@@ -29,6 +29,7 @@ from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.problems.text import CONTEXT, character_gpt
 from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.environment import cpu_seconds, seconds
+from apts_mpi.trust_region.next_batch import TRIALS
 
 Noise = Literal["none", "batches"]
 
@@ -120,6 +121,8 @@ class Iterations:
     def __init__(self, case: Case, subdomains: int, noise: Noise = "none") -> None:
         options = APTSOptions(subdomains=subdomains, noise=noise)
         self._solver = APTS(case.make(), case.loss, comm=MPI.COMM_SELF, options=options)
+        # Beyond the start, whose steps are tried.
+        self._solver.state.starting, self._solver.state.tried = False, TRIALS
         self._batches = itertools.cycle(case.batches())
         self._seconds = 0.0
 

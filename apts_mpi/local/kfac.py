@@ -70,12 +70,14 @@ class KFAC(LocalSolver):
         often = min(refresh, OFTEN)
         return self.count < often or self.count % (often if self.count < refresh else refresh) == 0
 
+    @property
+    def observes(self) -> bool:
+        """See `apts_mpi.local.LocalSolver`; its direction takes the gradient alone."""
+        return self.is_due or self._options.iterations > 1
+
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """See `apts_mpi.local.LocalSolver`."""
-        if self.is_due and not self._is_measured:
-            self.take_in(self.measure(local, self.updates))
-        self._is_measured = False
-        self.count += 1
+        self._begin(local)
         start = local.block.clone()
         for gradient in local.gradients(self._options.iterations):
             local.block += self.direction(self._averaged(gradient))
@@ -91,6 +93,20 @@ class KFAC(LocalSolver):
         self.count += 1
         for gradient in local.gradients(self._options.iterations):
             self._averaged(gradient)
+
+    def unbounded(self, local: LocalObjective) -> torch.Tensor:
+        """See `apts_mpi.local.LocalSolver`; a single iteration is the direction itself."""
+        if self._options.iterations > 1:
+            return super().unbounded(local)
+        self._begin(local)
+        return self.direction(self._averaged(local.gradient))
+
+    def _begin(self, local: LocalObjective) -> None:
+        """Take in statistics that are due, and count the iteration."""
+        if self.is_due and not self._is_measured:
+            self.take_in(self.measure(local, self.updates))
+        self._is_measured = False
+        self.count += 1
 
     def _averaged(self, gradient: torch.Tensor) -> torch.Tensor:
         """The running mean of the gradients up to this one, without the zeros from which it starts."""

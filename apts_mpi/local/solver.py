@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,10 +190,19 @@ class LocalSolver(ABC):
     def solve(self, local: LocalObjective, radius: float, kind: NormKind) -> None:
         """Move ``local.block`` from R_d theta_k by at most ``radius``. Collective over the team where it evaluates."""
 
+    def unbounded(self, local: LocalObjective) -> torch.Tensor:
+        """How far `solve` moves the block in a ball without end; the block is afterwards as before."""
+        return displacement_of(self, local, math.inf, "2")
+
     @property
     def is_due(self) -> bool:
         """Whether it wants statistics in this iteration, the same for all subdomains; for whole layers alone."""
         return False
+
+    @property
+    def observes(self) -> bool:
+        """Whether the next `solve` or `measure` looks at calls of layers, or at outputs of the local objective."""
+        return True
 
     def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
         """Statistics of each layer, of the samples of all who measure together; ``key`` for random numbers."""
@@ -241,6 +251,15 @@ class LocalSolver(ABC):
         own = self.setting.block[:0].cpu().numpy().dtype.str
         allow(tensor.dtype == own, place, tensor.dtype, f"{own!r}, as the parameters are")
         return tensor
+
+
+def displacement_of(solver: LocalSolver, local: LocalObjective, radius: float, kind: NormKind) -> torch.Tensor:
+    """How far a solver moves the block, which is afterwards as before. Collective over the team as ``solve`` is."""
+    start = local.block.clone()
+    solver.solve(local, radius, kind)
+    moved = local.block - start
+    local.block.copy_(start)
+    return moved
 
 
 def ensure_descent(gradient: torch.Tensor, displacement: torch.Tensor, radius: float, kind: NormKind) -> torch.Tensor:

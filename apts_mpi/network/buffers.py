@@ -74,6 +74,15 @@ class Buffers:
         self._changes, self._others = {}, {}
 
     @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """Let evaluations in the block leave what `accept` may want as it is."""
+        kept = self._changes, self._others
+        try:
+            yield
+        finally:
+            self._changes, self._others = kept
+
+    @contextmanager
     def noted(self, weight: float) -> Iterator[None]:
         """Like `copied`, for a pass with this share of all samples, whose change `accept` may want."""
         with self.copied() as (held, copies):

@@ -111,6 +111,11 @@ class SegmentedNetwork:
         """The layers of the network whose parameters are in a vector, see `layers_of`."""
         return layers_of(self.segments, list(zip(vector.entries, vector.parameters, strict=True)))
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether `measure` has counted."""
+        return self._counts is not None
+
     def measure(self, inputs: Bundle, part: bool = False) -> None:
         """Count the multiplications of each segment on a few samples, once, for `share`.
 

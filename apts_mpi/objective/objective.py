@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -61,6 +61,8 @@ class Objective:
         Numbers that the network returns for a sample, once it was evaluated.
     summaries : Summaries or None
         What takes sums over the calls of recorded layers, where graphs are not kept; None: the calls are kept.
+    observes : callable
+        Whether the next local solves look at calls of layers and outputs of segments, which then are recorded.
     knows_plain_passes_alone : bool or None
         Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
         None until that was tried.
@@ -88,6 +90,8 @@ class Objective:
         self.outputs_of_sample = 1
         self.knows_plain_passes_alone: bool | None = None
         self.summaries: Summaries | None = None
+        self.observes: Callable[[], bool] = lambda: True
+        self._is_observed = True
         self._recorder = LayerRecorder(recorded)
         self.events = comm.events
         self._comm = comm
@@ -133,7 +137,7 @@ class Objective:
         """
         keep_graph = keep_graph and keeps_graphs(passes)
         parts = [piece for part in passes for piece in part.micro_batches()]
-        run = Run(torch.zeros((), dtype=torch.float64, device=self._device))
+        run = self._new_run()
         terms: list[Term] = []
         self._begin(passes)
         with preserved_random_state(self._device):
@@ -141,7 +145,7 @@ class Objective:
                 with (
                     torch.set_grad_enabled(keep_graph),
                     self.buffers.noted(part.weight),
-                    self._recorder.recording() as records,
+                    self.recording() as records,
                 ):
                     term, caches = self._run_pass(part, keep_graph)
                 for cache in caches:
@@ -158,10 +162,25 @@ class Objective:
         run.losses = losses if keep_graph else []
         return run
 
+    def _new_run(self) -> Run:
+        self._is_observed = self.observes()
+        return Run(torch.zeros((), dtype=torch.float64, device=self._device), is_observed=self._is_observed)
+
     def _begin(self, passes: Sequence[Pass]) -> None:
         self.buffers.begin()
-        with preserved_random_state(self._device), self.replayed():
-            self.segmented.measure(take(passes[0].inputs, slice(min(passes[0].most or FEW, FEW))))
+        if not self.segmented.is_measured:
+            with self.replayed():
+                self.segmented.measure(take(passes[0].inputs, slice(min(passes[0].most or FEW, FEW))))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[LayerRecord]]:
+        """Record calls of layers in the block, if that is wanted of the present evaluation."""
+        with self._recorder.recording() if self._is_observed else nullcontext(list[LayerRecord]()) as records:
+            yield records
+
+    def suits(self, run: Run) -> bool:
+        """Whether an evaluation has what the next local solves look at."""
+        return run.is_observed or not self.observes()
 
     def _run_pass(self, part: Pass, cached: bool) -> tuple[Term, list[Cache]]:
         outputs, caches = self.run_segments(part, part.inputs, cached)
@@ -181,7 +200,7 @@ class Objective:
                     if subdomain.first_segment == index
                 ]
             activations = self.segmented.run(segment, activations)
-            for cache in caches:
+            for cache in caches if self._is_observed else ():
                 if self.ends_before_loss(cache.subdomain) and cache.subdomain.last_segment == index:
                     for tensor in differentiable(activations):
                         if tensor.requires_grad:  # behind a step function, say, nothing does
@@ -200,7 +219,7 @@ class Objective:
             self.backward(passes, run)
             return run
         # A micro-batch is backward before the next is forward.
-        run, terms = Run(torch.zeros((), dtype=torch.float64, device=self._device)), list[Term]()
+        run, terms = self._new_run(), list[Term]()
         self._begin(passes)
         self._accumulate(passes, run, terms)
         self.loss.settle(terms, self._comm)
@@ -285,7 +304,7 @@ class Objective:
         # What leaves a subdomain, and its gradient, are found by a pass through all of the network alone.
         kept = self.inexact and self.keep_gradients
         is_recorded = self.summaries is None or self.summaries.is_due
-        recording = self._recorder.recording() if is_recorded else nullcontext(list[LayerRecord]())
+        recording = self.recording() if is_recorded else nullcontext(list[LayerRecord]())
         with preserved_random_state(self._device), torch.enable_grad(), noted, recording as records:
             term, caches = self._run_pass(piece, kept)
             loss = self.loss.mean(term)

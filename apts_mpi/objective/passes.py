@@ -190,8 +190,11 @@ class Run:
         Mean loss of each pass, with its graph until the backward pass; none where graphs are not kept.
     caches : list of list of Cache
         Caches of each pass.
+    is_observed : bool
+        Whether they have what local solvers look at, see ``apts_mpi.objective.objective.Objective.observes``.
     """
 
     loss: torch.Tensor
     losses: list[torch.Tensor] = field(default_factory=list)
     caches: list[list[Cache]] = field(default_factory=list)
+    is_observed: bool = True

@@ -14,7 +14,7 @@ from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.local.layer_sums import LayerSums
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
-from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, ensure_descent
+from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, displacement_of, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.objective.batch import Batch
@@ -99,6 +99,7 @@ class AdditiveSchwarz:
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
         if self._kind.takes_sums:
             objective.summaries = LayerSums(self._measuring)
+        objective.observes = lambda: any(solver.observes for solver in self._measuring.values())
         self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
@@ -239,17 +240,18 @@ class AdditiveSchwarz:
         subdomain = cache.subdomain
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
-        start = local.block.clone()
+        solver = self.solvers[subdomain.index]
         if self.predicts:
             local.begin()
         if self.plateau and self.plateau.leads:
-            local.block.add_(self.plateau.displacement(subdomain.start, subdomain.stop, radius, self._norm))
+            displacement = self.plateau.displacement(subdomain.start, subdomain.stop, radius, self._norm)
+        elif self._is_noisy:
+            displacement = solver.unbounded(local)
         else:
-            self.solvers[subdomain.index].solve(local, radius, self._norm)
-        displacement = self._objective.vector.still(local.block - start, subdomain.start)
+            displacement = displacement_of(solver, local, radius, self._norm)
+        self._objective.vector.still(displacement, subdomain.start)
         if self.predicts:
-            self._predict(local)
-        local.block.copy_(start)
+            self._predict(local, displacement)
         if self._stack is not None:
             size = len(displacement)
             descent = self._downhill(local.gradient, displacement, radius)
@@ -264,16 +266,16 @@ class AdditiveSchwarz:
             self.correction[subdomain.start : subdomain.stop] += weighted
 
     def _downhill(self, gradient: torch.Tensor, displacement: torch.Tensor, radius: float) -> torch.Tensor:
-        """See `ensure_descent`; on noisy batches it is the sum that has to go down, which is judged as a whole.
-
-        Where local reductions predict, it is they that have to be positive.
-        """
+        """See `ensure_descent`; on noisy batches the sum has to go down, else where they predict the local reductions."""
         free = self._is_noisy or self.predicts
         return displacement if free else ensure_descent(gradient, displacement, radius, self._norm)
 
-    def _predict(self, local: LocalObjective) -> None:
-        """Add what the local objective fell by, where this rank speaks for its team. Collective over the team."""
+    def _predict(self, local: LocalObjective, displacement: torch.Tensor) -> None:
+        """Add what the local objective falls by, where this rank speaks for its team. Collective over the team."""
+        start = local.block.clone()
+        local.block.add_(displacement)
         reduction = float(local.start_value - local.value())
+        local.block.copy_(start)
         if self.decomposition.leads:
             self._reduction += reduction / (self.decomposition.count if self._is_mean else 1)
 

@@ -160,6 +160,7 @@ class StagedObjective(Objective):
     def _run(self, passes: Sequence[Pass], actions: Sequence[Action], run: StagedRun, keep_graph: bool) -> StagedRun:
         if actions[0].direction == "forward":
             self.buffers.begin()
+            self._is_observed = run.is_observed = self.observes()
         # And between the parameters of a backward pass.
         listening = self.reduction.listening(self.pipeline.progress)
         with preserved_random_state(self._device), listening if keep_graph else nullcontext():
@@ -236,7 +237,7 @@ class StagedObjective(Objective):
         if graph and not self.pipeline.is_first:
             for tensor in differentiable(flight.entering):
                 tensor.requires_grad_()
-        with self._recorder.recording() as flight.records:
+        with self.recording() as flight.records:
             outputs, flight.caches = self.run_segments(part, flight.entering, graph)
         if not self.pipeline.is_last:
             flight.leaving = outputs

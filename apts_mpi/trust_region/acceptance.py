@@ -76,7 +76,7 @@ class Judged:
                 f"the loss is not finite{where}; look for nan and inf in the inputs, the targets and the network's "
                 "outputs"
             )
-        if not math.isfinite(self.gradient_norm):
+        if self.skipped and not math.isfinite(self.gradient_norm):
             return "the gradient is not finite; look for a root or logarithm of 0 in the network and the loss"
         if self.gradient_norm == 0.0:
             return "the gradient is 0; look for what cuts the network off from the loss"
@@ -146,6 +146,12 @@ def judge(
     return Judged(loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm)
 
 
+def untried(loss: float, predicted_reduction: float, step_norm: float, radius: float) -> Judged:
+    """A step that is taken without a trial, as the next batch will judge it: one that goes down by its model."""
+    accepted = 0.0 < predicted_reduction < math.inf and 0.0 < step_norm < math.inf
+    return Judged(loss, math.nan, predicted_reduction, math.nan, math.nan, accepted, radius, radius, step_norm)
+
+
 def judged_of(record: Sequence[float]) -> Judged:
     """A judged step from the numbers of its fields, in their order."""
     values = dict(zip((value.name for value in fields(Judged)), record, strict=True))
@@ -162,6 +168,7 @@ def judge_table(
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
     rounding: float,
+    tried: bool = True,
 ) -> Judged:
     """Judge a step from what all ranks know of it; on rank 0.
 
@@ -180,20 +187,24 @@ def judge_table(
         Of the window.
     rounding
         Relative error of a loss.
+    tried
+        Whether the loss after the step is known; see ``untried``.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
     predicted = -slope if predicted_reduction is None else predicted_reduction
-    judged = judge(
-        options,
-        radius=radius,
-        loss=loss,
-        trial_loss=trial_loss,
-        predicted_reduction=predicted,
-        step_norm=step_norm,
-        earlier_losses=tuple(earlier_losses),
-        noise=options.noise * rounding * abs(loss),
-    )
+    judged = untried(loss, predicted, step_norm, radius)
+    if tried:
+        judged = judge(
+            options,
+            radius=radius,
+            loss=loss,
+            trial_loss=trial_loss,
+            predicted_reduction=predicted,
+            step_norm=step_norm,
+            earlier_losses=tuple(earlier_losses),
+            noise=options.noise * rounding * abs(loss),
+        )
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
     judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:

@@ -51,6 +51,10 @@ class InnerProducts:
         products, steps, gradients = table[self._rows].T
         return float(products.sum()), self._join(steps), math.hypot(*gradients)
 
+    def norm_of_table(self, column: np.ndarray) -> float:
+        """2-norm of a vector from those of its parts, of all ranks."""
+        return math.hypot(*column[self._rows])
+
     def sum_of_table(self, column: np.ndarray) -> float:
         """Sum over the parts of a number, from those of all ranks."""
         return float(column[self._rows].sum())

@@ -11,6 +11,15 @@ own batch,
 which comes to rest where the slope is zero on average: where steps end at the minimum along them of the loss of all
 samples. It costs one inner product, and one vector.
 
+So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the loss of the next, which
+is computed anyway, says whether it was a bad one. Where that is not finite, or lies above that of the step's own batch
+by far more than losses of batches differ, the same batch is evaluated where the step began as well. If the step has
+made the larger part of the difference it is taken back. Steps at the start, and the first ones after it and
+after one that was not accepted, are tried on their own batch: their radius is not yet one of many steps.
+
+The step's promise, the slope, would be no measure. Where batches are fitted it is next to nothing, and each step raises
+the loss of the next batch by more: a network that has learnt five batches by heart came to rest in ever smaller balls.
+
 A step that is best for the next iteration is too long for the last ones, whose noise nothing averages any more. Where
 the end of the run is known, the radius goes to zero over its last part.
 """
@@ -29,6 +38,13 @@ RATE = 0.1
 
 # Of the radius for the next try, where a step raises the loss of its own batch; and of the radius after that.
 SHORTER, AFTER_REJECTION = 0.5, 0.7
+
+# Steps in a row that their own batches accept, after the start or one that they do not, before others are not tried.
+TRIALS = 10
+
+# Times the usual difference of losses by which that of the next batch has to rise for a step to be looked back at; the
+# part of it that a bad step has made; and the share of a new difference in the usual one.
+FAR, PART, NEWEST = 4.0, 0.5, 0.1
 
 # At first, while the slope at the end of a step is more than a share of that at its start, the radius grows faster.
 FASTER, SHORT = 2.0, 0.2

@@ -69,4 +69,5 @@ def test_it_is_saved_again_as_it_was(layout):
             assert json.loads(json.dumps(metadata[name])) == before.metadata["solver"][name]
         # That version counted no skipped batches, and no next batch judged the radius.
         later = {"skipped": 0, "slope": 0.0, "share": 1.0, "retry": 1.0, "starting": True}
+        later |= {"tried": 0, "loss": None, "spread": 0.0}
         assert metadata["state"] == before.metadata["solver"]["state"] | later

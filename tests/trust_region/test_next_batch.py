@@ -10,6 +10,9 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi import APTS, APTSOptions, InvalidInput
+from apts_mpi.local import LocalObjective
+from apts_mpi.local.kfac import OFTEN
+from apts_mpi.local.solver import displacement_of
 from apts_mpi.options import CoarseOptions, GlobalStepOptions, LocalOptions, SchwarzOptions, TrustRegionOptions
 from apts_mpi.result import State
 from apts_mpi.trust_region.acceptance import Judged
@@ -257,3 +260,41 @@ def test_overlapping_corrections_are_weighted(world):
         return solver.holding.objective.vector.values
 
     torch.testing.assert_close(values(world), values(MPI.COMM_SELF), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["kfac", "tr"])
+def test_layers_are_recorded_where_a_local_solver_looks_at_them(solver):
+    """With kfac where its statistics are due; others may look in every iteration."""
+    made = (
+        make()
+        if solver == "kfac"
+        else APTS(
+            networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=networks.options(solver=solver)
+        )
+    )
+    for number in range(8):
+        made.step(batch(number))
+        run = made.holding.objective.evaluate(made.batch.passes)
+        coming = solver != "kfac" or number + 1 <= OFTEN
+        assert run.is_observed == made.holding.objective.observes() == coming
+        if solver == "kfac":
+            assert bool(run.caches[0][0].records) == coming
+            assert (run.caches[0][0].output_gradient is not None) == coming
+
+
+def test_displacement_is_that_of_a_solve():
+    """In a ball without end, where the block does not have to move."""
+    one, other = make(subdomains=1), make(subdomains=1)
+    for number in range(4):
+        one.step(batch(number))
+        other.step(batch(number))
+    gradient = torch.randn(one.parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for solver in (one, other):
+        cache = solver.holding.objective.evaluate(solver.batch.passes).caches[0][0]
+        local = LocalObjective(solver.holding.objective, cache, gradient, solver.comm, 1.0)
+        before = local.block.clone()
+        own = solver.holding.schwarz.solvers[0]
+        found.append(own.unbounded(local) if solver is one else displacement_of(own, local, 1e9, "2"))
+        assert torch.equal(local.block, before)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
