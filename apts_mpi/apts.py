@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
-from apts_mpi.holding import Holding
+from apts_mpi.holding import Holding, kept_steps
 from apts_mpi.network.segments import Forward
 from apts_mpi.objective.batch import Batch, Rows, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
@@ -77,7 +77,7 @@ class APTS:
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         parts = holding.objective, holding.inner, self.comm, self.options, holding.last_step, holding.check_loss
-        self._trials, self._saved = Trials(*parts), Saved()
+        self._trials, self._saved = Trials(*parts, reach=holding.schwarz.reach), Saved()
         self._forget()
 
     def step(self, batch: Samples | None = None, rows: Rows = None, done: float | None = None) -> StepResult:
@@ -109,15 +109,15 @@ class APTS:
     def _goes_on(self, again: bool, done: float | None) -> bool:
         """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
         check_call(not again or hasattr(self, "batch"), done)
-        if self.holding.watch.look(not again, self._steps()):
+        if self.holding.watch.look(not again, kept_steps(self.holding)):
             self._forget()
         return again
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k."""
         self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
+        self.state.begin(again=samples is None)
         if samples is not None:
-            self.state.functions += 1
             with self.events.timed("data"):
                 self.batch: Batch = self.holding.cut(samples, rows, (self.options.seed, self.state.functions))
                 self._forget()
@@ -148,13 +148,15 @@ class APTS:
         """The Schwarz step within the ball of the present radius, and its predicted reduction if a model gave it."""
         schwarz, coarse = self.holding.schwarz, self.holding.coarse
         if not self._has_correction:
-            pending = schwarz.start_correction(self.batch, run.caches, self._gradient, self.state.present_radius)
+            pending = schwarz.start_correction(
+                self.batch, run.caches, self._gradient, self.state.present_radius, self.state.same
+            )
             with self.events.timed("assembly"):
                 pending.wait()
             self._prepare_coarse()
             self._has_correction = True
         if coarse is not None:
-            return coarse.step, coarse.recombine(self.state.present_radius)
+            return coarse.step, coarse.recombine(self.state.present_radius, self.state.same)
         with self.events.timed("assembly"):
             return self._trials.fit(schwarz.correction, self.state.present_radius), None
 
@@ -174,22 +176,26 @@ class APTS:
 
     def _follow(self, schwarz: Judged) -> None:
         if self.holding.coarse is not None and not schwarz.skipped:
+            self.state.same = self.state.same.relaxed(schwarz)
             self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
 
     def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""
-        if self.holding.global_step is None or schwarz.skipped:
+        state, find = self.state, self.holding.global_step
+        if find is None or schwarz.skipped or not find.is_due(state.same, self.batch.passes):
             return None
-        run, find = self._evaluate(), self.holding.global_step.find
-        with self.events.timed("global step"):
-            step, predicted = find(self.batch.passes, self._gradient, self.state.present_radius)
-        return self._judge(run, step, predicted, keep_graph)
+        run = self._evaluate()
+        with state.ball_of(apart=find.is_automatic):
+            step, predicted = find(self.batch.passes, self._gradient, state.present_radius, state.same)
+            judged = self._judge(run, step, predicted, keep_graph)
+        state.same = find.weigh(state.same, schwarz, judged)
+        return judged
 
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
         evaluations = self._trials.work * self.comm.size / self.batch.size
-        notes = self._trials.told()
-        result = StepResult(self.state.iteration + 1, schwarz, global_step, evaluations, seconds() - started, notes)
+        told = evaluations, seconds() - started, self._trials.told(), self.state.same.converged
+        result = StepResult(self.state.iteration + 1, schwarz, global_step, *told)
         self.state.count(result)
         return result
 
@@ -269,11 +275,7 @@ class APTS:
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
-        return [*named_tensors(self.network).values(), *self._steps()], self.state
-
-    def _steps(self) -> list[torch.Tensor]:
-        coarse, last = self.holding.coarse, self.holding.last_step
-        return ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])
+        return [*named_tensors(self.network).values(), *kept_steps(self.holding)], self.state
 
     def describe(self) -> str:
         """The composed solver, in words, for ``--view``."""

@@ -53,6 +53,8 @@ class Trials:
         The last accepted step, where the next batch judges the radius.
     check_loss
         Of the holding: sees whether the loss is what the method minimises, see ``apts_mpi.holding.Holding``.
+    reach
+        Of the Schwarz level: share of the radius at which balls of subdomains may have cut the sum of corrections.
 
     Attributes
     ----------
@@ -70,6 +72,7 @@ class Trials:
         options: APTSOptions,
         last_step: LastStep | None,
         check_loss: Callable[..., None],
+        reach: float = 1.0,
     ) -> None:
         self._objective = objective
         self._inner = inner
@@ -77,6 +80,7 @@ class Trials:
         self._options = options.trust_region
         self._last_step = last_step
         self._check_loss = check_loss
+        self._reach = reach
         self._doubts = 0
         self._values = objective.vector.values
         # The last point that was judged.
@@ -167,6 +171,8 @@ class Trials:
                     predicted_reduction=predicted_reduction,
                     earlier_losses=state.losses,
                     rounding=rounding,
+                    # What a model gave was looked for in the whole ball.
+                    share=self._reach if predicted_reduction is None else 1.0,
                 )
                 starting, retry = state.starting, state.retry
                 if self._last_step is not None:

@@ -26,6 +26,7 @@ from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
+from apts_mpi.trust_region.same_function import SameFunction
 
 # Makes the rows of the subdomains of a rank from their caches of one pass.
 MakeRows = Callable[[Objective, Sequence[Cache]], GaussNewtonRows]
@@ -59,6 +60,8 @@ class AdditiveSchwarz:
         Local solvers of the subdomains that this rank carries, with their state.
     rows : list of GaussNewtonRows
         Those of each pass at the point of the last correction; computed if a local solver has asked for them.
+    reach : float
+        Share of the radius from which on the balls of subdomains may have cut the sum of their corrections.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class AdditiveSchwarz:
         self._data = data = schwarz.decomposition == "data"
         # A mean of steps within a ball lies in it.
         self._count = 1 if data else decomposition.count
+        self.reach = schwarz.damping * subdomain_radius(1.0, decomposition.count, self._norm)
         self._values = objective.vector.values
         self._is_noisy = options.noise == "batches"
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
@@ -126,6 +130,7 @@ class AdditiveSchwarz:
         caches: Sequence[Sequence[Cache]],
         gradient: torch.Tensor,
         radius: float,
+        same: SameFunction = SameFunction(),  # noqa: B008, it is frozen
     ) -> Pending:
         """Solve this rank's local problems and start to assemble the corrections. Collective.
 
@@ -141,6 +146,8 @@ class AdditiveSchwarz:
             The global gradient.
         radius
             Radius of the ball that will hold the assembled correction.
+        same
+            What is known of the function.
 
         Raises
         ------
@@ -149,6 +156,8 @@ class AdditiveSchwarz:
         """
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
         local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
+        for solver in (*self._measuring.values(), *self.solvers.values()):
+            solver.same = same
         self._mirror.tensor.zero_()
         self.open_rows(caches)
         useful = self._is_of_use(gradient)

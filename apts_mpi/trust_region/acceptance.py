@@ -43,6 +43,8 @@ class Judged:
         then nothing of the method moves.
     not_finite_on
         First rank whose share of a loss that is not finite is not; -1 where there is none, or all ranks' are not.
+    noise
+        Of a loss, absolute: smaller reductions are not to be seen.
     """
 
     loss: float
@@ -57,6 +59,12 @@ class Judged:
     gradient_norm: float = math.nan
     skipped: bool = False
     not_finite_on: int = -1
+    noise: float = 0.0
+
+    @property
+    def model_rho(self) -> float:
+        """How well the model predicted the loss: rho without a window of earlier losses."""
+        return ratio(self.loss - self.trial_loss, self.predicted_reduction, self.noise)
 
     @property
     def at_rest(self) -> bool:
@@ -65,8 +73,8 @@ class Judged:
         return self.gradient_norm == 0.0 or (no_smaller and not self.accepted and not self.skipped)
 
     def record(self) -> dict[str, float]:
-        """Its numbers by their names; the rank is a part of the reason."""
-        return {name: value for name, value in asdict(self).items() if name != "not_finite_on"}
+        """Its numbers by their names; the rank is a part of the reason, and the noise follows from the loss."""
+        return {name: value for name, value in asdict(self).items() if name not in ("not_finite_on", "noise")}
 
     @property
     def reason(self) -> str:
@@ -94,6 +102,13 @@ class Judged:
         )
 
 
+def ratio(actual: float, predicted: float, noise: float) -> float:
+    """Actual over predicted reduction, both raised by the noise; -inf for what is not finite or predicts none."""
+    if not (math.isfinite(actual) and 0.0 < predicted < math.inf):
+        return -math.inf
+    return (actual + noise) / (predicted + noise)
+
+
 def judge(
     options: TrustRegionOptions,
     *,
@@ -104,6 +119,7 @@ def judge(
     step_norm: float,
     earlier_losses: tuple[float, ...] = (),
     noise: float = 0.0,
+    share: float = 1.0,
 ) -> Judged:
     """Judge a step. The rule::
 
@@ -111,9 +127,13 @@ def judge(
         actual    = reference - trial_loss
         rho       = (actual + noise) / (predicted_reduction + noise)
         accept     if rho >= eta1, and step_norm > 0
-        next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
-                      increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
+        model rho = (loss - trial_loss + noise) / (predicted_reduction + noise)
+        next radius = decrease_factor * min(radius, step_norm)   if model rho <  shrink_below
+                      increase_factor * radius                   if model rho >= eta2 and step_norm reached the ball
                       radius                                     otherwise, within [min_radius, max_radius]
+
+    A window lets steps rise; it says nothing about how far the model reaches. A step has reached the ball at the
+    ``share`` of the radius from which on a part of it may have been cut off.
 
     Anything not finite, and a predicted reduction that is not positive, is a rejection with
     ``radius * decrease_factor``, as in PETSc (src/snes/impls/tr/tr.c).
@@ -133,20 +153,25 @@ def judge(
     noise
         Of a loss, absolute: reductions below it are not to be seen (Conn, Gould and Toint, Trust-Region Methods,
         section 17.4.2).
+    share
+        Of the radius, from which on the ball may have cut a step: 1 / sqrt(N) for the sum of N blocks, each in its own.
     """
     window = earlier_losses[-options.window :] if options.window else ()
     actual = max(loss, *window) - trial_loss if window else loss - trial_loss
-    rho, following = -math.inf, options.decrease_factor * radius
-    if all(map(math.isfinite, (loss, trial_loss, predicted_reduction, step_norm))) and predicted_reduction > 0.0:
-        rho = (actual + noise) / (predicted_reduction + noise)
-        following = radius
-        if rho < options.shrink_below:
-            following = options.decrease_factor * min(radius, step_norm)
-        elif rho >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
-            following = options.increase_factor * radius
+    finite = math.isfinite(loss) and math.isfinite(step_norm)
+    rho = ratio(actual, predicted_reduction, noise) if finite else -math.inf
+    of_model = ratio(loss - trial_loss, predicted_reduction, noise) if finite else -math.inf
+    following = radius
+    if of_model == -math.inf:
+        following = options.decrease_factor * radius
+    elif of_model < options.shrink_below:
+        following = options.decrease_factor * min(radius, step_norm)
+    elif of_model >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * share * radius:
+        following = options.increase_factor * radius
     following = min(max(following, options.min_radius), options.max_radius)
     accepted = rho >= options.eta1 and step_norm > 0.0
-    return Judged(loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm)
+    numbers = loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm
+    return Judged(*numbers, noise=noise)
 
 
 def judged_of(record: Sequence[float]) -> Judged:
@@ -165,6 +190,7 @@ def judge_table(
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
     rounding: float,
+    share: float = 1.0,
 ) -> Judged:
     """Judge a step from what all ranks know of it; on rank 0.
 
@@ -183,6 +209,8 @@ def judge_table(
         Of the window.
     rounding
         Relative error of a loss.
+    share
+        See `judge`.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
@@ -196,6 +224,7 @@ def judge_table(
         step_norm=step_norm,
         earlier_losses=tuple(earlier_losses),
         noise=options.noise * rounding * abs(loss),
+        share=share,
     )
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
     judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
