@@ -148,19 +148,18 @@ class APTS:
         """The Schwarz step within the ball of the present radius, and its predicted reduction if a model gave it."""
         schwarz, coarse = self.holding.schwarz, self.holding.coarse
         if not self._has_correction:
-            pending = schwarz.start_correction(
-                self.batch, run.caches, self._gradient, self.state.present_radius, self.state.same
-            )
+            known = self._gradient, self.state.present_radius, self.state.same
+            pending = schwarz.start_correction(self.batch, run.caches, *known)
             with self.events.timed("assembly"):
                 pending.wait()
             self._prepare_coarse()
-            self._has_correction = True
         if coarse is not None:
             return coarse.step, coarse.recombine(self.state.present_radius, self.state.same)
         with self.events.timed("assembly"):
             return self._trials.fit(schwarz.correction, self.state.present_radius), None
 
     def _prepare_coarse(self) -> None:
+        self._has_correction = True
         if self.holding.coarse is not None:
             self.holding.coarse.prepare(self.batch, self.holding.schwarz.columns(), self._gradient)
 
@@ -253,7 +252,6 @@ class APTS:
                 if self._saved.correction is not None:
                     self.holding.schwarz.reuse(self._saved.correction, run.caches)
                     self._prepare_coarse()
-                    self._has_correction = True
         elif self._saved.evaluated:
             with self.events.timed("global evaluation"):
                 self._run = self.holding.objective.forward(self.batch.passes, keep_graph=True)

@@ -190,7 +190,7 @@ def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], lo
     damping = local.damping
     if damping is None and noisy:
         damping = NOISY_DAMPING
-    quadratic = solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
+    quadratic = not noisy and solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
     if damping is None:
         damping = solver.quadratic_damping if quadratic else solver.damping
     refresh = local.refresh or (NOISY_REFRESH if noisy else USUAL_REFRESH)

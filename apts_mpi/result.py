@@ -13,7 +13,7 @@ from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.next_batch import AFTER_REJECTION, SHORTER, following, is_short
-from apts_mpi.trust_region.same_function import CHECK_SAME, SameFunction
+from apts_mpi.trust_region.same_function import CHECK_SAME, NEW, SameFunction
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -111,12 +111,12 @@ class State:
     share: float = 1.0
     retry: float = 1.0
     starting: bool = True
-    same: SameFunction = SameFunction()
+    same: SameFunction = NEW
 
     def begin(self, again: bool) -> None:
         """Begin an iteration, on the function of the one before or on a new one."""
         self.functions += not again
-        self.same = self.same.again() if again else SameFunction()
+        self.same = self.same.again() if again else NEW
 
     @contextmanager
     def ball_of(self, apart: bool) -> Iterator[None]:

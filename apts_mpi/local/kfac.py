@@ -181,7 +181,7 @@ class KFAC(LocalSolver):
         keep = min(1.0 - 1.0 / self.updates, self._options.decay)
         if not self.statistics:
             self.statistics = fresh
-        for means, statistics, (curvature, _, _) in zip(self.statistics, fresh, self.layers, strict=True):
+        for means, statistics in zip(self.statistics, fresh, strict=True):
             for mean, statistic in zip(means, statistics, strict=True):
                 mean.lerp_(statistic, 1.0 - keep)
         self._factorise()

@@ -15,7 +15,7 @@ from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.schema import Check, allow, record
 from apts_mpi.trust_region.norms import NormKind, steepest_descent
-from apts_mpi.trust_region.same_function import SameFunction
+from apts_mpi.trust_region.same_function import NEW, SameFunction
 
 
 @dataclass
@@ -170,7 +170,7 @@ class LocalSolver(ABC):
     coarse_norm: ClassVar[Literal["2", "scaled"]] = "2"
     coarse_samples: ClassVar[float | None] = None
     updates = 0
-    same = SameFunction()
+    same: SameFunction = NEW
 
     @classmethod
     def needs_exact(cls, options: LocalOptions) -> bool:

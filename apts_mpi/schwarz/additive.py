@@ -26,7 +26,7 @@ from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
-from apts_mpi.trust_region.same_function import SameFunction
+from apts_mpi.trust_region.same_function import NEW, SameFunction
 
 # Makes the rows of the subdomains of a rank from their caches of one pass.
 MakeRows = Callable[[Objective, Sequence[Cache]], GaussNewtonRows]
@@ -130,7 +130,7 @@ class AdditiveSchwarz:
         caches: Sequence[Sequence[Cache]],
         gradient: torch.Tensor,
         radius: float,
-        same: SameFunction = SameFunction(),  # noqa: B008, it is frozen
+        same: SameFunction = NEW,
     ) -> Pending:
         """Solve this rank's local problems and start to assemble the corrections. Collective.
 

@@ -14,7 +14,7 @@ import torch
 from apts_mpi.curvature.products import Product
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import Dots, dots
-from apts_mpi.trust_region.same_function import Limits
+from apts_mpi.trust_region.same_function import USUAL, Limits
 from apts_mpi.trust_region.subproblem import minimise_in_ball, steihaug
 
 # Pairs that an L-SR1 model remembers.
@@ -173,7 +173,7 @@ class ProductModel:
         preconditioner: Product | None = None,
         agree: Callable[[bool], bool] = bool,
         dots: Dots = dots,
-        limits: Limits = Limits(),  # noqa: B008, it is frozen
+        limits: Limits = USUAL,
     ) -> None:
         self._limits = limits
         self._product = product

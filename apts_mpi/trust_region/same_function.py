@@ -29,8 +29,8 @@ FIRST_FORCING, LARGEST_FORCING, FORCING_FACTOR = 0.1, 0.5, 0.9
 # Products of a Krylov solve, at most: of a function that is new, whose noise is worth no more, and of one that stays.
 FEW_PRODUCTS, MANY_PRODUCTS = 10, 200
 
-# Share of what the Schwarz step lowered the loss by that each product of a global step is to add: one costs half of what
-# that step does, but leads on where that has come to its end.
+# Of what the Schwarz step lowered the loss by, what each product of a global step is to add for it to pay: less than a
+# product costs beside that step, as it leads on where that has come to its end.
 WORTH = 0.1
 
 # Iterations without a global step after one that did not pay: at first, and at most.
@@ -50,6 +50,9 @@ class Limits:
 
     tolerance: float = FIRST_FORCING
     products: int = FEW_PRODUCTS
+
+
+USUAL = Limits()
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class SameFunction:
             forcing = max(forcing, before)
         return min(forcing, LARGEST_FORCING)
 
+
+NEW = SameFunction()
 
 CHECK_SAME = instance(
     SameFunction,
