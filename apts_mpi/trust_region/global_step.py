@@ -155,12 +155,16 @@ class GlobalStep:
 
     def _try(self, passes: Sequence[Pass]) -> bool:
         """See whether products can be made of this rank's samples, and say once if not. Collective."""
+        events = self._comm.events
+        work = events.work
         try:
             with self._comm.shared_errors(), self._objective.buffers.copied():
                 self._products_of_rank(passes)(torch.zeros_like(self._objective.vector.values))
         except SharedInvalidInput as error:
-            self._comm.events.notes.add(f"global_step.model auto: there is no global step ({error})")
+            events.notes.add(f"global_step.model auto: there is no global step ({error})")
             return False
+        finally:
+            events.work = work  # a resumed run tries once more
         return True
 
     @property
