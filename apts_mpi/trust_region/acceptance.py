@@ -119,7 +119,6 @@ def judge(
     step_norm: float,
     earlier_losses: tuple[float, ...] = (),
     noise: float = 0.0,
-    share: float = 1.0,
 ) -> Judged:
     """Judge a step. The rule::
 
@@ -129,11 +128,10 @@ def judge(
         accept     if rho >= eta1, and step_norm > 0
         model rho = (loss - trial_loss + noise) / (predicted_reduction + noise)
         next radius = decrease_factor * min(radius, step_norm)   if model rho <  shrink_below
-                      increase_factor * radius                   if model rho >= eta2 and step_norm reached the ball
+                      increase_factor * radius                   if model rho >= eta2 and step_norm reached the radius
                       radius                                     otherwise, within [min_radius, max_radius]
 
-    A window lets steps rise; it says nothing about how far the model reaches. A step has reached the ball at the
-    ``share`` of the radius from which on a part of it may have been cut off.
+    A window lets steps rise; it says nothing about how far the model reaches.
 
     Anything not finite, and a predicted reduction that is not positive, is a rejection with
     ``radius * decrease_factor``, as in PETSc (src/snes/impls/tr/tr.c).
@@ -153,8 +151,6 @@ def judge(
     noise
         Of a loss, absolute: reductions below it are not to be seen (Conn, Gould and Toint, Trust-Region Methods,
         section 17.4.2).
-    share
-        Of the radius, from which on the ball may have cut a step: 1 / sqrt(N) for the sum of N blocks, each in its own.
     """
     window = earlier_losses[-options.window :] if options.window else ()
     actual = max(loss, *window) - trial_loss if window else loss - trial_loss
@@ -166,12 +162,23 @@ def judge(
         following = options.decrease_factor * radius
     elif of_model < options.shrink_below:
         following = options.decrease_factor * min(radius, step_norm)
-    elif of_model >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * share * radius:
+    elif of_model >= options.eta2 and step_norm >= (1.0 - BOUNDARY_TOLERANCE) * radius:
         following = options.increase_factor * radius
     following = min(max(following, options.min_radius), options.max_radius)
     accepted = rho >= options.eta1 and step_norm > 0.0
     numbers = loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm
     return Judged(*numbers, noise=noise)
+
+
+def of_blocks(judged: Judged, options: TrustRegionOptions, share: float) -> Judged:
+    """A judged sum of blocks, each in a ball of ``share`` of the radius: one block that was cut lets the radius grow.
+
+    The sum is then at least as long as that ball, 1 / sqrt(N) of the radius for N blocks in the 2-norm.
+    """
+    reached = judged.step_norm >= (1.0 - BOUNDARY_TOLERANCE) * share * judged.radius
+    if not (reached and judged.model_rho >= options.eta2):
+        return judged
+    return replace(judged, next_radius=min(options.increase_factor * judged.radius, options.max_radius))
 
 
 def judged_of(record: Sequence[float]) -> Judged:
@@ -210,7 +217,7 @@ def judge_table(
     rounding
         Relative error of a loss.
     share
-        See `judge`.
+        See `of_blocks`.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
@@ -224,8 +231,8 @@ def judge_table(
         step_norm=step_norm,
         earlier_losses=tuple(earlier_losses),
         noise=options.noise * rounding * abs(loss),
-        share=share,
     )
+    judged = of_blocks(judged, options, share)
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
     judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:

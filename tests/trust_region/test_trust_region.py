@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import TrustRegionOptions
-from apts_mpi.trust_region.acceptance import judge
+from apts_mpi.trust_region.acceptance import judge, of_blocks
 from apts_mpi.trust_region.norms import clip_to_ball, norm, steepest_descent, subdomain_radius
 from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
@@ -126,7 +126,7 @@ def test_the_sum_of_blocks_grows_the_ball_from_the_length_of_one_of_them():
     rule = TrustRegionOptions()
     numbers = {"radius": 1.0, "loss": 1.0, "trial_loss": 0.0, "predicted_reduction": 1.0}
     for length, share, expected in ((0.5, 0.5, 2.0), (0.49, 0.5, 1.0), (0.5, 1.0, 1.0)):
-        assert judge(rule, **numbers, step_norm=length, share=share).next_radius == expected
+        assert of_blocks(judge(rule, **numbers, step_norm=length), rule, share).next_radius == expected
 
 
 norms = st.sampled_from(["2", "inf"])
