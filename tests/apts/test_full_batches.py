@@ -108,31 +108,14 @@ def test_the_ball_of_a_plain_sum_does_not_stand_still():
     assert solver.state.radius > 1e-3, [(result.schwarz.rho, result.schwarz.step_norm) for result in results]
 
 
-class Once(torch.autograd.Function):
-    """An operation that can be differentiated once."""
-
-    @staticmethod
-    def forward(context, values):
-        context.save_for_backward(values)
-        return values.tanh()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context, gradient):
-        (values,) = context.saved_tensors
-        return gradient * (1.0 - values.tanh() ** 2)
-
-
-class OnceLayer(nn.Module):
-    def forward(self, inputs):
-        return Once.apply(inputs)
-
-
 @pytest.mark.mpi
 def test_without_products_there_is_no_global_step_and_one_note(world):
-    network, batch = regression()
-    network[1] = OnceLayer()
-    results = steps(APTS(network, mse_loss, comm=world), batch, 8)
+    """The backward pass of an embedding bag with a maximum has none of its own."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.EmbeddingBag(9, 6, mode="max"), nn.Tanh(), nn.Linear(6, 3)).double()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(9, (40, 4), generator=generator), torch.randint(3, (40,), generator=generator)
+    results = steps(APTS(network, cross_entropy, comm=world), batch, 8)
     assert all(result.global_step is None for result in results)
     notes = [note for result in results for note in result.notes if "global_step.model auto" in note]
     assert len(notes) == 1
