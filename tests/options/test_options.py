@@ -81,7 +81,7 @@ BAD_VALUES = [
     (GlobalStepOptions, {"krylov_products": 0}, "global_step.krylov_products: 0 .* give 1 or more, or null"),
     (LocalOptions, {"krylov_tolerance": 0.0}, r"local.krylov_tolerance: 0.0 .* give a number in \(0, 1\), or null"),
     (LocalOptions, {"krylov_products": -1}, "local.krylov_products: -1 .* give 1 or more, or null"),
-    (LocalOptions, {"relax": 1}, "local.relax: 1"),
+    (LocalOptions, {"relax": "yes"}, "local.relax: 'yes'"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
     (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
     (PipelineOptions, {"schedule": "zigzag"}, "pipeline.schedule: 'zigzag' .* choose one of gpipe, 1f1b"),
