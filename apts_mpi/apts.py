@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
-from apts_mpi.holding import Holding
+from apts_mpi.holding import Holding, kept_steps
 from apts_mpi.network.segments import Forward
 from apts_mpi.objective.batch import Batch, Rows, Samples, check_call
 from apts_mpi.objective.passes import Loss, Run
@@ -79,7 +79,7 @@ class APTS:
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         parts = holding.objective, holding.inner, self.comm, self.options, holding.last_step, holding.check_loss
-        self._trials, self._saved = Trials(*parts), Saved()
+        self._trials, self._saved = Trials(*parts, reach=holding.schwarz.reach), Saved()
         self._forget()
 
     def step(self, batch: Samples | None = None, rows: Rows = None, done: float | None = None) -> StepResult:
@@ -111,7 +111,7 @@ class APTS:
     def _goes_on(self, again: bool, done: float | None) -> bool:
         """See whether a step can be made and what the user has changed since the last one; whether with its batch."""
         check_call(not again or hasattr(self, "batch"), done)
-        if self.holding.watch.look(not again, self._steps()):
+        if self.holding.watch.look(not again, kept_steps(self.holding)):
             self._forget()
             self.state.forget_step()
         return again
@@ -119,8 +119,8 @@ class APTS:
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k."""
         self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
+        self.state.begin(again=samples is None)
         if samples is not None:
-            self.state.functions += 1
             with self.events.timed("data"):
                 self.batch: Batch = self.holding.cut(samples, rows, (self.options.seed, self.state.functions))
                 self._forget()
@@ -151,17 +151,18 @@ class APTS:
         """The Schwarz step within the ball of the present radius, and its predicted reduction if a model gave it."""
         schwarz, coarse = self.holding.schwarz, self.holding.coarse
         if not self._has_correction:
-            pending = schwarz.start_correction(self.batch, run.caches, self._gradient, self.state.present_radius)
+            known = self._gradient, self.state.present_radius, self.state.same
+            pending = schwarz.start_correction(self.batch, run.caches, *known)
             with self.events.timed("assembly"):
                 pending.wait()
             self._prepare_coarse()
-            self._has_correction = True
         if coarse is not None:
-            return coarse.step, coarse.recombine(self.state.present_radius)
+            return coarse.step, coarse.recombine(self.state.present_radius, self.state.same)
         with self.events.timed("assembly"):
             return self._trials.fit(schwarz.correction, self.state.present_radius), schwarz.predicted_reduction()
 
     def _prepare_coarse(self) -> None:
+        self._has_correction = True
         if self.holding.coarse is not None:
             self.holding.coarse.prepare(self.batch, self.holding.schwarz.columns(), self._gradient)
 
@@ -177,22 +178,26 @@ class APTS:
     def _follow(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """The coarse level takes note; then steps over all parameters from there: the last accepted, or the first."""
         if self.holding.coarse is not None and not schwarz.skipped:
+            self.state.same = self.state.same.relaxed(schwarz)
             self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
-        shown = None
-        if self.holding.global_step is not None and not schwarz.skipped:
-            for left in reversed(range(self.options.global_step.iterations)):
-                run, find = self._evaluate(), self.holding.global_step.find
-                with self.events.timed("global step"):
-                    step, predicted = find(self.batch.passes, self._gradient, self.state.present_radius)
+        state, find, shown = self.state, self.holding.global_step, None
+        if find is None or schwarz.skipped or not find.is_due(state.same, self.batch.passes):
+            return None
+        for left in reversed(range(self.options.global_step.iterations)):
+            run = self._evaluate()
+            with state.ball_of(apart=find.is_automatic):
+                step, predicted = find(self.batch.passes, self._gradient, state.present_radius, state.same)
                 judged = self._judge(run, step, predicted, keep_graph or left > 0)
-                shown = judged if judged.accepted or shown is None else shown
+            shown = judged if judged.accepted or shown is None else shown
+        state.same = find.weigh(state.same, schwarz, shown or schwarz)
         return shown
 
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
         evaluations = self._trials.work * self.comm.size / self.batch.size
         notes = self._trials.told(self.holding.plateau.follow(schwarz) if self.holding.plateau else ())
-        result = StepResult(self.state.iteration + 1, schwarz, global_step, evaluations, seconds() - started, notes)
+        told = evaluations, seconds() - started, notes, self.state.same.converged
+        result = StepResult(self.state.iteration + 1, schwarz, global_step, *told)
         self.state.count(result)
         return result
 
@@ -250,7 +255,6 @@ class APTS:
                 if self._saved.correction is not None:
                     self.holding.schwarz.reuse(self._saved.correction, run.caches)
                     self._prepare_coarse()
-                    self._has_correction = True
         elif self._saved.evaluated:
             with self.events.timed("global evaluation"):
                 self._run = self.holding.objective.forward(self.batch.passes, keep_graph=True)
@@ -267,11 +271,7 @@ class APTS:
 
     def shared(self) -> tuple[list[torch.Tensor], object]:
         """Tensors that have the same bits on all ranks that hold them, and numbers that have on all ranks."""
-        return [*named_tensors(self.network).values(), *self._steps()], self.state
-
-    def _steps(self) -> list[torch.Tensor]:
-        coarse, last = self.holding.coarse, self.holding.last_step
-        return ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])
+        return [*named_tensors(self.network).values(), *kept_steps(self.holding)], self.state
 
     def describe(self) -> str:
         """The composed solver, in words, for ``--view``."""

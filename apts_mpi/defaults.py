@@ -25,7 +25,15 @@ from apts_mpi.network.partition import (
 from apts_mpi.network.teams import Teams
 from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
-from apts_mpi.options import APTSOptions, CoarseOptions, LocalData, LocalOptions, SchwarzOptions, TrustRegionOptions
+from apts_mpi.options import (
+    APTSOptions,
+    CoarseOptions,
+    GlobalStepOptions,
+    LocalData,
+    LocalOptions,
+    SchwarzOptions,
+    TrustRegionOptions,
+)
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
@@ -38,6 +46,11 @@ USUAL_REFRESH = 5
 
 # Networks beyond this many parameters are not cut into usual dense blocks: the rows of 2,000 samples take 256 MB.
 LARGEST_DENSE_NETWORK = 32768
+
+
+# Networks beyond this many parameters have no global step unless it is asked for: its products keep the graph of all
+# samples, about three times what a gradient needs.
+LARGEST_AUTOMATIC = 131072
 
 
 def compose(
@@ -92,7 +105,8 @@ def compose(
             "schwarz.prediction: 'local' is for the plain sum of the corrections; choose --coarse none, no "
             "trust_region.pull and noise none, or first-order"
         )
-    return replace(options, trust_region=trust_region, coarse=coarse)
+    global_step = _compose_global_step(options, solver, layers[-1].stop)
+    return replace(options, trust_region=trust_region, coarse=coarse, global_step=global_step)
 
 
 def _split(network: torch.nn.Module, called: bool, layers: Sequence[Layer], subdomains: Sequence[Subdomain]) -> Split:
@@ -176,12 +190,13 @@ def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], lo
     damping = local.damping
     if damping is None and noisy:
         damping = NOISY_DAMPING
+    quadratic = not noisy and solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
     if damping is None:
-        quadratic = solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
         damping = solver.quadratic_damping if quadratic else solver.damping
     refresh = local.refresh or (NOISY_REFRESH if noisy else USUAL_REFRESH)
     momentum = (NOISY_MOMENTUM if noisy else 0.0) if local.momentum is None else local.momentum
-    return replace(local, solver=name, damping=damping, refresh=refresh, momentum=momentum)
+    relax = quadratic if local.relax is None else local.relax
+    return replace(local, solver=name, damping=damping, relax=relax, refresh=refresh, momentum=momentum)
 
 
 def _check_noise(options: APTSOptions) -> None:
@@ -210,6 +225,15 @@ def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver], noisy: boo
     norm = solver.coarse_norm if coarse.norm == "auto" else coarse.norm
     samples = solver.coarse_samples if coarse.samples is None else coarse.samples
     return replace(coarse, model=model, norm=norm, samples=samples)
+
+
+def _compose_global_step(options: APTSOptions, solver: type[LocalSolver], size: int) -> GlobalStepOptions:
+    """What is left auto waits for a function that stays the same, see `apts_mpi.options.GlobalStepOptions`."""
+    preconditioned = solver.preconditions and options.schwarz.decomposition == "parameters"
+    plain = options.layout == "replicated" and options.autocast == "none" and options.noise == "none"
+    if options.global_step.model != "auto" or (preconditioned and plain and size <= LARGEST_AUTOMATIC):
+        return options.global_step
+    return replace(options.global_step, model="none")
 
 
 def _check_whole_layers(name: str, solver: type[LocalSolver], split: Split) -> None:

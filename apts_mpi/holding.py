@@ -88,3 +88,9 @@ class Holding(Protocol):
 
     def describe(self) -> str:
         """The composed solver, in words."""
+
+
+def kept_steps(holding: Holding) -> list[torch.Tensor]:
+    """The steps that the parts keep, which have the same bits on all ranks that hold them."""
+    coarse, last = holding.coarse, holding.last_step
+    return ([] if coarse is None else [coarse.last_step]) + ([] if last is None else [last.vector])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.next_batch import AFTER_REJECTION, FAR, NEWEST, PART, SHORTER, TRIALS, following, is_short
+from apts_mpi.trust_region.same_function import CHECK_SAME, NEW, SameFunction
 
 # Least number above 0.
 SMALLEST = 5e-324
@@ -36,6 +39,8 @@ class StepResult:
         Wall time of this iteration on this rank.
     notes
         What was done for the first time in the place of what could not be done, a sentence each; rank 0 logs them.
+    converged
+        Whether the function stays the same, and neither its loss nor its gradient falls any more, up to rounding.
     """
 
     iteration: int
@@ -44,6 +49,7 @@ class StepResult:
     gradient_evaluations: float
     seconds: float
     notes: tuple[str, ...] = ()
+    converged: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -52,8 +58,8 @@ class StepResult:
 
     @property
     def at_rest(self) -> bool:
-        """Whether the batch has nothing left to gain, see `Judged`."""
-        return self.schwarz.at_rest and not self.accepted
+        """Whether the batch has nothing left to gain: converged, or at rest as `Judged` has it."""
+        return self.converged or (self.schwarz.at_rest and not self.accepted)
 
     @property
     def accepted(self) -> bool:
@@ -95,6 +101,8 @@ class State:
     loss, spread
         Of the last accepted step's own batch where it began, and the usual difference of two such losses; None and 0
         before them.
+    same
+        What is known of the present function.
     """
 
     iteration: int = 0
@@ -112,6 +120,25 @@ class State:
     tried: int = 0
     loss: float | None = None
     spread: float = 0.0
+    same: SameFunction = NEW
+
+    def begin(self, again: bool) -> None:
+        """Begin an iteration, on the function of the one before or on a new one."""
+        self.functions += not again
+        self.same = self.same.again() if again else NEW
+
+    @contextmanager
+    def ball_of(self, apart: bool) -> Iterator[None]:
+        """Have, in the block, the ball of a step that is apart from that of the Schwarz step, if it is."""
+        radius = self.radius
+        if apart:
+            self.radius = self.same.reach or radius
+        try:
+            yield
+            if apart and self.radius is not None:
+                self.same = replace(self.same, reach=self.radius)
+        finally:
+            self.radius = radius if apart else self.radius
 
     @property
     def present_radius(self) -> float:
@@ -186,6 +213,7 @@ class State:
     def move(self, judged: Judged, options: TrustRegionOptions) -> None:
         """Take over the next radius, and the loss of an accepted step into the window of the last ones."""
         self.radius = judged.next_radius / (self.share * self.retry)
+        self.same = self.same.judged(judged)
         if judged.accepted:
             difference = 0.0 if self.loss is None else abs(judged.loss - self.loss)
             self.spread += (NEWEST if self.spread else 1.0) * (difference - self.spread)
@@ -231,7 +259,8 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped", "slope", "share", "retry", "starting", "tried", "loss", "spread"),
+    later=("skipped", "slope", "share", "retry", "starting", "tried", "loss", "spread", "same"),
+    same=CHECK_SAME,
     slope=number(),
     share=number(0.0, 1.0),
     retry=number(0.0, 1.0),

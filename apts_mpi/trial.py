@@ -54,6 +54,8 @@ class Trials:
         The last accepted step, where the next batch judges the radius.
     check_loss
         Of the holding: sees whether the loss is what the method minimises, see ``apts_mpi.holding.Holding``.
+    reach
+        Of the Schwarz level: share of the radius at which balls of subdomains may have cut the sum of corrections.
 
     Attributes
     ----------
@@ -71,6 +73,7 @@ class Trials:
         options: APTSOptions,
         last_step: LastStep | None,
         check_loss: Callable[..., None],
+        reach: float = 1.0,
     ) -> None:
         self._objective = objective
         self._inner = inner
@@ -78,6 +81,7 @@ class Trials:
         self._options = options.trust_region
         self._last_step = last_step
         self._check_loss = check_loss
+        self._reach = reach
         self._doubts = 0
         # This rank's part of the present batch's slope along the last step.
         self._after = 0.0
@@ -229,6 +233,8 @@ class Trials:
                     earlier_losses=state.losses,
                     rounding=rounding,
                     tried=tried,
+                    # What a model gave was looked for in the whole ball.
+                    share=self._reach if predicted_reduction is None else 1.0,
                 )
                 starting, retry = state.starting, state.retry
                 if self._last_step is not None:

@@ -13,8 +13,9 @@ from apts_mpi.local.solver import LayerState, LocalSetting, LocalSolver, LocalSt
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.objective.passes import Sums
 from apts_mpi.parallel.transport import Mirror
-from apts_mpi.tools.schema import allow, whole
+from apts_mpi.tools.schema import allow, number, whole
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball
+from apts_mpi.trust_region.same_function import LARGEST, SMALLEST, SameFunction
 
 # Iterations at the start that all update the running means; up to the first interval, every so many do.
 OFTEN = 5
@@ -60,6 +61,7 @@ class KFAC(LocalSolver):
         self.momentum = torch.zeros_like(setting.block[: len(setting.block) if self._options.momentum else 0])
         self.count = self.updates = 0
         self._is_measured = False
+        self._relaxed = 1.0
 
     @property
     def is_due(self) -> bool:
@@ -105,6 +107,8 @@ class KFAC(LocalSolver):
         """Take in statistics that are due, and count the iteration."""
         if self.is_due and not self._is_measured:
             self.take_in(self.measure(local, self.updates))
+        if self.statistics and self._options.relax and self.same.damping != self._relaxed:
+            self._factorise()
         self._is_measured = False
         self.count += 1
 
@@ -128,13 +132,19 @@ class KFAC(LocalSolver):
             for (curvature, _, _), means in zip(self.layers, self.statistics, strict=False)
         ]
         vectors = {"momentum": self.momentum} if len(self.momentum) else {}
-        return LocalState(numbers={"count": self.count, "updates": self.updates}, vectors=vectors, layers=layers)
+        numbers: dict[str, float] = {"count": self.count, "updates": self.updates}
+        if self._relaxed != 1.0:
+            numbers["relaxed"] = self._relaxed
+        return LocalState(numbers=numbers, vectors=vectors, layers=layers)
 
     def check_saved(self, saved: SavedState) -> None:
         """See `apts_mpi.local.LocalSolver`."""
         # A run may go on with momentum, or without.
         vectors = ("momentum",) if "momentum" in saved.vectors else ()
-        self.check_numbers_and_vectors(saved, {"count": whole(), "updates": whole()}, lambda numbers: vectors)
+        numbers = {"count": whole(), "updates": whole()}
+        if "relaxed" in saved.numbers:
+            numbers["relaxed"] = number(SMALLEST, LARGEST)
+        self.check_numbers_and_vectors(saved, numbers, lambda numbers: vectors)
         if not saved.layers:
             return
         place = f"{saved.place}.layers"
@@ -158,8 +168,8 @@ class KFAC(LocalSolver):
             self.layers = [
                 _signed(layer) if signed else layer for layer, signed in zip(self.layers, saved, strict=True)
             ]
-        for means, (curvature, _, _) in zip(self.statistics, self.layers, strict=False):
-            curvature.refresh(means, self._damping)
+        self.same = SameFunction(damping=state.numbers.get("relaxed", 1.0))
+        self._factorise()
 
     def measure(self, local: LocalObjective, key: int) -> list[list[torch.Tensor]]:
         """Statistics of each layer on the samples of all who measure together. Collective over them.
@@ -201,11 +211,17 @@ class KFAC(LocalSolver):
         keep = min(1.0 - 1.0 / self.updates, self._options.decay)
         if not self.statistics:
             self.statistics = fresh
-        for means, statistics, (curvature, _, _) in zip(self.statistics, fresh, self.layers, strict=True):
+        for means, statistics in zip(self.statistics, fresh, strict=True):
             for mean, statistic in zip(means, statistics, strict=True):
                 mean.lerp_(statistic, 1.0 - keep)
-            if factorise:
-                curvature.refresh(means, self._damping)
+        if factorise:
+            self._factorise()
+
+    def _factorise(self) -> None:
+        """Invert the running means, damped as the function at hand wants it."""
+        self._relaxed = self.same.damping if self._options.relax else 1.0
+        for means, (curvature, _, _) in zip(self.statistics, self.layers, strict=False):
+            curvature.refresh(means, self.same.damped(self._damping) if self._options.relax else self._damping)
 
     def _replace_unseen(self, called: set[int]) -> None:
         """A layer whose weights are used without calling it has nothing to measure but its gradients.

@@ -18,6 +18,7 @@ from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.schema import Check, allow, record
 from apts_mpi.trust_region.norms import NormKind, steepest_descent
+from apts_mpi.trust_region.same_function import NEW, SameFunction
 
 
 @dataclass
@@ -157,6 +158,8 @@ class LocalSolver(ABC):
         outputs; None: the same.
     updates : int
         How often it has taken in statistics.
+    same : SameFunction
+        What is known of the present function; set before each `solve`.
     local_data, coarse_norm, coarse_samples
         What ``schwarz.local_data auto``, ``coarse.norm auto`` and ``coarse.samples null`` stand for with it.
     """
@@ -173,6 +176,7 @@ class LocalSolver(ABC):
     coarse_norm: ClassVar[Literal["2", "scaled"]] = "2"
     coarse_samples: ClassVar[float | None] = None
     updates = 0
+    same: SameFunction = NEW
 
     @classmethod
     def needs_exact(cls, options: LocalOptions) -> bool:

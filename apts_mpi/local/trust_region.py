@@ -74,8 +74,8 @@ class LSR1TrustRegion(LocalSolver):
 class SteihaugTrustRegion(LocalSolver):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
-    An iteration costs up to ``apts_mpi.trust_region.models.CG_ITERATIONS`` + 1 products. The last one evaluates the
-    objective without its gradient.
+    An iteration costs as many products as it takes for its residual, see `apts_mpi.options.LocalOptions`, and one. The
+    last one evaluates the objective without its gradient.
     """
 
     evaluates = True
@@ -105,8 +105,9 @@ class SteihaugTrustRegion(LocalSolver):
         """See `apts_mpi.local.LocalSolver`."""
         trials = _Trials(local, radius, kind, self.setting)
         options = self.setting.options
+        limits = self.same.krylov(options.krylov_tolerance, options.krylov_products)
         for iteration in range(options.iterations):
-            trials.take(ProductModel(local.products(options.product), agree=self._agree))
+            trials.take(ProductModel(local.products(options.product), agree=self._agree, limits=limits))
             if iteration < options.iterations - 1:
                 trials.judge(*local.value_and_gradient())
             else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apts_mpi.errors import require, require_choice, require_fields, require_name
+from apts_mpi.options.trust_region import require_krylov
 
 LocalData = Literal["auto", "shared", "shard", "full"]
 
@@ -98,6 +99,9 @@ class LocalOptions:
     damping
         Of the curvature: for kfac relative to the mean eigenvalue of a layer's, for gauss-newton to that of the
         block's. null: 0.3, 0.003 where the loss is quadratic in the outputs, 1 with noise batches, and 1e-7.
+    relax
+        Whether kfac's damping follows rho where the function stays the same (a full batch), down to 1e-8 and up again.
+        null: where the loss is quadratic in the outputs. Of other losses the factors are known too little.
     decay
         Of the running means of kfac, an update.
     refresh
@@ -108,15 +112,20 @@ class LocalOptions:
         with noise batches.
     product
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
+    krylov_tolerance, krylov_products
+        Of steihaug, as of the global step: see `GlobalStepOptions`.
     """
 
     solver: str = "auto"
     iterations: int = 1
     damping: float | None = None
+    relax: bool | None = None
     decay: float = 0.9
     refresh: int | None = None
     momentum: float | None = None
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    krylov_tolerance: float | None = None
+    krylov_products: int | None = None
 
     def __post_init__(self) -> None:
         require_fields(self, "local.")
@@ -129,6 +138,7 @@ class LocalOptions:
         momentum = self.momentum
         remedy = "give a number in [0, 1), or null"
         require(momentum is None or 0.0 <= momentum < 1.0, "local.momentum", momentum, remedy)
+        require_krylov("local.", self.krylov_tolerance, self.krylov_products)
 
 
 # Targets that are enough for the curvature between a few columns of the coarse level. 0.45 of a batch of 256 were not:

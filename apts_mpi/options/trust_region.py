@@ -100,7 +100,7 @@ class TrustRegionOptions:
         require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
 
 
-GlobalModelName = Literal["none", "first-order", "lsr1", "steihaug"]
+GlobalModelName = Literal["auto", "none", "first-order", "lsr1", "steihaug"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +112,34 @@ class GlobalStepOptions:
     model
         ``none``; the ``first-order`` model, whose step goes down the gradient to the boundary of the ball; ``lsr1``,
         limited-memory SR1 from the steps on one batch; ``steihaug``, conjugate gradients on products with the
-        curvature, preconditioned by the kfac of subdomains of parameters where that is the local solver.
+        curvature, preconditioned by the kfac of subdomains of parameters where that is the local solver. ``auto``:
+        steihaug in iterations on a function that stays the same (a full batch), where kfac of subdomains of parameters
+        is the local solver, of at most 131,072 of them, layout is replicated and autocast none; else none. It has a
+        ball of its own, and a pause of up to 8 iterations after a step that lowered the loss little for its products.
     product
         Curvature of steihaug: ``gauss-newton`` or ``hessian``.
     iterations
         Trust-region steps in a row, each judged by itself.
+    krylov_tolerance, krylov_products
+        Of steihaug: the residual relative to the gradient at which its conjugate gradients end, and the most products.
+        null: 0.1 and 10; where the function stays the same, as accurate as its gradient falls fast (the second choice
+        of Eisenstat and Walker), and 200.
     """
 
-    model: GlobalModelName = "none"
+    model: GlobalModelName = "auto"
     product: Literal["gauss-newton", "hessian"] = "gauss-newton"
     iterations: int = 1
+    krylov_tolerance: float | None = None
+    krylov_products: int | None = None
 
     def __post_init__(self) -> None:
         require_fields(self, "global_step.")
         require(self.iterations >= 1, "global_step.iterations", self.iterations, "give 1 or more")
+        require_krylov("global_step.", self.krylov_tolerance, self.krylov_products)
+
+
+def require_krylov(prefix: str, tolerance: float | None, products: int | None) -> None:
+    """Raise `InvalidInput` for limits that no Krylov solve can have."""
+    allowed = tolerance is None or 0.0 < tolerance < 1.0
+    require(allowed, prefix + "krylov_tolerance", tolerance, "give a number in (0, 1), or null")
+    require(products is None or products >= 1, prefix + "krylov_products", products, "give 1 or more, or null")

@@ -112,7 +112,7 @@ def _check_whole(path: Path, summary: dict[str, Any], options: dict[str, Any]) -
         return
     try:
         calls, iterations = int(summary["events"]["judge"]["calls"]), int(summary["iterations"])
-        stepped_globally = (options.get("global_step") or {}).get("model", "none") != "none"
+        stepped_globally = (options.get("global_step") or {}).get("model", "none") not in ("auto", "none")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(f"run: {str(path)!r} cannot be read as a run ({error!r}); give another directory") from error
     # A global step is judged as well, so that the calls do not tell.

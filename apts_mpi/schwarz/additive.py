@@ -8,13 +8,12 @@ from contextlib import nullcontext
 
 import torch
 
-from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.local.layer_sums import LayerSums
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.local.registry import solver_class
-from apts_mpi.local.solver import LocalSetting, LocalSolver, WholeLayer, displacement_of, ensure_descent
+from apts_mpi.local.solver import LocalSetting, LocalSolver, displacement_of, ensure_descent
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.partition import Subdomain
 from apts_mpi.objective.batch import Batch
@@ -23,10 +22,13 @@ from apts_mpi.objective.passes import Cache
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
+from apts_mpi.schwarz.local_reductions import LocalReductions
 from apts_mpi.schwarz.plateau import Plateau
 from apts_mpi.schwarz.shares import led_range, led_rows, weights_of
+from apts_mpi.schwarz.whole_layers import whole_layers
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
+from apts_mpi.trust_region.same_function import NEW, SameFunction
 
 # Makes the rows of the subdomains of a rank from their caches of one pass.
 MakeRows = Callable[[Objective, Sequence[Cache]], GaussNewtonRows]
@@ -62,8 +64,8 @@ class AdditiveSchwarz:
         Local solvers of the subdomains that this rank carries, with their state.
     rows : list of GaussNewtonRows
         Those of each pass at the point of the last correction; computed if a local solver has asked for them.
-    predicts : bool
-        Whether the reductions of the local objectives predict that of the plain sum.
+    reach : float
+        Share of the radius from which on the balls of subdomains may have cut the sum of their corrections.
     """
 
     def __init__(
@@ -88,8 +90,12 @@ class AdditiveSchwarz:
         # A mean of steps within a ball lies in it.
         self._is_mean = data and schwarz.assembly == "mean"
         self._count = 1 if self._is_mean else decomposition.count
-        self.predicts = schwarz.prediction == "local"
-        self._reduction = 0.0
+        is_sum = data and not self._is_mean
+        of_ball = 1.0 / decomposition.count if is_sum else subdomain_radius(1.0, decomposition.count, self._norm)
+        self.reach = schwarz.damping * of_ball
+        each = 1.0 / decomposition.count if self._is_mean else 1.0
+        predicts = schwarz.prediction == "local"
+        self._reductions = LocalReductions(decomposition, each) if predicts else None
         self._values = objective.vector.values
         self._is_noisy = options.noise == "batches"
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
@@ -118,18 +124,9 @@ class AdditiveSchwarz:
 
     def _make_solver(self, options: APTSOptions, subdomain: Subdomain) -> LocalSolver:
         block = self._values[subdomain.start : subdomain.stop]
-        layers = self._whole_layers(subdomain) if self._kind.whole_layers else []
+        layers = whole_layers(self.decomposition, self._objective.network, subdomain) if self._kind.whole_layers else []
         team = self._comm if self._shared else self._team
         return self._kind(LocalSetting(options.local, options.trust_region, block, layers, team))
-
-    def _whole_layers(self, subdomain: Subdomain) -> list[WholeLayer]:
-        """The layers of a subdomain with their curvature and their range within its block."""
-        found = []
-        for layer in self.decomposition.layers_of(subdomain):
-            module = self._objective.network.get_submodule(layer.name)
-            part = slice(layer.start - subdomain.start, layer.stop - subdomain.start)
-            found.append(WholeLayer(make_curvature(module, layer.stop - layer.start), module, part))
-        return found
 
     def start_correction(
         self,
@@ -137,6 +134,7 @@ class AdditiveSchwarz:
         caches: Sequence[Sequence[Cache]],
         gradient: torch.Tensor,
         radius: float,
+        same: SameFunction = NEW,
     ) -> Pending:
         """Solve this rank's local problems and start to assemble the corrections. Collective.
 
@@ -152,6 +150,8 @@ class AdditiveSchwarz:
             The global gradient.
         radius
             Radius of the ball that will hold the assembled correction.
+        same
+            What is known of the function.
 
         Raises
         ------
@@ -160,8 +160,11 @@ class AdditiveSchwarz:
         """
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
         local_radius = math.inf if self._is_noisy else self._local_radius(radius)
+        for solver in (*self._measuring.values(), *self.solvers.values()):
+            solver.same = same
         self._mirror.tensor.zero_()
-        self._reduction = 0.0
+        if self._reductions is not None:
+            self._reductions.begin()
         self.open_rows(caches := self._fresh(batch, caches))
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
@@ -241,7 +244,7 @@ class AdditiveSchwarz:
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
         solver = self.solvers[subdomain.index]
-        if self.predicts:
+        if self._reductions is not None:
             local.begin()
         if self.plateau and self.plateau.leads:
             displacement = self.plateau.displacement(subdomain.start, subdomain.stop, radius, self._norm)
@@ -250,8 +253,8 @@ class AdditiveSchwarz:
         else:
             displacement = displacement_of(solver, local, radius, self._norm)
         self._objective.vector.still(displacement, subdomain.start)
-        if self.predicts:
-            self._predict(local, displacement)
+        if self._reductions is not None:
+            self._reductions.add(local, displacement)
         if self._stack is not None:
             size = len(displacement)
             descent = self._downhill(local.gradient, displacement, radius)
@@ -266,31 +269,17 @@ class AdditiveSchwarz:
             self.correction[subdomain.start : subdomain.stop] += weighted
 
     def _downhill(self, gradient: torch.Tensor, displacement: torch.Tensor, radius: float) -> torch.Tensor:
-        """See `ensure_descent`; on noisy batches the sum has to go down, else where they predict the local reductions."""
-        free = self._is_noisy or self.predicts
+        """See `ensure_descent`; on noisy batches the sum has to go down, or local reductions where they predict."""
+        free = self._is_noisy or self._reductions is not None
         return displacement if free else ensure_descent(gradient, displacement, radius, self._norm)
-
-    def _predict(self, local: LocalObjective, displacement: torch.Tensor) -> None:
-        """Add what the local objective falls by, where this rank speaks for its team. Collective over the team."""
-        start = local.block.clone()
-        local.block.add_(displacement)
-        reduction = float(local.start_value - local.value())
-        local.block.copy_(start)
-        if self.decomposition.leads:
-            self._reduction += reduction / (self.decomposition.count if self._is_mean else 1)
 
     def is_known_in(self, radius: float, before: float) -> bool:
         """Whether the correction of a ball of radius ``before`` serves in this one: scaled down, unless it predicts."""
-        return radius <= before and not self.predicts
+        return radius <= before and self._reductions is None
 
     def predicted_reduction(self) -> float | None:
-        """Of the assembled correction by local reductions; None: of the first order. Collective where they predict.
-
-        With overlap an index counts as often as subdomains have it.
-        """
-        if not self.predicts:
-            return None
-        return self._comm.agree([self._damping * self._reduction], lambda table: [math.fsum(table[:, 0])])[0]
+        """Of the assembled correction by local reductions; None: of the first order. Collective where they predict."""
+        return None if self._reductions is None else self._damping * self._reductions.total()
 
     @property
     def assembled(self) -> torch.Tensor:

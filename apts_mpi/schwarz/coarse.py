@@ -21,6 +21,7 @@ from apts_mpi.schwarz.reduced_model import ReducedModel
 from apts_mpi.tools.schema import Check, line, mapping, number, record
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import euclidean_radius
+from apts_mpi.trust_region.same_function import SameFunction
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
@@ -160,16 +161,19 @@ class CoarseLevel:
         """Inner products of the gradient with the columns, shape (m,), float64."""
         return torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns]).double()
 
-    def recombine(self, radius: float) -> float | None:
+    def recombine(self, radius: float, same: SameFunction) -> float | None:
         """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective.
 
         Without a model, or one that is finite, the step is the plain sum of the corrections, and the reduction None.
+        Where the function is known to stay the ``same`` that says how the model is damped.
         """
         with self._comm.events.timed("coarse"):
             if not self._has_model:
                 self._sum_up(radius)
                 return None
-            told = self._tell(lambda: self._minimise(radius))
+            damping = self._options.damping
+            damping = same.damped(damping) if same.stays else damping * self.raised
+            told = self._tell(lambda: self._minimise(radius, damping))
             self._combine(told)
             # The ball of the maximum norm is not one in the span, and rounding may lead out of that of the 2-norm.
             # Where rank 0 has all columns, it alone waits for its device to say how long the step is.
@@ -201,14 +205,14 @@ class CoarseLevel:
             return self._comm.decide(decide)
         return decide() if self._comm.rank == 0 else ()
 
-    def _minimise(self, radius: float) -> Sequence[float]:
+    def _minimise(self, radius: float, damping: float) -> Sequence[float]:
         """Coefficients of all columns within the Euclidean ball around the ball; on rank 0."""
         model = self.model
         assert model is not None  # on rank 0
         self._coefficients = np.zeros(len(model.slope))
         if model.is_finite:
             reach = euclidean_radius(radius, self._size, self._inner.kind)
-            self._coefficients = model.minimise(reach, self._options.damping * self.raised, self._norm)
+            self._coefficients = model.minimise(reach, damping, self._norm)
         return self._coefficients.tolist()
 
     def _cut(self, length: float, radius: float) -> Sequence[float]:

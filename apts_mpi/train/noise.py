@@ -52,5 +52,5 @@ def _may_have_kfac(options: TrainingOptions, problem: Problem) -> bool:
         and schwarz.decomposition == "parameters"
         and schwarz.partition != "index"
         and options.coarse.model == "auto"
-        and options.global_step.model == "none"
+        and options.global_step.model in ("auto", "none")
     )

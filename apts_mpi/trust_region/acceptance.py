@@ -40,6 +40,8 @@ class Judged:
         then nothing of the method moves.
     not_finite_on
         First rank whose share of a loss that is not finite is not; -1 where there is none, or all ranks' are not.
+    noise
+        Of a loss, absolute: smaller reductions are not to be seen.
     """
 
     loss: float
@@ -54,6 +56,12 @@ class Judged:
     gradient_norm: float = math.nan
     skipped: bool = False
     not_finite_on: int = -1
+    noise: float = 0.0
+
+    @property
+    def model_rho(self) -> float:
+        """How well the model predicted the loss: rho without a window of earlier losses."""
+        return ratio(self.loss - self.trial_loss, self.predicted_reduction, self.noise)
 
     @property
     def at_rest(self) -> bool:
@@ -62,8 +70,8 @@ class Judged:
         return self.gradient_norm == 0.0 or (no_smaller and not self.accepted and not self.skipped)
 
     def record(self) -> dict[str, float]:
-        """Its numbers by their names; the rank is a part of the reason."""
-        return {name: value for name, value in asdict(self).items() if name != "not_finite_on"}
+        """Its numbers by their names; the rank is a part of the reason, and the noise follows from the loss."""
+        return {name: value for name, value in asdict(self).items() if name not in ("not_finite_on", "noise")}
 
     @property
     def reason(self) -> str:
@@ -91,6 +99,13 @@ class Judged:
         )
 
 
+def ratio(actual: float, predicted: float, noise: float) -> float:
+    """Actual over predicted reduction, both raised by the noise; -inf for what is not finite or predicts none."""
+    if not (math.isfinite(actual) and 0.0 < predicted < math.inf):
+        return -math.inf
+    return (actual + noise) / (predicted + noise)
+
+
 def judge(
     options: TrustRegionOptions,
     *,
@@ -108,9 +123,12 @@ def judge(
         actual    = reference - trial_loss
         rho       = (actual + noise) / (predicted_reduction + noise)
         accept     if rho >= eta1, and step_norm > 0
-        next radius = decrease_factor * min(radius, step_norm)   if rho <  shrink_below
-                      increase_factor * radius                   if rho >= eta2 and step_norm reached the radius
+        model rho = (loss - trial_loss + noise) / (predicted_reduction + noise)
+        next radius = decrease_factor * min(radius, step_norm)   if model rho <  shrink_below
+                      increase_factor * radius                   if model rho >= eta2 and step_norm reached the radius
                       radius                                     otherwise, within [min_radius, max_radius]
+
+    A window lets steps rise; it says nothing about how far the model reaches.
 
     Anything not finite, and a predicted reduction that is not positive, is a rejection with
     ``radius * decrease_factor``, as in PETSc (src/snes/impls/tr/tr.c).
@@ -133,17 +151,31 @@ def judge(
     """
     window = earlier_losses[-options.window :] if options.window else ()
     actual = max(loss, *window) - trial_loss if window else loss - trial_loss
-    rho, following = -math.inf, options.decrease_factor * radius
-    if all(map(math.isfinite, (loss, trial_loss, predicted_reduction, step_norm))) and predicted_reduction > 0.0:
-        rho = (actual + noise) / (predicted_reduction + noise)
-        following = radius
-        if rho < options.shrink_below:
-            following = options.decrease_factor * min(radius, step_norm)
-        elif rho >= options.eta2 and step_norm >= options.grow_from * radius:
-            following = options.increase_factor * radius
+    finite = math.isfinite(loss) and math.isfinite(step_norm)
+    rho = ratio(actual, predicted_reduction, noise) if finite else -math.inf
+    of_model = ratio(loss - trial_loss, predicted_reduction, noise) if finite else -math.inf
+    following = radius
+    if of_model == -math.inf:
+        following = options.decrease_factor * radius
+    elif of_model < options.shrink_below:
+        following = options.decrease_factor * min(radius, step_norm)
+    elif of_model >= options.eta2 and step_norm >= options.grow_from * radius:
+        following = options.increase_factor * radius
     following = min(max(following, options.min_radius), options.max_radius)
     accepted = rho >= options.eta1 and step_norm > 0.0
-    return Judged(loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm)
+    numbers = loss, trial_loss, predicted_reduction, actual, rho, accepted, radius, following, step_norm
+    return Judged(*numbers, noise=noise)
+
+
+def of_blocks(judged: Judged, options: TrustRegionOptions, share: float) -> Judged:
+    """A judged sum of blocks, each in a ball of ``share`` of the radius: one block that was cut lets the radius grow.
+
+    The sum is then at least as long as that ball, 1 / sqrt(N) of the radius for N blocks in the 2-norm.
+    """
+    reached = judged.step_norm >= options.grow_from * share * judged.radius
+    if not (reached and judged.model_rho >= options.eta2):
+        return judged
+    return replace(judged, next_radius=min(options.increase_factor * judged.radius, options.max_radius))
 
 
 def untried(loss: float, predicted_reduction: float, step_norm: float, radius: float) -> Judged:
@@ -169,6 +201,7 @@ def judge_table(
     earlier_losses: Sequence[float],
     rounding: float,
     tried: bool = True,
+    share: float = 1.0,
 ) -> Judged:
     """Judge a step from what all ranks know of it; on rank 0.
 
@@ -189,6 +222,8 @@ def judge_table(
         Relative error of a loss.
     tried
         Whether the loss after the step is known; see ``untried``.
+    share
+        See `of_blocks`.
     """
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
     slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
@@ -205,6 +240,7 @@ def judge_table(
             earlier_losses=tuple(earlier_losses),
             noise=options.noise * rounding * abs(loss),
         )
+        judged = of_blocks(judged, options, share)
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
     judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:

@@ -8,14 +8,17 @@ from typing import Any, Protocol
 import torch
 
 from apts_mpi.curvature.products import Product
+from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Pass
 from apts_mpi.options import GlobalStepOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
 from apts_mpi.tools.schema import Check, allow, number, record, sequence, whole
+from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.models import LSR1, PAIRS, ProductModel
+from apts_mpi.trust_region.same_function import SameFunction
 
 
 class Preconditioner(Protocol):
@@ -70,6 +73,8 @@ class GlobalStep:
         self._comm = comm
         self._products_of_rank = products_of_rank
         self.memory = LSR1(inner=inner)
+        self._count = 0
+        self._is_tried = self._is_possible = False
         self._function: int | None = None
         self._values = self._gradient = objective.vector.values[:0]
 
@@ -135,7 +140,45 @@ class GlobalStep:
             self.memory.restore(state["steps"], state["changes"], state["gamma"])
         return []
 
-    def find(self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float) -> tuple[torch.Tensor, float | None]:
+    def is_due(self, same: SameFunction, passes: Sequence[Pass]) -> bool:
+        """Whether there is to be a step from the present point. Collective.
+
+        With model auto where the function is known to stay, unless there is a pause, or no products can be made.
+        """
+        if not self.is_automatic:
+            return True
+        if not same.stays or same.pause:
+            return False
+        if not self._is_tried:
+            self._is_tried, self._is_possible = True, self._try(passes)
+        return self._is_possible
+
+    def _try(self, passes: Sequence[Pass]) -> bool:
+        """See whether products can be made of this rank's samples, and say once if not. Collective."""
+        events = self._comm.events
+        work = events.work
+        try:
+            with self._comm.shared_errors(), self._objective.buffers.copied():
+                self._products_of_rank(passes)(torch.zeros_like(self._objective.vector.values))
+        except SharedInvalidInput as error:
+            events.notes.add(f"global_step.model auto: there is no global step ({error})")
+            return False
+        finally:
+            events.work = work  # a resumed run tries once more
+        return True
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the model is left auto."""
+        return self._options.model == "auto"
+
+    def weigh(self, same: SameFunction, schwarz: Judged, judged: Judged) -> SameFunction:
+        """What is known of the function after both steps of an iteration."""
+        return same.weighed(schwarz, judged, self._count) if self.is_automatic else same
+
+    def __call__(
+        self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float, same: SameFunction
+    ) -> tuple[torch.Tensor, float | None]:
         """The model's step within ``radius``. Collective.
 
         Parameters
@@ -146,6 +189,8 @@ class GlobalStep:
             Of the batch, at the present point.
         radius
             Of the ball.
+        same
+            What is known of the function.
 
         Returns
         -------
@@ -153,12 +198,19 @@ class GlobalStep:
         predicted_reduction : float or None
             None for the first-order model.
         """
+        with self._comm.events.timed("global step"):
+            return self._find(passes, gradient, radius, same)
+
+    def _find(
+        self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float, same: SameFunction
+    ) -> tuple[torch.Tensor, float | None]:
         if self._options.model == "first-order":
             return self._inner.steepest_descent(gradient, radius), None
         if self._options.model == "lsr1":
             model: LSR1 | ProductModel = self.memory
         else:
-            model = ProductModel(self._products(passes), self._precondition(), self._agree, self._inner.dots)
+            limits = same.krylov(self._options.krylov_tolerance, self._options.krylov_products)
+            model = ProductModel(self._products(passes), self._precondition(), self._agree, self._inner.dots, limits)
         with self._objective.buffers.copied():  # what is run again in a backward pass must not move statistics
             step = model.minimise(gradient, self._inner.euclidean_radius(radius, gradient))
             self._inner.clip(self._objective.vector.still(step), radius)
@@ -168,9 +220,10 @@ class GlobalStep:
 
     def _products(self, passes: Sequence[Pass]) -> Product:
         """Products with the curvature of the batch at the present point, summed over passes and ranks."""
-        of_rank = self._products_of_rank(passes)
+        of_rank, self._count = self._products_of_rank(passes), 0
 
         def product(direction: torch.Tensor) -> torch.Tensor:
+            self._count += 1
             total = of_rank(direction)
             self._comm.sum(Mirror(total))
             return self._objective.vector.still(total)

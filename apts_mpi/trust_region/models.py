@@ -14,14 +14,11 @@ import torch
 from apts_mpi.curvature.products import Product
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import Dots, dots
+from apts_mpi.trust_region.same_function import USUAL, Limits
 from apts_mpi.trust_region.subproblem import minimise_in_ball, steihaug
 
 # Pairs that an L-SR1 model remembers.
 PAIRS = 5
-
-# Of Steihaug-CG: residual relative to the gradient, and the most products a step.
-CG_TOLERANCE = 0.1
-CG_ITERATIONS = 10
 
 # A pair is left out where the denominator of its update is below this share of its factors (Nocedal and Wright,
 # Numerical Optimization, 6.26).
@@ -166,6 +163,8 @@ class ProductModel:
         Approximate inverse of B times a vector; None is the identity.
     agree, dots
         See `apts_mpi.trust_region.subproblem.steihaug`.
+    limits
+        How accurately it is minimised.
     """
 
     def __init__(
@@ -174,7 +173,9 @@ class ProductModel:
         preconditioner: Product | None = None,
         agree: Callable[[bool], bool] = bool,
         dots: Dots = dots,
+        limits: Limits = USUAL,
     ) -> None:
+        self._limits = limits
         self._product = product
         self._preconditioner = preconditioner
         self._agree = agree
@@ -182,10 +183,11 @@ class ProductModel:
 
     def minimise(self, gradient: torch.Tensor, radius: float) -> torch.Tensor:
         """See `Model`; collective where the product is."""
-        step, _ = steihaug(
-            self._product, gradient, radius, CG_TOLERANCE, CG_ITERATIONS, self._preconditioner, self._agree, self._dots
-        )
-        return step
+        tolerance, products = self._limits.tolerance, self._limits.products
+        # Rounding leaves no smaller residual.
+        tolerance = max(tolerance, torch.finfo(gradient.dtype).eps ** 0.5)
+        parts = self._preconditioner, self._agree, self._dots
+        return steihaug(self._product, gradient, radius, tolerance, products, *parts)[0]
 
     def predict(self, gradient: torch.Tensor, step: torch.Tensor) -> float:
         """See `Model`; collective where the product is."""

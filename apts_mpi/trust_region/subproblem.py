@@ -39,31 +39,36 @@ def minimise_in_ball(
     stretch = np.eye(len(slope)) if lengths is None else lengths @ vectors
     coefficients = vectors.T @ slope
     scale = max(abs(values[0]), abs(values[-1]), np.finfo(float).tiny)
-
-    def solve(mu: float) -> np.ndarray:
-        shifted = values + mu
-        regular = shifted > np.finfo(float).eps * scale
-        return -np.divide(coefficients, shifted, out=np.zeros_like(coefficients), where=regular)
-
+    rounding = np.finfo(float).eps * scale
     low = max(0.0, -values[0])
+    indefinite = values[0] < -rounding
+    if indefinite:
+        # Counted from the lowest one: where the slope hardly has its direction the shift is far below its rounding.
+        values, low = values - values[0], 0.0
+
+    def solve(mu: float, least: float = rounding) -> np.ndarray:
+        shifted = values + mu
+        return -np.divide(coefficients, shifted, out=np.zeros_like(coefficients), where=shifted > least)
+
     point = solve(low)
     if np.linalg.norm(stretch @ point) <= radius:
         # A weaker pull along a direction without curvature would take a shift below rounding to reach the boundary.
         pulled = np.abs(coefficients) > np.finfo(float).eps * max(np.linalg.norm(slope), scale * radius)
-        unbounded = pulled & (values + low <= np.finfo(float).eps * scale)
+        unbounded = pulled & (values + low <= rounding)
         if not unbounded.any():
-            if values[0] < -np.finfo(float).eps * scale:
+            if indefinite:
                 point[0] = math.copysign(math.sqrt(max(radius**2 - point @ point, 0.0)), -coefficients[0])
             return vectors @ point
     # |x(mu)| falls from above the radius to below it between low and this.
     high = low + np.linalg.norm(stretch, 2) * np.linalg.norm(slope) / radius
+    least = 0.0 if indefinite else rounding
     for _ in range(200):  # bisection to rounding
         middle = 0.5 * (low + high)
-        if np.linalg.norm(stretch @ solve(middle)) > radius:
+        if np.linalg.norm(stretch @ solve(middle, least)) > radius:
             low = middle
         else:
             high = middle
-    return vectors @ solve(high)
+    return vectors @ solve(high, least)
 
 
 def newton_in_ball(

@@ -81,7 +81,11 @@ BAD_VALUES = [
     (TrustRegionOptions, {"weight_decay": math.inf}, "trust_region.weight_decay: inf .* give a finite number"),
     (TrustRegionOptions, {"grow_from": 1.0}, r"trust_region.grow_from: 1.0 .* give a number in \[0, 1\)"),
     (GlobalStepOptions, {"iterations": 0}, "global_step.iterations: 0 .* give 1 or more"),
-    (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of none, first-order"),
+    (GlobalStepOptions, {"model": "newton"}, "global_step.model: 'newton' .* choose one of auto, none, first-order"),
+    (GlobalStepOptions, {"krylov_tolerance": 1.0}, r"global_step.krylov_tolerance: 1.0 .* give a number in \(0, 1\)"),
+    (GlobalStepOptions, {"krylov_products": 0}, "global_step.krylov_products: 0 .* give 1 or more, or null"),
+    (LocalOptions, {"krylov_tolerance": 0.0}, r"local.krylov_tolerance: 0.0 .* give a number in \(0, 1\), or null"),
+    (LocalOptions, {"krylov_products": -1}, "local.krylov_products: -1 .* give 1 or more, or null"),
     (GlobalStepOptions, {"product": "fisher"}, "global_step.product: 'fisher' .* choose one of gauss-newton, hessian"),
     (PipelineOptions, {"micro_batches": 0}, "pipeline.micro_batches: 0 .* give 1 or more"),
     (PipelineOptions, {"schedule": "zigzag"}, "pipeline.schedule: 'zigzag' .* choose one of gpipe, 1f1b"),
@@ -173,7 +177,7 @@ def test_every_option_has_a_bad_value_above(kind):
         "view",
         "monitor",
     }
-    free |= {"cuts", "recompute", "log_view", "trace", "tensorboard", "stop_on"}
+    free |= {"cuts", "relax", "recompute", "log_view", "trace", "tensorboard", "stop_on"}
     parts = {"schwarz", "local", "coarse", "trust_region", "global_step", "pipeline"}
     names = {field.name for field in dataclasses.fields(kind)} - free - parts
     tested = {name for other, change, _ in BAD_VALUES if other is kind for name in change}

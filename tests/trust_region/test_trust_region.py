@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apts_mpi import TrustRegionOptions
-from apts_mpi.trust_region.acceptance import judge
+from apts_mpi.trust_region.acceptance import judge, of_blocks
 from apts_mpi.trust_region.norms import clip_to_ball, norm, steepest_descent, subdomain_radius
 from apts_mpi.trust_region.subproblem import minimise_in_ball, newton_in_ball
 
@@ -58,9 +58,11 @@ def test_the_rule_in_exact_arithmetic(rule, radius, loss, trial, predicted, leng
     assert judged.actual_reduction == float(fall)
     assert judged.rho == pytest.approx(float(ratio), rel=1e-15)
     assert judged.accepted == (ratio >= Fraction(rule.eta1))
-    if ratio < Fraction(rule.shrink_below):
+    of_model = (Fraction(loss) - Fraction(trial) + Fraction(noise)) / (Fraction(predicted) + Fraction(noise))
+    assert judged.model_rho == pytest.approx(float(of_model), rel=1e-15)
+    if of_model < Fraction(rule.shrink_below):
         expected = rule.decrease_factor * length
-    elif ratio >= Fraction(rule.eta2) and length == radius:
+    elif of_model >= Fraction(rule.eta2) and length == radius:
         expected = rule.increase_factor * radius
     else:
         expected = radius
@@ -111,6 +113,20 @@ def test_monotone_without_a_window():
         earlier_losses=(9.0, 9.0),
     )
     assert not judged.accepted and judged.actual_reduction == -0.5
+
+
+def test_a_window_lets_a_step_rise_and_the_ball_shrink():
+    rule = TrustRegionOptions(window=2)
+    numbers = {"radius": 1.0, "loss": 0.10, "trial_loss": 0.15, "predicted_reduction": 0.05, "step_norm": 1.0}
+    judged = judge(rule, **numbers, earlier_losses=(0.3,))
+    assert judged.accepted and judged.rho == pytest.approx(3.0) and judged.next_radius == 0.25
+
+
+def test_the_sum_of_blocks_grows_the_ball_from_the_length_of_one_of_them():
+    rule = TrustRegionOptions()
+    numbers = {"radius": 1.0, "loss": 1.0, "trial_loss": 0.0, "predicted_reduction": 1.0}
+    for length, share, expected in ((0.5, 0.5, 2.0), (0.49, 0.5, 1.0), (0.5, 1.0, 1.0)):
+        assert of_blocks(judge(rule, **numbers, step_norm=length), rule, share).next_radius == expected
 
 
 norms = st.sampled_from(["2", "inf"])
