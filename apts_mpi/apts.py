@@ -154,7 +154,7 @@ class APTS:
             self._prepare_coarse()
             self._has_correction = True
         if coarse is not None:
-            return coarse.step, coarse.recombine(self.state.present_radius)
+            return coarse.step, coarse.recombine(self.state)
         with self.events.timed("assembly"):
             return self._trials.fit(schwarz.correction, self.state.present_radius), None
 
@@ -174,7 +174,7 @@ class APTS:
 
     def _follow(self, schwarz: Judged) -> None:
         if self.holding.coarse is not None and not schwarz.skipped:
-            self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
+            self.holding.coarse.follow(schwarz, schwarz.rho < self.options.trust_region.shrink_below)
 
     def _take_global_step(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """Trust-region step over all parameters at the point that the Schwarz step led to, if there is to be one."""

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from apts_mpi.curvature.dense import BlockJacobian
-from apts_mpi.curvature.loss_curvature import read_outputs, side_by_side
+from apts_mpi.curvature.loss_curvature import AtOutputs, read_outputs, side_by_side
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Cache
+from apts_mpi.tools.events import FORWARD
 from apts_mpi.tools.trees import take
 
 
@@ -41,12 +42,39 @@ class GaussNewtonRows:
         self._touched = objective.vector.touching(start, stop)
         self._start = objective.vector.entries[self._touched][0].start
         self._rows: torch.Tensor | None = None
+        self._at_outputs: AtOutputs | None = None
 
     def of(self, start: int, stop: int) -> torch.Tensor:
         """R with ``R^T R`` the matrix of a range of the flat vector, shape (samples * outputs, stop - start)."""
         if self._rows is None:
             self._rows = self._compute()
         return self._rows[:, start - self._start : stop - self._start]
+
+    def residuals(self) -> tuple[torch.Tensor, bool]:
+        """The y with ``R^T y`` the gradient of the mean loss, shape (rows,), and whether there is such a y.
+
+        Where there is none, as the loss is linear in an output, that of the nearest; zero where the loss is on another
+        rank.
+        """
+        if self._rows is None:
+            self._rows = self._compute()
+        if self._at_outputs is None:
+            return self._rows.new_zeros(len(self._rows)), True
+        return self._at_outputs.residuals.flatten(), self._at_outputs.is_complete
+
+    def moved(self) -> torch.Tensor:
+        """By how much the outputs are others at the present parameters, in the metric of the loss, shape (rows,)."""
+        assert self._at_outputs is not None  # there are rows, and the loss is on this rank
+        known, cache = self._at_outputs, self._cache
+        with torch.no_grad(), self._objective.replayed(cache.random_state):
+            outputs = cache.inputs
+            for segment in self._segments():
+                outputs = self._objective.segmented.run(segment, outputs)
+        share = self._objective.segmented.share(cache.subdomain.first_segment, len(self._objective.segmented) - 1)
+        self._objective.events.count_work(cache.samples, share, FORWARD)
+        if not known.places:
+            return torch.zeros_like(known.values).flatten()
+        return (known.roots @ (side_by_side(outputs, known.places) - known.values)[:, :, None]).flatten()
 
     def count(self) -> int:
         """Number of rows, without computing them."""
@@ -67,6 +95,7 @@ class GaussNewtonRows:
         jacobian = BlockJacobian(self._segments(), parameters, objective.loss)
         with objective.replayed(cache.random_state):
             rows = jacobian.rows(cache.inputs, cache.targets)
+        self._at_outputs = jacobian.at_outputs
         self._objective.events.count_work(cache.samples, segments.share(first, len(segments) - 1), jacobian.cost)
         return rows
 

@@ -82,6 +82,8 @@ class AdditiveSchwarz:
         self._data = data = schwarz.decomposition == "data"
         # A mean of steps within a ball lies in it.
         self._count = 1 if data else decomposition.count
+        # In the space of the residuals the coarse level finds each subdomain's correction, from the rows alone.
+        self._solves = options.coarse.model != "residual"
         self._values = objective.vector.values
         self._is_noisy = options.noise == "batches"
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
@@ -151,6 +153,8 @@ class AdditiveSchwarz:
         local_radius = math.inf if self._is_noisy else subdomain_radius(radius, self._count, self._norm)
         self._mirror.tensor.zero_()
         self.open_rows(caches)
+        if not self._solves:
+            return self._comm.pending()
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
         tried = batch.size <= self._largest_batch

@@ -30,6 +30,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz, make_global_step
 from apts_mpi.schwarz.coarse import make_coarse_level
+from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.staged.build import check_staged, cut_network
 from apts_mpi.staged.coarse import StageCurvature
 from apts_mpi.staged.global_step import StageProducts
@@ -139,7 +140,7 @@ class Staged:
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows)
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
-        self.coarse = make_coarse_level(
+        self.coarse = make_residual_level(options, self.schwarz, self.objective, self.comm, inner) or make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
