@@ -133,8 +133,8 @@ class CoarseOptions:
     ----------
     model
         ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
-        ``residual``: the damped Gauss-Newton step of all parameters, which the equations of the residuals give, whatever
-        the number of subdomains; for local solver gauss-newton, which then gives its rows alone.
+        ``residual``: the damped Gauss-Newton step of all parameters, from the equations of the residuals, whatever the
+        number of subdomains; for local solver gauss-newton, which then gives its rows alone.
         ``auto``: residual where auto makes gauss-newton the local solver and nothing else is asked of the two levels,
         else gauss-newton, but none with noise batches; and where the network or the loss cannot be differentiated
         twice, differences of their values in the place of derivatives, or the plain sum, which is said once.

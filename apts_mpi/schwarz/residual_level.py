@@ -157,11 +157,14 @@ class ResidualLevel:
             step = -self._system.solve(data, self._remainder)
             if base is not None:
                 step += base
-            length = self._inner.norm(step)
-            if self._comm.decide(lambda length=length: [length <= self._largest])[0]:
+            if self._fits(self._inner.norm(step)):
                 break
             self.damping.value *= 10.0
         return step, self._system.times(step)
+
+    def _fits(self, length: float) -> bool:
+        """Whether a step of rank 0's length is within the largest ball. Collective."""
+        return bool(self._comm.decide(lambda: [length <= self._largest])[0])
 
     def _accelerated(self, velocity: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """With half of the acceleration that keeps the outputs on their way, unless it is large (geodesic)."""
