@@ -27,7 +27,7 @@ class ResidualSystem(Protocol):
     Attributes
     ----------
     size : float
-        Largest row sum of the matrix, in absolute values; the same on all ranks.
+        Trace of the matrix, which is that of either form.
     """
 
     size: float
@@ -78,7 +78,8 @@ class Factors:
     def __init__(self, matrix: np.ndarray | None, comm: Communicator) -> None:
         self._matrix = None if matrix is None else torch.from_numpy(matrix)
         self._comm = comm
-        (self.size,) = comm.decide(lambda: [float(torch.linalg.matrix_norm(self._given(), 1))])
+        # Rounded, as its rounding errors depend on the number of ranks.
+        (self.size,) = comm.decide(lambda: [float(f"{float(self._given().trace()):.6e}")])
         self._factor = torch.zeros(0, 0, dtype=torch.float64)
 
     def _given(self) -> torch.Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 # Of the first damping, relative to the size of the matrix.
 FIRST = 1e-3
 
-# A good step divides the damping by so much at most.
-LARGEST_FALL = 3.0
+# What a good step leaves of the damping, and of one that the model knew to a per cent or less: the share, times 10, by
+# which it was wrong, and no less than the last number.
+GOOD, KNOWN, LEAST_LEFT = 1.0 / 3.0, 10.0, 1e-3
 
 # A rejection multiplies it by so much, the next one by the square, and so on.
 RISE = 2.0
@@ -23,7 +24,8 @@ class Damping:
     """The damping lambda of ``(R^T R + lambda I) s = -R^T r``, and how it follows rho (Nielsen, IMM-REP-1999-05).
 
     After an accepted step it is multiplied by ``max(1/3, 1 - (2 rho - 1)^3)``, smooth in rho: a third for a model that
-    is right, twice as much for one that is good for nothing. Rejections multiply it by 2, 4, 8 and so on.
+    is right, twice as much for one that is good for nothing. Where ``10 |rho - 1|`` is less than a third it is that, so
+    that the method ends as Newton's does. Rejections multiply it by 2, 4, 8 and so on.
 
     Attributes
     ----------
@@ -59,5 +61,5 @@ class Damping:
             return
         self.rise = RISE
         if is_seen and math.isfinite(rho):
-            factor = 1.0 - (2.0 * min(max(rho, 0.0), 1.0) - 1.0) ** 3
-            self.value *= max(factor, 1.0 / LARGEST_FALL)
+            factor = max(1.0 - (2.0 * min(max(rho, 0.0), 1.0) - 1.0) ** 3, GOOD)
+            self.value *= min(factor, max(KNOWN * abs(rho - 1.0), LEAST_LEFT))
