@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from apts_mpi.curvature.dense import LARGEST_DENSE
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.objective.batch import Batch
@@ -16,7 +18,16 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import saved_coarse_state
-from apts_mpi.schwarz.residual_system import KernelSystem, NormalSystem, ResidualSystem, cheaper_form, summed
+from apts_mpi.schwarz.residual_system import (
+    Columns,
+    Form,
+    IterativeSystem,
+    KernelSystem,
+    NormalSystem,
+    ResidualSystem,
+    cheaper_form,
+    summed,
+)
 from apts_mpi.tools.schema import Check
 from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -28,8 +39,9 @@ LEAST = 1e-16
 # Of a matrix without any.
 TINY = 1e-30
 
-# Length of the difference, relative to the step, that gives the second derivative of the outputs along it.
-DIFFERENCE = 0.1
+# Length of the difference, relative to the step, that gives the second derivative of the outputs along it: rounding
+# errors of float32 are seen in a shorter one.
+DIFFERENCES = {torch.float32: 0.5, torch.float64: 0.1}
 
 # How often the damping is raised at most until a step is within the largest ball, ten times each.
 RAISES = 100
@@ -78,6 +90,7 @@ class ResidualLevel:
         self._values = objective.vector.values
         self.step, self.last_step = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self.damping = Damping()
+        self._size = round(float(inner.sum(np.array([float(len(self._values))]))[0]))
         # Whoever gives a first radius means the first step.
         self._largest = self._region.initial_radius or self._region.max_radius
 
@@ -112,10 +125,17 @@ class ResidualLevel:
             self.damping.begin(self._system.size)
 
     def _make_system(self, own: torch.Tensor) -> ResidualSystem:
-        size = own.shape[1]
-        if self._is_whole and cheaper_form(self._count, size, self._comm.size) == "normal":
+        if self._is_whole and self._size <= LARGEST_DENSE and self._form() == "normal":
             return NormalSystem(own, self._comm)
-        return KernelSystem(own, self._comm, self._group)
+        if self._count > LARGEST_DENSE:
+            return IterativeSystem(Columns(own, self._comm, self._group), self._comm, self._inner.dots)
+        return KernelSystem(Columns(own, self._comm, self._group), self._comm)
+
+    def _form(self) -> Form:
+        """The cheaper matrix; that of the parameters where that of the rows is too large."""
+        if self._count > LARGEST_DENSE:
+            return "normal"
+        return cheaper_form(self._count, self._size, self._comm.size)
 
     def _put_together(self, own: torch.Tensor) -> torch.Tensor:
         """Numbers of the rows of all ranks, shape (rows,), from those of this rank's samples. Collective."""
@@ -168,11 +188,11 @@ class ResidualLevel:
 
     def _accelerated(self, velocity: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """With half of the acceleration that keeps the outputs on their way, unless it is large (geodesic)."""
-        before = self._values.clone()
-        self._values.add_(velocity.to(self._values.dtype), alpha=DIFFERENCE)
+        before, share = self._values.clone(), DIFFERENCES[self._values.dtype]
+        self._values.add_(velocity.to(self._values.dtype), alpha=share)
         difference = self._put_together(self._of_pass.moved())
         self._values.copy_(before)
-        bent = (difference / DIFFERENCE - moved) * (2.0 / DIFFERENCE)
+        bent = (difference / share - moved) * (2.0 / share)
         acceleration = -self._system.solve(bent)
         sizes = self._inner.euclidean_norms(acceleration, velocity)
         (is_small,) = self._comm.decide(lambda: [2.0 * sizes[0] <= self._acceleration * sizes[1]])

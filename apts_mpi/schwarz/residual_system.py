@@ -12,8 +12,12 @@ from apts_mpi.curvature.dense import gram
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.trust_region.norms import Dots
 
 Form = Literal["kernel", "normal"]
+
+# Of conjugate gradients: the share of the slope to which the residual falls, and products at most.
+TOLERANCE, PRODUCTS = 1e-8, 300
 
 # Multiplications that take as long as it takes to send a number: some 10 gigaflops, and some gigabytes a second.
 MULTIPLICATIONS_OF_A_NUMBER = 64
@@ -78,8 +82,7 @@ class Factors:
     def __init__(self, matrix: np.ndarray | None, comm: Communicator) -> None:
         self._matrix = None if matrix is None else torch.from_numpy(matrix)
         self._comm = comm
-        # Rounded, as its rounding errors depend on the number of ranks.
-        (self.size,) = comm.decide(lambda: [float(f"{float(self._given().trace()):.6e}")])
+        (self.size,) = comm.decide(lambda: [_rounded(float(self._given().trace()))])
         self._factor = torch.zeros(0, 0, dtype=torch.float64)
 
     def _given(self) -> torch.Tensor:
@@ -111,8 +114,8 @@ class Factors:
         return solved.to(vector.device)
 
 
-class KernelSystem:
-    """By ``R R^T``, a sum over ranks of which each has some columns of R: the inverse times R^T is R^T times its.
+class Columns:
+    """R of which each rank has some columns, of all rows. Making and calling is collective.
 
     Parameters
     ----------
@@ -122,14 +125,48 @@ class KernelSystem:
         All ranks.
     group
         The ranks that hold the same parameters, which have all samples together.
+
+    Attributes
+    ----------
+    own : Tensor, shape (rows, own columns)
+        This rank's.
     """
 
     def __init__(self, rows: torch.Tensor, comm: Communicator, group: Communicator) -> None:
         self._comm, self._group, self._held = comm, group, rows.shape[1]
         self._ranges = [split(self._held, group.size, rank) for rank in range(group.size)]
-        self._own = slice(*self._ranges[group.rank])
-        self._columns = _gathered(rows, group)[:, self._own].contiguous()
-        kernel = gram(self._columns.T).cpu().numpy()
+        self._place = slice(*self._ranges[group.rank])
+        self.own = _gathered(rows, group)[:, self._place].contiguous()
+
+    def times(self, vector: torch.Tensor) -> torch.Tensor:
+        """See `ResidualSystem`."""
+        return summed(self.own @ vector[self._place], self._comm)
+
+    def transposed(self, data: torch.Tensor) -> torch.Tensor:
+        """See `ResidualSystem`."""
+        whole = data.new_zeros(self._held)
+        whole[self._place] = self.own.T @ data
+        if self._group.size > 1:
+            pending = self._group.pending()
+            self._group.start_gather(pending, Mirror(whole), self._ranges)
+            pending.wait()
+        return whole
+
+
+class KernelSystem:
+    """By ``R R^T``, a sum over ranks of which each has some columns of R: the inverse times R^T is R^T times its.
+
+    Parameters
+    ----------
+    columns
+        R.
+    comm
+        All ranks.
+    """
+
+    def __init__(self, columns: Columns, comm: Communicator) -> None:
+        self.times, self.transposed = columns.times, columns.transposed
+        kernel = gram(columns.own.T).cpu().numpy()
         self._factors = Factors(comm.sum_on_root(kernel) if comm.size > 1 else kernel, comm)
         self.size = self._factors.size
         self._damping = 0.0
@@ -138,20 +175,6 @@ class KernelSystem:
         """See `ResidualSystem`."""
         self._damping = self._factors.factorise(damping)
         return self._damping
-
-    def times(self, vector: torch.Tensor) -> torch.Tensor:
-        """See `ResidualSystem`."""
-        return summed(self._columns @ vector[self._own], self._comm)
-
-    def transposed(self, data: torch.Tensor) -> torch.Tensor:
-        """See `ResidualSystem`."""
-        whole = data.new_zeros(self._held)
-        whole[self._own] = self._columns.T @ data
-        if self._group.size > 1:
-            pending = self._group.pending()
-            self._group.start_gather(pending, Mirror(whole), self._ranges)
-            pending.wait()
-        return whole
 
     def solve(self, data: torch.Tensor, remainder: torch.Tensor | None = None) -> torch.Tensor:
         """See `ResidualSystem`; a remainder across the rows is divided by the damping alone (Woodbury)."""
@@ -213,11 +236,62 @@ class NormalSystem:
         return solved + self._factors.solve(left if remainder is None else left + remainder)
 
 
+class IterativeSystem:
+    """By conjugate gradients on ``R^T R + lambda I``, with products alone, where either matrix is too large.
+
+    Parameters
+    ----------
+    columns
+        R.
+    comm
+        All ranks.
+    dots
+        Inner products of pairs of vectors of all parameters. Collective where ranks hold parts.
+    """
+
+    def __init__(self, columns: Columns, comm: Communicator, dots: Dots) -> None:
+        self.times, self.transposed = columns.times, columns.transposed
+        self._comm, self._dots = comm, dots
+        (trace,) = summed(columns.own.square().sum().reshape(1), comm).tolist()
+        (self.size,) = comm.decide(lambda: [_rounded(trace)])
+        self._damping = 0.0
+
+    def factorise(self, damping: float) -> float:
+        """See `ResidualSystem`: any damping will do."""
+        self._damping = damping
+        return damping
+
+    def solve(self, data: torch.Tensor, remainder: torch.Tensor | None = None) -> torch.Tensor:
+        """See `ResidualSystem`; the residual falls to `TOLERANCE` of the slope, in `PRODUCTS` steps at most."""
+        left = self.transposed(data) if remainder is None else self.transposed(data) + remainder
+        solved, direction = torch.zeros_like(left), left.clone()
+        (square,) = self._dots((left, left))
+        goal = TOLERANCE**2 * square
+        for _ in range(PRODUCTS):
+            if not self._is_above(square, goal):
+                break
+            curved = self.transposed(self.times(direction)) + self._damping * direction
+            length = square / self._dots((direction, curved))[0]
+            solved += length * direction
+            left -= length * curved
+            before, (square,) = square, self._dots((left, left))
+            direction = left + (square / before) * direction
+        return solved
+
+    def _is_above(self, square: float, goal: float) -> bool:
+        return bool(self._comm.decide(lambda: [square > goal])[0])
+
+
 def summed(tensor: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """The sum over ranks, in place. Collective."""
     if comm.size > 1:
         comm.sum(Mirror(tensor))
     return tensor
+
+
+def _rounded(size: float) -> float:
+    """To seven digits, as the others depend on the number of ranks."""
+    return float(f"{size:.6e}")
 
 
 def _gathered(rows: torch.Tensor, group: Communicator) -> torch.Tensor:

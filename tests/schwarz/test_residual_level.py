@@ -9,6 +9,7 @@ from staged_networks import built, mlp
 from torch import nn
 from torch.func import functional_call, jacrev
 
+import apts_mpi.schwarz.residual_level
 from apts_mpi import (
     APTS,
     APTSOptions,
@@ -21,9 +22,10 @@ from apts_mpi import (
     TrustRegionOptions,
 )
 from apts_mpi.parallel.communicator import Communicator
-from apts_mpi.schwarz.residual_system import KernelSystem, NormalSystem, cheaper_form
+from apts_mpi.schwarz.residual_system import Columns, IterativeSystem, KernelSystem, NormalSystem, cheaper_form
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.levenberg_marquardt import FIRST, Damping
+from apts_mpi.trust_region.norms import dots
 
 SAMPLES = 61
 NEWTON = CoarseOptions(model="residual", acceleration=0.0)
@@ -88,7 +90,7 @@ def test_sum_of_corrections_is_the_dense_step(world, subdomains, loss, width):
 
 @pytest.mark.mpi
 @pytest.mark.all_sizes
-@pytest.mark.parametrize("form", ["kernel", "normal"])
+@pytest.mark.parametrize("form", ["kernel", "normal", "iterative"])
 @pytest.mark.parametrize("across", [False, True], ids=["range", "across"])
 def test_equations_are_solved_as_the_dense_ones_are(world, form, across):
     """Singular rows, a damping far below them, and a slope that they do not span."""
@@ -100,7 +102,12 @@ def test_equations_are_solved_as_the_dense_ones_are(world, form, across):
     whole = torch.from_numpy(left @ np.diag(np.logspace(0.0, -3.0, 20)) @ right.T)
     data, remainder = (torch.from_numpy(generator.standard_normal(count)) for count in (rows, size))
     own = whole[comm.rank * rows // comm.size : (comm.rank + 1) * rows // comm.size].clone()
-    system = KernelSystem(own, comm, comm) if form == "kernel" else NormalSystem(own, comm)
+    systems = {
+        "kernel": lambda: KernelSystem(Columns(own, comm, comm), comm),
+        "normal": lambda: NormalSystem(own, comm),
+        "iterative": lambda: IterativeSystem(Columns(own, comm, comm), comm, dots),
+    }
+    system = systems[form]()
     assert system.size == pytest.approx(float(whole.square().sum()), rel=1e-5)
     damping = system.factorise(1e-8)
     assert damping == 1e-8
@@ -111,6 +118,17 @@ def test_equations_are_solved_as_the_dense_ones_are(world, form, across):
     # Rounding errors of the matrix, 1e-16, over the damping; of the expected one as well.
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     torch.testing.assert_close(system.times(found), whole @ found, rtol=1e-10, atol=1e-10 * float(found.norm()))
+
+
+@pytest.mark.mpi
+def test_problems_too_large_for_a_matrix_take_the_same_steps(world, monkeypatch):
+    expected = APTS(small(), cross_entropy, comm=MPI.COMM_SELF, options=options(subdomains=1))
+    monkeypatch.setattr(apts_mpi.schwarz.residual_level, "LARGEST_DENSE", 50)
+    found = APTS(small(), cross_entropy, comm=world, options=options(subdomains=3))
+    expected.step(classified(SAMPLES)), found.step(classified(SAMPLES))
+    for _ in range(3):
+        one, other = expected.step().schwarz, found.step().schwarz
+        assert other.trial_loss == pytest.approx(one.trial_loss, rel=1e-6)
 
 
 @pytest.mark.mpi
