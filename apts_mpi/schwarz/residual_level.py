@@ -16,7 +16,6 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
-from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import saved_coarse_state
 from apts_mpi.schwarz.residual_system import (
     Columns,
@@ -229,16 +228,14 @@ class ResidualLevel:
 
 
 def make_residual_level(
-    options: APTSOptions, schwarz: AdditiveSchwarz, objective: Objective, comm: Communicator, inner: InnerProducts
+    options: APTSOptions,
+    objective: Objective,
+    rows: Callable[[], Sequence[GaussNewtonRows]],
+    comm: Communicator,
+    group: Communicator,
+    inner: InnerProducts,
 ) -> ResidualLevel | None:
     """The level of the options, None where they have another one; see `ResidualLevel`."""
     if options.coarse.model != "residual":
         return None
-    return ResidualLevel(
-        options,
-        objective=objective,
-        rows=lambda: schwarz.rows,
-        comm=comm,
-        group=schwarz.decomposition.comm,
-        inner=inner,
-    )
+    return ResidualLevel(options, objective=objective, rows=rows, comm=comm, group=group, inner=inner)

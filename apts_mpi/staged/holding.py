@@ -140,7 +140,9 @@ class Staged:
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows)
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
-        self.coarse = make_residual_level(options, self.schwarz, self.objective, self.comm, inner) or make_coarse_level(
+        self.coarse = make_residual_level(
+            options, self.objective, lambda: self.schwarz.rows, self.comm, self.decomposition.comm, inner
+        ) or make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
