@@ -157,7 +157,7 @@ class APTS:
                 pending.wait()
             self._prepare_coarse()
         if coarse is not None:
-            return coarse.step, coarse.recombine(self.state.present_radius, self.state.same)
+            return coarse.step, coarse.recombine(self.state)
         with self.events.timed("assembly"):
             return self._trials.fit(schwarz.correction, self.state.present_radius), schwarz.predicted_reduction()
 
@@ -179,7 +179,7 @@ class APTS:
         """The coarse level takes note; then steps over all parameters from there: the last accepted, or the first."""
         if self.holding.coarse is not None and not schwarz.skipped:
             self.state.same = self.state.same.relaxed(schwarz)
-            self.holding.coarse.follow(schwarz.accepted, schwarz.rho < self.options.trust_region.shrink_below)
+            self.holding.coarse.follow(schwarz, schwarz.rho < self.options.trust_region.shrink_below)
         state, find, shown = self.state, self.holding.global_step, None
         if find is None or schwarz.skipped or not find.is_due(state.same, self.batch.passes):
             return None

@@ -12,6 +12,7 @@ import torch
 from apts_mpi.curvature.dense import LARGEST_DENSE
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
+from apts_mpi.local.coarse_choice import coarse_model, compose_coarse
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSolver, Split
 from apts_mpi.network.partition import (
@@ -27,7 +28,6 @@ from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
 from apts_mpi.options import (
     APTSOptions,
-    CoarseOptions,
     GlobalStepOptions,
     LocalData,
     LocalOptions,
@@ -82,18 +82,21 @@ def compose(
     """
     split = _split(network, called, layers, subdomains)
     name = options.local.solver
+    if name == "auto" and options.coarse.model == "residual":
+        name = "gauss-newton"
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
         dense = dense and options.group == 1
         name = "gauss-newton" if dense else "kfac" if split.whole else "adam"
     solver = solver_class(name)
     noisy = options.noise == "batches"
+    options = replace(options, coarse=replace(options.coarse, model=coarse_model(options, solver)))
     schwarz = _compose_schwarz(options, name, solver, split)
     options = replace(options, schwarz=schwarz, local=_compose_local(options.local, name, solver, loss, noisy))
     _check_whole_layers(name, solver, split)
     _check_noise(options)
     solver.check(options, split)
-    coarse = _compose_coarse(options.coarse, solver, noisy)
+    coarse = compose_coarse(options, solver)
     trust_region = _compose_trust_region(options.trust_region, noisy)
     if trust_region.pull and coarse.model != "none":
         raise InvalidInput(
@@ -136,6 +139,8 @@ def _compose_schwarz(options: APTSOptions, name: str, solver: type[LocalSolver],
             "by a function of its own; choose exact"
         )
     evaluates = solver.evaluates or options.local.iterations > 1
+    if local_data == "auto" and options.coarse.model == "residual":
+        local_data = "shared"
     if local_data == "auto":
         local_data = "shard" if data or (evaluates and solver.local_data == "shared") else solver.local_data
     if local_data == "shared" and evaluates:
@@ -218,13 +223,6 @@ def _check_noise(options: APTSOptions) -> None:
 def _compose_trust_region(trust_region: TrustRegionOptions, noisy: bool) -> TrustRegionOptions:
     pull = (NOISY_PULL if noisy else 0.0) if trust_region.pull is None else trust_region.pull
     return replace(trust_region, pull=pull)
-
-
-def _compose_coarse(coarse: CoarseOptions, solver: type[LocalSolver], noisy: bool) -> CoarseOptions:
-    model = ("none" if noisy else "gauss-newton") if coarse.model == "auto" else coarse.model
-    norm = solver.coarse_norm if coarse.norm == "auto" else coarse.norm
-    samples = solver.coarse_samples if coarse.samples is None else coarse.samples
-    return replace(coarse, model=model, norm=norm, samples=samples)
 
 
 def _compose_global_step(options: APTSOptions, solver: type[LocalSolver], size: int) -> GlobalStepOptions:

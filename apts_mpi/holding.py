@@ -17,6 +17,7 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import CoarseLevel
 from apts_mpi.schwarz.plateau import Plateau
+from apts_mpi.schwarz.residual_level import ResidualLevel
 from apts_mpi.trust_region.global_step import GlobalStep
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import LastStep
@@ -50,7 +51,7 @@ class Holding(Protocol):
     decomposition: Decomposition
     watch: NetworkWatch
     schwarz: AdditiveSchwarz
-    coarse: CoarseLevel | None
+    coarse: CoarseLevel | ResidualLevel | None
     global_step: GlobalStep | None
     last_step: LastStep | None
     plateau: Plateau | None

@@ -34,6 +34,7 @@ from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.schwarz.global_step import make_global_step
 from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
+from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
@@ -96,7 +97,9 @@ class Replicated:
         self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, plateau=self.plateau)
         inner, size = self.inner, self.parameters
-        self.coarse = make_coarse_level(
+        self.coarse = make_residual_level(
+            options, self.objective, lambda: self.schwarz.rows, self.comm, self.decomposition.comm, inner
+        ) or make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vjp, vmap
 
-from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, read_outputs, roots, side_by_side
+from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, AtOutputs, at_outputs, read_outputs, side_by_side
 from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
 from apts_mpi.objective.passes import Mean
@@ -45,9 +45,12 @@ class BlockJacobian:
     ----------
     cost : float
         Of the last rows, in units of `apts_mpi.tools.events`, for all samples.
+    at_outputs : AtOutputs
+        The loss around the outputs, of the last rows.
     """
 
     cost = 0.0
+    at_outputs: AtOutputs
 
     def __init__(self, segments: Sequence[nn.Module], parameters: Sequence[torch.Tensor], loss: Mean) -> None:
         self._chain = nn.Sequential(*segments)
@@ -74,14 +77,17 @@ class BlockJacobian:
             random = not torch.equal(before, random_state(device))
             places = read_outputs(self._loss, outputs, targets)
             if not places:
-                size = sum(parameter.numel() for parameter in self._parameters)
-                return self._parameters[0].new_zeros(count_samples(targets), size)
+                size, samples = sum(parameter.numel() for parameter in self._parameters), count_samples(targets)
+                nothing = self._parameters[0].new_zeros(samples, 1)
+                self.at_outputs = AtOutputs(places, nothing, nothing[:, :, None], nothing, True)
+                return nothing.new_zeros(samples, size)
             set_random_state(before, device)
             jacobian = self._of_samples(inputs, side_by_side(outputs, places), places, random)
             if jacobian is None:
                 set_random_state(before, device)
                 jacobian = self._of_outputs(inputs, places)
-        return (roots(self._loss, outputs, targets, places) @ jacobian).flatten(0, 1)
+        self.at_outputs = at_outputs(self._loss, outputs, targets, places)
+        return (self.at_outputs.roots @ jacobian).flatten(0, 1)
 
     def _of_samples(
         self, inputs: Bundle, outputs: torch.Tensor, places: Sequence[int], random: bool

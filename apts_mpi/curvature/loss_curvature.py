@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -119,21 +120,65 @@ def side_by_side(outputs: Bundle, places: Sequence[int]) -> torch.Tensor:
     return torch.cat([tensors[place].reshape(len(tensors[place]), -1) for place in places], dim=1)
 
 
+@dataclass(frozen=True)
+class AtOutputs:
+    """The quadratic model of the mean loss around the outputs of some samples, those that the loss reads.
+
+    Attributes
+    ----------
+    places : sequence of int
+        Of these outputs, see `read_outputs`.
+    values : Tensor, shape (samples, o)
+        The outputs.
+    roots : Tensor, shape (samples, o, o)
+        Square roots of each sample's Hessian of the mean loss.
+    residuals : Tensor, shape (samples, o)
+        What the roots take to the gradient, as far as it is in their range: the loss falls as half of the square of
+        the residuals does.
+    is_complete : bool
+        Whether the gradient is in their range: it is not of a loss that is linear in an output.
+    """
+
+    places: Sequence[int]
+    values: torch.Tensor
+    roots: torch.Tensor
+    residuals: torch.Tensor
+    is_complete: bool
+
+
 def roots(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> torch.Tensor:
     """Square roots of each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o).
 
     The outputs of a sample are those in some ``places``, side by side.
     """
-    hessians = _hessians(loss, outputs, targets, places)
+    return at_outputs(loss, outputs, targets, places).roots
+
+
+def at_outputs(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int] = (0,)) -> AtOutputs:
+    """The quadratic model of the mean loss at the outputs in some ``places``, side by side."""
+    hessians, slopes = _derivatives(loss, outputs, targets, places)
     # What is not finite leads to a rejected step; it has no eigenvalues.
-    values, vectors = torch.linalg.eigh(hessians.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    hessians, slopes = (part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for part in (hessians, slopes))
+    values, vectors = torch.linalg.eigh(hessians)
     # A loss that is not convex in the outputs has negative curvature there, which is left out. The symmetric root:
     # it is unique, so that rows of different ranks belong together.
-    return (vectors * values.clamp_min(0.0).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+    scales = values.clamp_min(0.0).sqrt()
+    found = (vectors * scales[:, None, :]) @ vectors.transpose(1, 2)
+    epsilon = torch.finfo(values.dtype).eps
+    least = len(scales.T) * epsilon * values.amax(dim=1, keepdim=True)
+    along = (vectors.transpose(1, 2) @ slopes[:, :, None]).squeeze(2)
+    known = (values > 0.0) & (values >= least)
+    residuals = torch.where(known, along / torch.where(known, scales, 1.0), 0.0)
+    left = torch.where(known, 0.0, along).norm(dim=1) > epsilon**0.5 * along.norm(dim=1)
+    residuals = (vectors @ residuals[:, :, None]).squeeze(2)
+    side = side_by_side(detached(outputs), places)
+    return AtOutputs(places, side, found, residuals, not bool(left.any()))
 
 
-def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int]) -> torch.Tensor:
-    """Each sample's Hessian of the mean loss with respect to its outputs, shape (samples, o, o)."""
+def _derivatives(
+    loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sample's Hessian of the mean loss by its outputs, (samples, o, o), and gradient, (samples, o)."""
     tensors = differentiable(outputs)
     start = side_by_side(detached(outputs), places)
     samples, size = start.shape
@@ -151,13 +196,14 @@ def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int])
             point = points[0].detach().requires_grad_()
             return torch.autograd.grad(value_at(point), point)[0]
 
-    curved = None
+    curved, slopes = None, torch.zeros_like(start)
     with torch.enable_grad():
         point = start.requires_grad_()
         value = value_at(point)
         try:
             if value.requires_grad:  # not of a loss that reads none of them
                 (slope,) = torch.autograd.grad(value, point, create_graph=True)
+                slopes = slope.detach()
                 if slope.requires_grad:
                     (curved,) = torch.autograd.grad(slope, point, directions, is_grads_batched=True, allow_unused=True)
                 if has_functions_of_users([value_at(point)]):
@@ -166,7 +212,17 @@ def _hessians(loss: Mean, outputs: Bundle, targets: Tree, places: Sequence[int])
         except (RuntimeError, NotImplementedError) as error:  # if for another reason, it comes again
             if lacks_memory(error):
                 raise
-            curved = by_differences(slope_at, [point.detach()], [directions])[1][0]
+            curved, slopes = by_differences(slope_at, [point.detach()], [directions])[1][0], slope_at([point])
     if curved is None:  # a loss linear in the outputs
-        return point.new_zeros(samples, size, size)
-    return curved.transpose(0, 1)
+        return point.new_zeros(samples, size, size), slopes
+    return curved.transpose(0, 1), slopes
+
+
+def joined(parts: Sequence[AtOutputs], shares: Sequence[float]) -> AtOutputs:
+    """That of micro-batches one after the other, as shares of one mean."""
+    roots, residuals = (
+        torch.cat([getattr(part, name) * share**0.5 for part, share in zip(parts, shares, strict=True)])
+        for name in ("roots", "residuals")
+    )
+    values, complete = torch.cat([part.values for part in parts]), all(part.is_complete for part in parts)
+    return AtOutputs(parts[0].places, values, roots, residuals, complete)

@@ -154,7 +154,10 @@ class CoarseOptions:
     ----------
     model
         ``none``: their plain sum. ``gauss-newton``: the best combination by the Gauss-Newton model in their span.
-        ``auto``: gauss-newton, but none with noise batches; and where the network or the loss cannot be differentiated
+        ``residual``: the damped Gauss-Newton step of all parameters, from the equations of the residuals, whatever the
+        number of subdomains; for local solver gauss-newton, which then gives its rows alone.
+        ``auto``: residual where auto makes gauss-newton the local solver and nothing else is asked of the two levels,
+        else gauss-newton, but none with noise batches; and where the network or the loss cannot be differentiated
         twice, differences of their values in the place of derivatives, or the plain sum, which is said once.
     space
         The span: ``subdomains``, of what ``columns`` names; or MODULE:CLASS for one of your own, see
@@ -172,9 +175,14 @@ class CoarseOptions:
         ``scaled``, by the curvature along each column, which leaves every column its own scale. Either way the step
         ends in the ball of the trust region. ``auto``: scaled where the local solver is gauss-newton, whose corrections
         of badly conditioned least squares the other would damp away, else 2, which filters the noise of small batches.
+    acceleration
+        Of residual: largest length of the second-order part of a step (geodesic acceleration), relative to the first;
+        a longer one is left out. 0: none. null: 0.75, or 0 with layout staged.
+    momentum
+        Of residual: share of the last step to which the damping draws the present one (SPRING).
     """
 
-    model: Literal["auto", "none", "gauss-newton"] = "auto"
+    model: Literal["auto", "none", "gauss-newton", "residual"] = "auto"
     space: str = SUBDOMAINS
     columns: tuple[Literal["correction", "last_step", "gradient", "last_correction"], ...] = (
         "correction",
@@ -183,9 +191,14 @@ class CoarseOptions:
     samples: float | None = None
     damping: float = 0.1
     norm: Literal["auto", "2", "scaled"] = "auto"
+    acceleration: float | None = None
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         require_fields(self, "coarse.")
+        limit, momentum = self.acceleration, self.momentum
+        require(limit is None or limit >= 0.0, "coarse.acceleration", limit, "give 0 or more, or null")
+        require(0.0 <= momentum < 1.0, "coarse.momentum", momentum, "give a number in [0, 1)")
         require_name("coarse.space", self.space, (SUBDOMAINS,))
         for column in self.columns:
             require_choice("coarse.columns", column, ("correction", "last_step", "gradient", "last_correction"))

@@ -90,6 +90,8 @@ class AdditiveSchwarz:
         # A mean of steps within a ball lies in it.
         self._is_mean = data and schwarz.assembly == "mean"
         self._count = 1 if self._is_mean else decomposition.count
+        # In the space of the residuals the coarse level finds each subdomain's correction, from the rows alone.
+        self._solves = options.coarse.model != "residual"
         is_sum = data and not self._is_mean
         of_ball = 1.0 / decomposition.count if is_sum else subdomain_radius(1.0, decomposition.count, self._norm)
         self.reach = schwarz.damping * of_ball
@@ -166,6 +168,8 @@ class AdditiveSchwarz:
         if self._reductions is not None:
             self._reductions.begin()
         self.open_rows(caches := self._fresh(batch, caches))
+        if not self._solves:
+            return self._comm.pending()
         useful = self._is_of_use(gradient)
         # What cannot be done shows the first time, or with a larger batch.
         tried = batch.size <= self._largest_batch

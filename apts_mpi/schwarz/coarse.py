@@ -15,13 +15,14 @@ from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
 from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.result import State
 from apts_mpi.schwarz.coarse_space import CoarseState, check_columns, make_coarse_space
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature
 from apts_mpi.schwarz.reduced_model import ReducedModel
 from apts_mpi.tools.schema import Check, line, mapping, number, record
+from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import euclidean_radius
-from apts_mpi.trust_region.same_function import SameFunction
 
 # A poor ratio raises the damping, an accepted step takes half of that back, never below what the options say: a good
 # ratio on one batch does not see sampling noise, and following it down drives the damping to nothing.
@@ -29,6 +30,13 @@ RAISE, LOWER = 4.0, 0.5
 
 # Of the raised damping: with more of it a step is too short to be seen, and the model of it no longer one of numbers.
 LARGEST = RAISE**10
+
+
+def saved_coarse_state(vector: Check, vector_or_empty: Check) -> Check:
+    """What the state of a coarse level has to be in a file, whichever: one takes over what it can of another's."""
+    kept = {"last_step": vector, "last_correction": vector_or_empty, "raised": number(1.0, math.inf)}
+    residual = record({"damping": number(0.0), "rise": number(1.0)})
+    return record(kept, {"space": record({"name": line, "state": mapping()}), "residual": residual})
 
 
 def inner_products(columns: Sequence[Column]) -> torch.Tensor:
@@ -161,12 +169,13 @@ class CoarseLevel:
         """Inner products of the gradient with the columns, shape (m,), float64."""
         return torch.stack([torch.dot(gradient[c.start : c.stop], c.values) for c in self._columns]).double()
 
-    def recombine(self, radius: float, same: SameFunction) -> float | None:
-        """Put the best step within ``radius`` into `step` and return its predicted reduction. Collective.
+    def recombine(self, state: State) -> float | None:
+        """Put the best step within the ball into `step` and return its predicted reduction. Collective.
 
         Without a model, or one that is finite, the step is the plain sum of the corrections, and the reduction None.
-        Where the function is known to stay the ``same`` that says how the model is damped.
+        Where the function is known to stay, ``state.same`` says how the model is damped.
         """
+        radius, same = state.present_radius, state.same
         with self._comm.events.timed("coarse"):
             if not self._has_model:
                 self._sum_up(radius)
@@ -228,8 +237,9 @@ class CoarseLevel:
         for coefficient, column in zip(coefficients[self.curvature.own], self._columns, strict=False):
             self.step[column.start : column.stop].add_(column.values, alpha=coefficient)
 
-    def follow(self, accepted: bool, poor: bool) -> None:
+    def follow(self, judged: Judged, poor: bool) -> None:
         """Take note of how the step was judged."""
+        accepted = judged.accepted
         if poor:
             self.raised = min(RAISE * self.raised, LARGEST)
         elif accepted:
@@ -251,8 +261,7 @@ class CoarseLevel:
 
     def saved(self, vector: Check, vector_or_empty: Check) -> Check:
         """See ``apts_mpi.state.solver.Part``."""
-        kept = {"last_step": vector, "last_correction": vector_or_empty, "raised": number(1.0, math.inf)}
-        return record(kept, {"space": record({"name": line, "state": mapping()})})
+        return saved_coarse_state(vector, vector_or_empty)
 
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Take over what `state` has returned; return what is of no use here, one sentence each."""

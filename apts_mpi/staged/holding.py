@@ -32,6 +32,7 @@ from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
 from apts_mpi.schwarz.global_step import make_global_step
 from apts_mpi.schwarz.plateau import make_plateau
+from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.staged.build import check_staged, cut_network, undivided
 from apts_mpi.staged.coarse import StageCurvature
 from apts_mpi.staged.global_step import StageProducts
@@ -147,7 +148,9 @@ class Staged:
         )
         self._extent = Extent.of(subdomains, vector.values.numel(), self.stages[own].start, self.replica)
         inner, size = self.inner, self.parameters
-        self.coarse = make_coarse_level(
+        self.coarse = make_residual_level(
+            options, self.objective, lambda: self.schwarz.rows, self.comm, self.decomposition.comm, inner
+        ) or make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from apts_mpi.curvature.dense import pull_rows
-from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, read_outputs, roots
+from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, AtOutputs, at_outputs, joined, read_outputs
 from apts_mpi.curvature.rows import GaussNewtonRows
 from apts_mpi.errors import InvalidInput
 from apts_mpi.network.activations import Bundle, differentiable
@@ -29,7 +31,8 @@ class StagedGaussNewtonRows(GaussNewtonRows):
         segments = objective.segmented.segments[self._cache.subdomain.first_segment if pipeline.is_first else 0 :]
         parameters = objective.vector.parameters[self._touched]
         entered: dict[int, Bundle] = {}
-        at_outputs: dict[int, tuple[tuple[torch.Tensor, ...], list[int]]] = {}
+        known: dict[int, AtOutputs] = {}
+        derivatives: dict[int, tuple[tuple[torch.Tensor, ...], Sequence[int]]] = {}
         found: dict[int, torch.Tensor] = {}
 
         def forward(index: int, entering: Bundle | None) -> Bundle:
@@ -39,11 +42,12 @@ class StagedGaussNewtonRows(GaussNewtonRows):
                 activations = segment(activations)
                 pipeline.progress()
             if pipeline.is_last:
-                at_outputs[index] = self._at_outputs(activations, parts[index].targets)
+                known[index], rows, places = self._by_outputs(activations, parts[index].targets)
+                derivatives[index] = rows, places
             return activations
 
         def backward(index: int, rows: Bundle | None) -> Bundle:
-            leaving, places = at_outputs.pop(index) if rows is None else (tensors_of(rows), None)
+            leaving, places = derivatives.pop(index) if rows is None else (tensors_of(rows), None)
             by_parameters, by_inputs = pull_rows(segments, parameters, entered.pop(index), leaving, places)
             found[index] = by_parameters.mul_(parts[index].share ** 0.5)
             return by_inputs
@@ -53,16 +57,18 @@ class StagedGaussNewtonRows(GaussNewtonRows):
             pipeline.run(objective.actions(len(parts)), keys, forward, backward, describe_back=True)
         share = objective.segmented.share(0, len(objective.segmented) - 1)
         objective.events.count_work(sum(part.samples for part in parts), share, FORWARD + BACKWARD)
+        if pipeline.is_last:
+            self._at_outputs = joined([known[index] for index in range(len(parts))], [part.share for part in parts])
         return torch.cat([found[index] for index in range(len(parts))])
 
-    def _at_outputs(self, outputs: Bundle, targets: Tree) -> tuple[tuple[torch.Tensor, ...], list[int]]:
-        """Roots of the loss's Hessian by the outputs that it reads, shape (k, samples, ...) each, and their places."""
+    def _by_outputs(self, outputs: Bundle, targets: Tree) -> tuple[AtOutputs, tuple[torch.Tensor, ...], Sequence[int]]:
+        """The loss around its outputs; the roots by each that it reads, shape (k, samples, ...), and their places."""
         places = read_outputs(self._objective.loss, outputs, targets)
         if not places:
             raise InvalidInput(f"{WITHOUT_ROWS[0]}, and none has the samples in its first dimension; {WITHOUT_ROWS[1]}")
         tensors = [differentiable(outputs)[place] for place in places]
-        by_outputs = roots(self._objective.loss, outputs, targets, places).transpose(0, 1)
+        known = at_outputs(self._objective.loss, outputs, targets, places)
+        by_outputs = known.roots.transpose(0, 1)
         parts = by_outputs.split([tensor[0].numel() for tensor in tensors], dim=2)
-        return tuple(
-            part.reshape(len(part), *tensor.shape) for part, tensor in zip(parts, tensors, strict=True)
-        ), places
+        rows = tuple(part.reshape(len(part), *tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+        return known, rows, places

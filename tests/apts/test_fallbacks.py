@@ -295,5 +295,5 @@ def test_dense_blocks_need_no_second_derivatives(name, loss):
     """The automatic local solver of a network that a function calls."""
     solver = APTS(network_of(name), loss, comm=MPI.COMM_SELF, forward=lambda network, inputs: network(inputs))
     assert solver.options.local.solver == "gauss-newton"
-    results = steps(solver, 4)
+    results = steps(solver, 10)  # the damping begins low
     assert results[-1].schwarz.trial_loss < 0.95 * results[0].schwarz.loss

@@ -55,6 +55,8 @@ BAD_VALUES = [
     (CoarseOptions, {"columns": ("correction", "correction")}, "coarse.columns: .*give each once"),
     (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
     (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
+    (CoarseOptions, {"acceleration": -0.1}, "coarse.acceleration: -0.1"),
+    (CoarseOptions, {"momentum": 1.0}, "coarse.momentum: 1.0"),
     (CoarseOptions, {"norm": "inf"}, "coarse.norm: 'inf' .* choose one of auto, 2, scaled"),
     (TrustRegionOptions, {"noise": -1.0}, "trust_region.noise: -1.0 .* 0 or more"),
     (TrustRegionOptions, {"noise": math.nan}, "trust_region.noise: nan"),
@@ -226,7 +228,7 @@ def test_what_auto_stands_for():
     assert composed() == ("kfac", "inexact", "shared")
     assert composed(local={"iterations": 2}) == ("kfac", "inexact", "shard")
     assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shared")
-    assert composed(forward=call) == ("gauss-newton", "exact", "full")
+    assert composed(forward=call) == ("gauss-newton", "exact", "shared")
     assert composed(classifier(width=100), forward=call) == ("kfac", "exact", "shared")  # too large for a dense matrix
     assert composed(classifier(batch_norm=True), forward=call) == ("kfac", "exact", "shared")
     assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")

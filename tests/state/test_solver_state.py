@@ -135,6 +135,16 @@ def test_default_solver_goes_on_to_the_bit(world, directory, whole):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes(whole=True)
+@pytest.mark.parametrize("whole", [False, True], ids=["batches", "whole"])
+def test_residual_level_goes_on_to_the_bit(world, directory, whole):
+    """Its damping, how fast that rises, and the step to which momentum draws the next one."""
+    coarse = CoarseOptions(model="residual", momentum=0.5)
+    parts = {"subdomains": 3, "local": LocalOptions(solver="gauss-newton"), "coarse": coarse}
+    assert_resumed_is_uninterrupted(lambda: apts(world, classifier, **parts), directory, whole)
+
+
+@pytest.mark.mpi
 def test_checkpoint_between_the_tries_on_one_batch(world, directory):
     """What the tests above rely on: without random masks the first step is too long on any number of ranks."""
     parts = {"subdomains": 3, "local": LocalOptions(solver="sgd"), "coarse": PLAIN}
