@@ -31,13 +31,13 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
-from apts_mpi.schwarz.global_step import make_global_step
 from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
 from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
 from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
+from apts_mpi.trust_region.global_step import make_global_step
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import LastStep
 
@@ -104,7 +104,14 @@ class Replicated:
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
-        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
+        self.global_step = make_global_step(
+            options.global_step,
+            self.schwarz,
+            objective=self.objective,
+            comm=self.decomposition.comm,
+            inner=inner,
+            products_of_rank=products,
+        )
 
     def _curvature(self) -> ReducedCurvature:
         """Of the coarse level: from the rows of the local solvers where those of all ranks have all of its samples."""

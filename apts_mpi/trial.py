@@ -24,7 +24,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
-from apts_mpi.trust_region.acceptance import Judged, judge_table, judged_of
+from apts_mpi.trust_region.acceptance import Judged, judge_table, judge_untried, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import BEGIN, LastStep
@@ -224,18 +224,7 @@ class Trials:
             rounding = self._epsilon / (batch.size**0.5 if self._is_lower else 1.0)
 
             def decide(table: np.ndarray) -> Sequence[float]:
-                judged = judge_table(
-                    table[:, 1:7],
-                    options=self._options,
-                    inner=self._inner,
-                    radius=state.present_radius,
-                    predicted_reduction=predicted_reduction,
-                    earlier_losses=state.losses,
-                    rounding=rounding,
-                    tried=tried,
-                    # What a model gave was looked for in the whole ball.
-                    share=self._reach if predicted_reduction is None else 1.0,
-                )
+                judged = self._judged(table[:, 1:7], state, predicted_reduction, rounding if tried else None)
                 starting, retry = state.starting, state.retry
                 if self._last_step is not None:
                     after = self._inner.sum_of_table(table[:, -4])
@@ -273,6 +262,26 @@ class Trials:
             state.move(judged, self._options)
         self._doubt(judged, batch)
         return judged, None if self._decay and judged.accepted else trial
+
+    def _judged(
+        self, table: np.ndarray, state: State, predicted_reduction: float | None, rounding: float | None
+    ) -> Judged:
+        """The step as all ranks see it; without ``rounding`` one that was not tried."""
+        options, inner, radius = self._options, self._inner, state.present_radius
+        if rounding is None:
+            return judge_untried(
+                table, options=options, inner=inner, radius=radius, predicted_reduction=predicted_reduction
+            )
+        return judge_table(
+            table,
+            options=options,
+            inner=inner,
+            radius=radius,
+            predicted_reduction=predicted_reduction,
+            earlier_losses=state.losses,
+            rounding=rounding,
+            share=self._reach,
+        )
 
     def _moves(self, length: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What is copied where after an accepted step of that 2-norm: with weight decay, shrunk parameters to both.

@@ -63,8 +63,9 @@ class MicroBatches:
         InvalidInput
             On every rank, where one may have less than ``least`` samples.
         """
-        with self._comm.shared_errors():
-            check_micro_batches(self.most, least, batch.passes[0].group)
+        if self.most is not None:  # the same on all ranks
+            with self._comm.shared_errors():
+                check_micro_batches(self.most, least, batch.passes[0].group)
         for part in batch.passes:
             part.most = self.most
 

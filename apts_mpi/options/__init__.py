@@ -12,14 +12,12 @@ from apts_mpi.options.levels import (
     LocalOptions,
     SchwarzOptions,
 )
-from apts_mpi.options.methods import METHODS, MethodName, of_method
 from apts_mpi.options.solver import APTSOptions, PipelineOptions
 from apts_mpi.options.trust_region import GlobalModelName, GlobalStepOptions, TrustRegionOptions
 
 __all__ = [
     "ENOUGH_TARGETS",
     "LOCAL_SOLVERS",
-    "METHODS",
     "SUBDOMAINS",
     "APTSOptions",
     "CoarseOptions",
@@ -27,9 +25,7 @@ __all__ = [
     "GlobalStepOptions",
     "LocalData",
     "LocalOptions",
-    "MethodName",
     "PipelineOptions",
     "SchwarzOptions",
     "TrustRegionOptions",
-    "of_method",
 ]

@@ -112,8 +112,10 @@ class LocalOptions:
         with noise batches.
     product
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
-    krylov_tolerance, krylov_products
-        Of steihaug, as of the global step: see `GlobalStepOptions`.
+    krylov_tolerance
+        Of steihaug, as that of the global step.
+    krylov_products
+        Of steihaug, as that of the global step.
     """
 
     solver: str = "auto"

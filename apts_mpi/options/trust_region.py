@@ -120,10 +120,11 @@ class GlobalStepOptions:
         Curvature of steihaug: ``gauss-newton`` or ``hessian``.
     iterations
         Trust-region steps in a row, each judged by itself.
-    krylov_tolerance, krylov_products
-        Of steihaug: the residual relative to the gradient at which its conjugate gradients end, and the most products.
-        null: 0.1 and 10; where the function stays the same, as accurate as its gradient falls fast (the second choice
-        of Eisenstat and Walker), and 200.
+    krylov_tolerance
+        Of steihaug: the residual relative to the gradient at which its conjugate gradients end. null: 0.1; where the
+        function stays the same, as accurate as its gradient falls fast (the second choice of Eisenstat and Walker).
+    krylov_products
+        Of steihaug: the most products of its conjugate gradients. null: 10, or 200 where the function stays the same.
     """
 
     model: GlobalModelName = "auto"

@@ -89,7 +89,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_OF_PACKAGE))
 
 
-def arguments_of(name: str) -> dict[str, int]:
+def arguments_of(name: str) -> dict[str, float]:
     """Arguments of one of `names`, with their default values."""
     parameters = inspect.signature(_OF_PACKAGE[name]).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
@@ -178,12 +178,13 @@ def _find(
 
 
 def _with_arguments(name: str, fixed: tuple[object, ...], given: Mapping[str, str]) -> Callable[[], Problem]:
-    """One of the package's problems with the user's arguments, all of which are counts."""
+    """One of the package's problems with the user's arguments; whole numbers are counts."""
     # What is bound by place is none of its arguments any more.
     make = functools.partial(_OF_PACKAGE[name], *fixed)
     arguments = arguments_for("--problem.args", make, given, name)
     for argument, value in arguments.items():
-        require(value >= 1, f"--problem.args.{argument}", value, "give 1 or more")
+        counts = isinstance(value, int)
+        require(not counts or value >= 1, f"--problem.args.{argument}", value, "give 1 or more")
     return functools.partial(make, **arguments)
 
 

@@ -20,16 +20,16 @@ from apts_mpi.problems.cavity_flow import cavity_flow, interpolated
 from apts_mpi.problems.problem import Problem
 
 
-def lid_driven_cavity(dtype: torch.dtype, reynolds: float = 100.0) -> Problem:
+def lid_driven_cavity(
+    dtype: torch.dtype, *, width: int = 30, depth: int = 3, points: int = 800, reynolds: float = 100.0
+) -> Problem:
     """800 interior points with three equations each, 240 on the walls; network 2-30-30-30-3."""
-    require(0.0 < reynolds <= 400.0, "reynolds", reynolds, "give a number above 0, up to 400")
+    require(0.0 < reynolds <= 400.0, "--problem.args.reynolds", reynolds, "give a number above 0, up to 400")
     return pinn.least_squares_problem(
         name="lid-driven-cavity",
-        network=pinn.tanh_network([2, 30, 30, 30, 3]),
+        network=pinn.tanh_network([2] + [width] * depth + [3]),
         operator=partial(navier_stokes_operator, reynolds=reynolds),
-        domain=pinn.Domain(
-            [0.0, 0.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 3))), 800
-        ),
+        domain=pinn.Domain([0.0, 0.0], [1.0, 1.0], lambda at: pinn.Condition(at, np.zeros((len(at), 3))), points),
         boundary=_walls(60),
         epochs=320,
         dtype=dtype,

@@ -22,15 +22,13 @@ DIFFUSIVITY, REACTION_RATE = 0.002, 60.0
 FEED_RATE, KILL_RATE = 0.04 * REACTION_RATE, 0.06 * REACTION_RATE
 
 
-def gray_scott(dtype: torch.dtype) -> Problem:
+def gray_scott(dtype: torch.dtype, *, width: int = 30, depth: int = 3, points: int = 1000) -> Problem:
     """1,000 interior points, with two equations each; network 3-30-30-30-2."""
     return pinn.least_squares_problem(
         name="gray-scott",
-        network=HardConditions(pinn.tanh_network([3, 30, 30, 30, 2]), _initial, lambda z: z[:, :1], _around),
+        network=HardConditions(pinn.tanh_network([3] + [width] * depth + [2]), _initial, lambda z: z[:, :1], _around),
         operator=gray_scott_operator,
-        domain=pinn.Domain(
-            [0.0, -1.0], [1.0, 1.0], lambda points: pinn.Condition(points, np.zeros((len(points), 2))), 1000
-        ),
+        domain=pinn.Domain([0.0, -1.0], [1.0, 1.0], lambda at: pinn.Condition(at, np.zeros((len(at), 2))), points),
         epochs=120,
         dtype=dtype,
         metrics={"relative_l2_error": pinn.solution_error(*_grid_solution())},

@@ -11,28 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apts_mpi.errors import require
 from apts_mpi.problems import pinn
 from apts_mpi.problems.problem import Problem
 
 WAVE_NUMBER = 1.0
 
 
-def helmholtz_2d(dtype: torch.dtype, waves: int = 4) -> Problem:
+def helmholtz_2d(dtype: torch.dtype, *, width: int = 40, depth: int = 3, points: int = 1000, waves: int = 4) -> Problem:
     """1,000 interior points, 160 boundary points, network 2-40-40-40-1."""
-    require(waves >= 1, "waves", waves, "give 1 or more")
 
-    def condition(points: np.ndarray) -> pinn.Condition:
-        return pinn.Condition(points, source(points, waves))
+    def condition(at: np.ndarray) -> pinn.Condition:
+        return pinn.Condition(at, source(at, waves))
 
     boundary = _boundary_points(40)
     axis = np.linspace(-1.0, 1.0, 101)
     grid = pinn.grid_of(axis, axis)
     return pinn.least_squares_problem(
         name="helmholtz-2d",
-        network=pinn.tanh_network([2, 40, 40, 40, 1]),
+        network=pinn.tanh_network([2] + [width] * depth + [1]),
         operator=helmholtz_operator,
-        domain=pinn.Domain([-1.0, -1.0], [1.0, 1.0], condition, 1000),
+        domain=pinn.Domain([-1.0, -1.0], [1.0, 1.0], condition, points),
         # The residuals differ by the scale of the operator.
         boundary=pinn.Condition(boundary, np.zeros(len(boundary)), 100.0),
         epochs=150,

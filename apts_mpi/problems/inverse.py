@@ -24,19 +24,21 @@ DIFFUSIVITY, GUESS, DURATION = 0.3, 1.0, 0.5
 _NOISE_SEED = 1
 
 
-def inverse_diffusion(dtype: torch.dtype, noise: float = 0.02) -> Problem:
+def inverse_diffusion(
+    dtype: torch.dtype, *, width: int = 20, depth: int = 3, points: int = 400, noise: float = 0.02
+) -> Problem:
     """400 interior points, 200 measurements with errors of deviation ``noise``; network 2-20-20-20-1 and k."""
-    require(noise >= 0.0, "noise", noise, "give 0 or more")
+    require(noise >= 0.0, "--problem.args.noise", noise, "give 0 or more")
     lower, upper = [0.0, 0.0], [DURATION, 1.0]
     measured = pinn.scattered_points(200, lower, upper)
     errors = noise * np.random.default_rng(_NOISE_SEED).standard_normal(len(measured))
     grid = pinn.grid_of(np.linspace(0.0, DURATION, 51), np.linspace(0.0, 1.0, 101))
-    temperature = HardConditions(pinn.tanh_network([2, 20, 20, 20, 1]), _initial_values, _distance)
+    temperature = HardConditions(pinn.tanh_network([2] + [width] * depth + [1]), _initial_values, _distance)
     return pinn.least_squares_problem(
         name="inverse-diffusion",
         network=WithCoefficients(temperature, [GUESS]),
         operator=diffusion_operator,
-        domain=pinn.Domain(lower, upper, lambda points: pinn.Condition(points, np.zeros(len(points))), 400),
+        domain=pinn.Domain(lower, upper, lambda at: pinn.Condition(at, np.zeros(len(at))), points),
         # The temperatures are less than the sources by the scale of the operator.
         boundary=pinn.Condition(measured, solution(measured) + errors, 100.0),
         epochs=100,

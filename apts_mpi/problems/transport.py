@@ -22,31 +22,33 @@ from apts_mpi.problems.hard import HardConditions
 from apts_mpi.problems.problem import Problem
 
 
-def wave(dtype: torch.dtype, speed: float = 1.0) -> Problem:
+def wave(dtype: torch.dtype, *, width: int = 40, depth: int = 3, points: int = 1000, speed: float = 1.0) -> Problem:
     """1,000 interior points; network 2-40-40-40-1."""
-    require(speed > 0.0, "speed", speed, "give a number above 0")
+    require(speed > 0.0, "--problem.args.speed", speed, "give a number above 0")
     grid = pinn.grid_of(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 1.0, 101))
     return pinn.least_squares_problem(
         name="wave",
-        network=HardConditions(pinn.tanh_network([2, 40, 40, 40, 1]), _two_waves, _at_rest_and_fixed),
+        network=HardConditions(pinn.tanh_network([2] + [width] * depth + [1]), _two_waves, _at_rest_and_fixed),
         operator=partial(wave_operator, speed=speed),
-        domain=pinn.Domain([0.0, 0.0], [1.0, 1.0], _no_source, 1000),
+        domain=pinn.Domain([0.0, 0.0], [1.0, 1.0], _no_source, points),
         epochs=150,
         dtype=dtype,
         metrics={"relative_l2_error": pinn.solution_error(grid, wave_solution(grid, speed))},
     )
 
 
-def advection(dtype: torch.dtype, speed: float = 10.0) -> Problem:
+def advection(
+    dtype: torch.dtype, *, width: int = 40, depth: int = 3, points: int = 1000, speed: float = 10.0
+) -> Problem:
     """1,000 interior points; network 3-40-40-40-1."""
-    require(speed > 0.0, "speed", speed, "give a number above 0")
+    require(speed > 0.0, "--problem.args.speed", speed, "give a number above 0")
     grid = pinn.grid_of(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 2.0 * np.pi, 101))
-    network = HardConditions(pinn.tanh_network([3, 40, 40, 40, 1]), _one_wave, lambda z: z[:, :1], _around)
+    network = HardConditions(pinn.tanh_network([3] + [width] * depth + [1]), _one_wave, lambda z: z[:, :1], _around)
     return pinn.least_squares_problem(
         name="advection",
         network=network,
         operator=partial(advection_operator, speed=speed),
-        domain=pinn.Domain([0.0, 0.0], [1.0, 2.0 * np.pi], _no_source, 1000),
+        domain=pinn.Domain([0.0, 0.0], [1.0, 2.0 * np.pi], _no_source, points),
         epochs=150,
         dtype=dtype,
         metrics={"relative_l2_error": pinn.solution_error(grid, advection_solution(grid, speed))},

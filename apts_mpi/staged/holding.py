@@ -30,7 +30,6 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
-from apts_mpi.schwarz.global_step import make_global_step
 from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.staged.build import check_staged, cut_network, undivided
@@ -49,6 +48,7 @@ from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import process
 from apts_mpi.tools.trees import Tree
+from apts_mpi.trust_region.global_step import make_global_step
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.next_batch import LastStep
 
@@ -155,7 +155,14 @@ class Staged:
         )
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(StageProducts, self.objective, kind=options.global_step.product)
-        self.global_step = make_global_step(options.global_step, self.schwarz, self.objective, inner, products)
+        self.global_step = make_global_step(
+            options.global_step,
+            self.schwarz,
+            objective=self.objective,
+            comm=self.decomposition.comm,
+            inner=inner,
+            products_of_rank=products,
+        )
         self._least = max(self.replica.collect(samples_of_pass(network)))
         # What a launcher tells of a process that died is its number.
         self.processes = self.comm.collect(f"{names[self.comm.rank]}: {process()}")

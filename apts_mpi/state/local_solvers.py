@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from apts_mpi.checkpoint.arrays import Array, Slab
-from apts_mpi.errors import InvalidInput
+from apts_mpi.errors import InvalidInput, shown
 from apts_mpi.local.solver import LayerState, LocalSolver, LocalState, SavedState, SavedTensor
 from apts_mpi.network.partition import Layer, Subdomain, layers_between
 from apts_mpi.options import APTSOptions
@@ -211,7 +211,7 @@ def _check_arrays(source: Source, records: Sequence[dict[str, Any]], place: str)
 
 def _check_array(source: Source, name: str, expected: SavedTensor, place: str) -> None:
     array(source, expected.shape)({"array": name}, f"{place}: arrays")
-    allow(source.dtype(name).str == expected.dtype, f"{place}: {name}", source.dtype(name).str, expected.dtype)
+    allow(source.dtype(name).str == expected.dtype, f"{place}: {name}", source.dtype(name).str, shown(expected.dtype))
 
 
 def load_local_solvers(local: LocalSolvers, source: Source, records: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,12 +12,11 @@ from apts_mpi.options import (
     CoarseOptions,
     GlobalStepOptions,
     LocalOptions,
-    MethodName,
     PipelineOptions,
     SchwarzOptions,
     TrustRegionOptions,
 )
-from apts_mpi.options.methods import check_method
+from apts_mpi.options.methods import MethodName, check_method
 
 # The optimizers that APTS is set beside. `PEERS` are those of the package pytorch_optimizer.
 Optimizer = Literal["apts", "adam", "sgd", "lbfgs", "adamw-cosine", "schedule-free", "muon", "soap", "prodigy"]
@@ -270,9 +269,8 @@ class TrainingOptions:
         decay = self.trust_region.weight_decay
         remedy = "it is for optimizer apts; choose that, or give 0"
         require(self.optimizer == "apts" or decay == 0.0, "trust_region.weight_decay", decay, remedy)
-        require(
-            self.method == "two-level" or self.optimizer == "apts", "method", self.method, "it is for optimizer apts"
-        )
+        remedy = "it is for optimizer apts; choose that, or two-level"
+        require(self.optimizer == "apts" or self.method == "two-level", "method", self.method, remedy)
         check_method(self.method, self)
         self.solver_options()
 

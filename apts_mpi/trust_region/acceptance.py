@@ -200,7 +200,6 @@ def judge_table(
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
     rounding: float,
-    tried: bool = True,
     share: float = 1.0,
 ) -> Judged:
     """Judge a step from what all ranks know of it; on rank 0.
@@ -220,27 +219,51 @@ def judge_table(
         Of the window.
     rounding
         Relative error of a loss.
-    tried
-        Whether the loss after the step is known; see ``untried``.
     share
-        See `of_blocks`.
+        Of the radius, in which each block of a plain sum was looked for: see `of_blocks`.
     """
+    loss, trial_loss, predicted, step_norm = _numbers(table, inner, predicted_reduction)
+    judged = judge(
+        options,
+        radius=radius,
+        loss=loss,
+        trial_loss=trial_loss,
+        predicted_reduction=predicted,
+        step_norm=step_norm,
+        earlier_losses=tuple(earlier_losses),
+        noise=options.noise * rounding * abs(loss),
+    )
+    # What a model gave was looked for in the whole ball.
+    judged = of_blocks(judged, options, share if predicted_reduction is None else 1.0)
+    return _with_facts(judged, table, options, inner)
+
+
+def judge_untried(
+    table: np.ndarray,
+    *,
+    options: TrustRegionOptions,
+    inner: InnerProducts,
+    radius: float,
+    predicted_reduction: float | None,
+) -> Judged:
+    """`judge_table` of a step that the next batch will judge, whose second column says nothing."""
+    loss, _, predicted, step_norm = _numbers(table, inner, predicted_reduction)
+    return _with_facts(untried(loss, predicted, step_norm, radius), table, options, inner)
+
+
+def _numbers(
+    table: np.ndarray, inner: InnerProducts, predicted_reduction: float | None
+) -> tuple[float, float, float, float]:
+    """Loss before and after the step, predicted reduction and length of the step."""
     loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-    slope, step_norm, gradient_norm = inner.of_table(table[:, 3:])
-    predicted = -slope if predicted_reduction is None else predicted_reduction
-    judged = untried(loss, predicted, step_norm, radius)
-    if tried:
-        judged = judge(
-            options,
-            radius=radius,
-            loss=loss,
-            trial_loss=trial_loss,
-            predicted_reduction=predicted,
-            step_norm=step_norm,
-            earlier_losses=tuple(earlier_losses),
-            noise=options.noise * rounding * abs(loss),
-        )
-        judged = of_blocks(judged, options, share)
+    slope, step_norm, _ = inner.of_table(table[:, 3:])
+    return loss, trial_loss, -slope if predicted_reduction is None else predicted_reduction, step_norm
+
+
+def _with_facts(judged: Judged, table: np.ndarray, options: TrustRegionOptions, inner: InnerProducts) -> Judged:
+    """A judged step with what else the ranks know: gradient, ranks without a number, steps too short to be one."""
+    loss, radius, step_norm = judged.loss, judged.radius, judged.step_norm
+    gradient_norm = inner.of_table(table[:, 3:])[2]
     shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
     judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:

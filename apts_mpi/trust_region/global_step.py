@@ -24,6 +24,10 @@ from apts_mpi.trust_region.same_function import SameFunction
 class Preconditioner(Protocol):
     """An approximate inverse of the curvature over all parameters."""
 
+    @property
+    def preconditions(self) -> bool:
+        """Whether it knows the curvature."""
+
     def precondition(self, residual: torch.Tensor, solved: Mirror) -> None:
         """Put the approximate inverse times ``residual`` into ``solved``. Collective."""
 
@@ -199,9 +203,9 @@ class GlobalStep:
             None for the first-order model.
         """
         with self._comm.events.timed("global step"):
-            return self._find(passes, gradient, radius, same)
+            return self.find(passes, gradient, radius, same)
 
-    def _find(
+    def find(
         self, passes: Sequence[Pass], gradient: torch.Tensor, radius: float, same: SameFunction
     ) -> tuple[torch.Tensor, float | None]:
         if self._options.model == "first-order":
@@ -244,3 +248,26 @@ class GlobalStep:
 
     def _agree(self, stop: bool) -> bool:
         return bool(self._comm.decide(lambda: [stop])[0])
+
+
+def make_global_step(
+    options: GlobalStepOptions,
+    level: Preconditioner,
+    *,
+    objective: Objective,
+    comm: Communicator,
+    inner: InnerProducts,
+    products_of_rank: Callable[[Sequence[Pass]], Product],
+) -> GlobalStep | None:
+    """The global step of the options, preconditioned by the Schwarz ``level`` where that can; see `GlobalStep`."""
+    if options.model == "none":
+        return None
+    preconditioner = level if level.preconditions else None
+    return GlobalStep(
+        options,
+        objective=objective,
+        preconditioner=preconditioner,
+        comm=comm,
+        inner=inner,
+        products_of_rank=products_of_rank,
+    )

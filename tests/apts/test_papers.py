@@ -8,7 +8,7 @@ from networks import classified, classifier, cross_entropy, flat, make_solver
 from test_reference import SUBDOMAINS, Reference
 from torch.func import functional_call, jvp
 
-from apts_mpi.options import of_method
+from apts_mpi.options.methods import of_method
 
 ITERATIONS = 10
 
@@ -20,6 +20,8 @@ class Paper:
         self.network, self.batch, self.chosen = network, batch, chosen
         self.radius = chosen.trust_region.initial_radius
         self.window, self.kept, self.rejected = [], None, 0
+        # Of the coarse level, which follows the ratio once a step was accepted on the batch.
+        self.factor, self.has_accepted = 1.0, False
 
     def at_present(self):
         return Reference(self.network, self.batch, self.chosen)
@@ -29,7 +31,10 @@ class Paper:
         if self.kept is None:
             self.kept, self.local_reduction = self.corrections(present)
         step, predicted = self.assembled(present)
+        stays = self.has_accepted
         accepted = self.judge(present, step, predicted)
+        if stays:
+            self.factor *= 4.0 if self.rho < 0.25 else 0.25 if self.rho > 0.75 else 1.0
         if accepted or self.chosen.schwarz.prediction == "local":
             self.kept = None
         for _ in range(self.chosen.global_step.iterations):
@@ -88,7 +93,7 @@ class Paper:
                 matrix[row, column] = (left * curved).sum() / len(left)
         slope = basis.T @ present.gradient
         values, vectors = torch.linalg.eigh(matrix)
-        damped = values + 0.1 * values.max()
+        damped = values + max(0.1 * self.factor, 1e-8) * values.max()
         turned = vectors.T @ slope
         low, high = 0.0, 1e6
         if (turned / damped).norm() > self.radius:
@@ -101,8 +106,9 @@ class Paper:
     def judge(self, present, step, predicted):
         options = self.chosen.trust_region
         loss, trial = (present.loss(present.theta + part, self.batch).item() for part in (0.0 * step, step))
-        rho = (max([loss, *self.window]) - trial) / predicted if predicted > 0.0 else -math.inf
-        accepted = rho >= options.eta1
+        accepted = predicted > 0.0 and (max([loss, *self.window]) - trial) / predicted >= options.eta1
+        self.rho = rho = (loss - trial) / predicted if predicted > 0.0 else -math.inf
+        self.has_accepted |= accepted
         if rho < options.shrink_below:
             self.radius = options.decrease_factor * min(self.radius, step.norm().item() or self.radius)
         elif rho >= options.eta2:

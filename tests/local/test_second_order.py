@@ -237,7 +237,7 @@ def test_global_step_is_in_the_ball_and_its_prediction_is_the_model(world, model
     find = solver.holding.global_step.find
     points, seen = [], []
 
-    def checked(passes, own, radius):
+    def checked(passes, own, radius, same):
         if model == "lsr1":
             before, slope = points[-1]
             memory.update(solver.holding.objective.vector.values - before, gradient() - slope)
@@ -245,7 +245,7 @@ def test_global_step_is_in_the_ball_and_its_prediction_is_the_model(world, model
         else:
             products = GaussNewtonProducts(network(inputs), targets, cross_entropy, list(network.parameters()))
             expected = ProductModel(products)
-        step, predicted = find(passes, own, radius)
+        step, predicted = find(passes, own, radius, same)
         kind = 2.0 if norm == "2" else math.inf
         assert torch.linalg.vector_norm(step, kind).item() <= radius * (1.0 + 1e-12)
         assert predicted == pytest.approx(expected.predict(gradient(), step), rel=1e-8)

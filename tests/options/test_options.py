@@ -113,7 +113,7 @@ BAD_VALUES = [
     (TrainingOptions, {"network_args": ("=3",)}, "network_args: '=3' is not allowed; give NAME=VALUE"),
     (TrainingOptions, {"method": "aptz"}, "method: 'aptz' .* choose one of two-level, apts"),
     (TrainingOptions, {"method": "apts", "optimizer": "adam"}, "method: 'apts' .* choose that, or two-level"),
-    (TrainingOptions, {"method": "apts"}, "schwarz.variant: 'auto' contradicts --method apts"),
+    (TrainingOptions, {"method": "apts"}, "coarse.model: 'auto' contradicts --method apts"),
     (TrainingOptions, {"epochs": 0}, "epochs: 0 .* give 1 or more, or null"),
     (TrainingOptions, {"max_iterations": 0}, "max_iterations: 0"),
     (TrainingOptions, {"max_seconds": 0.0}, "max_seconds: 0.0"),

@@ -415,7 +415,7 @@ def test_the_samples_that_measure_the_curvature_do_not_depend_on_the_ranks():
 
 def test_defaults_compose():
     solver = APTS(networks.classifier(), networks.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(subdomains=3))
-    assert solver.options.local == LocalOptions(solver="kfac", damping=0.3, refresh=5, momentum=0.0)
+    assert solver.options.local == LocalOptions(solver="kfac", damping=0.3, relax=False, refresh=5, momentum=0.0)
     assert solver.options.schwarz.variant == "inexact" and solver.options.schwarz.local_data == "shared"
     assert solver.options.coarse.model == "gauss-newton"
 

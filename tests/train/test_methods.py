@@ -3,8 +3,7 @@
 import pytest
 
 from apts_mpi import APTSOptions, InvalidInput, LocalOptions
-from apts_mpi.options import METHODS, of_method
-from apts_mpi.options.methods import describe_method, options_of, value_of
+from apts_mpi.options.methods import METHODS, describe_method, of_method, options_of, value_of
 from apts_mpi.records.reading import read_records
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse

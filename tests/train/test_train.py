@@ -376,7 +376,7 @@ def test_residuals_by_autograd(world, directory, optimizer):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"gradient_norm": math.nan}, "the gradient is not finite"),
+        ({"gradient_norm": math.nan, "skipped": True}, "the gradient is not finite"),
         ({"predicted_reduction": math.nan}, "the predicted reduction is nan"),
         ({"predicted_reduction": 0.0}, "the predicted reduction is 0"),
         ({"trial_loss": math.inf}, "the loss after the step is not finite;"),
