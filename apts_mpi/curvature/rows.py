@@ -81,7 +81,8 @@ class GaussNewtonRows:
                 outputs = segmented.run(segment, outputs)
         share = segmented.share(part.subdomain.first_segment, len(segmented) - 1)
         self._objective.events.count_work(part.samples, share, FORWARD)
-        return side_by_side(outputs, places) if places else self.of(0, 0)[:0]
+        # A network that differentiates itself may have switched gradients on.
+        return side_by_side(outputs, places).detach() if places else self.of(0, 0)[:0]
 
     def count(self) -> int:
         """Number of rows, without computing them."""

@@ -207,10 +207,9 @@ class Communicator:
             Called on rank 0 with an array of shape (ranks, len(values)); returns the record, floats.
         """
         own = np.asarray(values, dtype=np.float64)
-        table = own[None] if self.size == 1 else np.empty((self.size, own.size)) if self.rank == 0 else None
+        table = np.empty((self.size, own.size)) if self.rank == 0 else None
         with self._collective("agree", own.nbytes):
-            if self.size > 1:
-                self._mpi.Gather(own, table, root=0)
+            self._mpi.Gather(own, table, root=0)
         return self.decide(lambda: decide(np.asarray(table)))
 
     def sum_on_root(self, values: np.ndarray) -> np.ndarray | None:
@@ -224,7 +223,7 @@ class Communicator:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = tuple(map(float, decide())) if self.rank == 0 else None
         with self._collective("decide", 8 * len(record or ())):
-            return record if record is not None and self.size == 1 else self._mpi.bcast(record, root=0)
+            return self._mpi.bcast(record, root=0)
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""

@@ -128,7 +128,7 @@ def test_window_of_earlier_losses(window):
     """The reference is the maximum of this loss and of the last ``window`` losses at which a step was accepted."""
     rises = 0
     for seed in range(3):
-        chosen = options(subdomains=3, window=window, initial_radius=2.0, min_radius=0.5, increase_factor=3.0)
+        chosen = options(subdomains=3, window=window, initial_radius=2.0, min_radius=0.7, increase_factor=3.0)
         solver = make_solver(MPI.COMM_SELF, chosen, small_network(seed))
         earlier = []
         for iteration in range(25):

@@ -95,7 +95,7 @@ def test_curves_are_those_of_the_records(runs, tmp_path, drawn):
 def test_the_error_of_a_solution(tmp_path, drawn):
     """On a logarithmic axis, also of a run whose errors span decades and of one without any."""
     for seed in (0, 1):
-        arguments = ["--problem=poisson-1d", "--max-iterations=3", "--dtype=float64", f"--seed={seed}"]
+        arguments = ["--problem=poisson-1d", "--epochs=3", "--dtype=float64", f"--seed={seed}"]
         train.main([*arguments, f"--run-dir={tmp_path / str(seed)}"])
     plot.main([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "p.svg")])
     errors = [read_run(tmp_path / seed).column("epochs", "relative_l2_error") for seed in ("0", "1")]

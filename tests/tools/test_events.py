@@ -179,14 +179,15 @@ def test_an_iteration_by_hand(world):
     several = world.size > 1
     assert found == {
         # Whether all ranks can use the batch, have the same one, and of how many targets it is (two numbers, of which
-        # rank 0 makes one). In the first step seventeen in all: on the loss, on its kind (two numbers), and whether it
-        # is the same again (a number) and on all ranks (three numbers, of which rank 0 makes four).
-        "data": (16 + several, 8 * (2 + 2 + 1 + 3) + 8 * (1 + 2 + 1 + 4)),
+        # rank 0 makes one). In the first step twenty in all: on the loss, on its kind (two numbers), whether it is the
+        # same again (a number) and on all ranks (three numbers, of which rank 0 makes four), and on the memory (three
+        # numbers, of which rank 0 makes one).
+        "data": (19 + several, 8 * (2 + 2 + 1 + 3 + 3) + 8 * (1 + 2 + 1 + 4 + 1)),
         "global evaluation": (1, 8 * count),
         "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Ten numbers of each rank, and nineteen that rank 0 decides; and which buffers have moved.
-        "judge": (2 + several, 8 * 10 + 8 * 19),
+        # Twelve numbers of each rank, and twenty-one that rank 0 decides.
+        "judge": (2, 8 * 12 + 8 * 21),
         "wait": (0, 0),
         OTHER: (1, 0),  # whether the network is as it was
     }
@@ -196,9 +197,9 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the seventeen of the batch, those of the network and of local solves and the
-    # three of the verdict block.
-    assert table["wait"]["calls"] == 22 + 2 * several and table["judge"]["calls"] == 1
+    # Reduction and assembly are completed, the twenty of the batch, those of the network and of local solves and the two
+    # of the verdict block.
+    assert table["wait"]["calls"] == 25 + several and table["judge"]["calls"] == 1
 
 
 @pytest.mark.mpi
