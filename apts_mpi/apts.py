@@ -51,8 +51,6 @@ class APTS:
         The network, the ranks, the timers and counters of this one, and the batch of the last step.
     state : State
         What an iteration leaves to the next.
-    smallest_batch : int
-        Samples that a batch needs.
 
     Raises
     ------
@@ -75,7 +73,7 @@ class APTS:
         """Have done no iteration yet."""
         self.holding = holding
         self.network, self.options, self.comm = holding.network, holding.options, holding.comm
-        self.events, self.smallest_batch = holding.comm.events, holding.smallest_batch
+        self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
         parts = holding.objective, holding.inner, self.comm, self.options, holding.last_step, holding.check_loss
@@ -196,9 +194,8 @@ class APTS:
         """Count the iteration, and say what it did."""
         evaluations = self._trials.work * self.comm.size / self.batch.size
         notes = self._trials.told(self.holding.plateau.follow(schwarz) if self.holding.plateau else ())
-        told = evaluations, seconds() - started, notes, self.state.same.converged
-        result = StepResult(self.state.iteration + 1, schwarz, global_step, *told)
-        self.state.count(result)
+        known = evaluations, seconds() - started, notes, self.state.same.converged
+        self.state.count(result := StepResult(self.state.iteration + 1, schwarz, global_step, *known))
         return result
 
     def save(self) -> tuple[list[Array], dict[str, Any]]:
@@ -263,6 +260,11 @@ class APTS:
     def parameters(self) -> int:
         """Number of parameters that are trained."""
         return self.holding.parameters
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples that a batch needs."""
+        return self.holding.smallest_batch
 
     @property
     def subdomains(self) -> int:

@@ -24,7 +24,8 @@ def coarse_model(options: APTSOptions, solver: type[LocalSolver]) -> Literal["no
         return "none"
     usual = APTSOptions(layout=options.layout)
     untouched = options.coarse == usual.coarse and options.local == usual.local
-    schwarz = options.schwarz.decomposition == "parameters" and options.schwarz.local_data == "auto"
+    # A run that goes on has what it had, which tells the two apart.
+    schwarz = options.schwarz.decomposition == "parameters" and options.schwarz.local_data in ("auto", "shared")
     plain = untouched and schwarz and options.schwarz.damping == 1.0
     return "residual" if plain and solver.dense and options.batch == "whole" else "gauss-newton"
 

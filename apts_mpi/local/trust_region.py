@@ -74,7 +74,7 @@ class LSR1TrustRegion(LocalSolver):
 class SteihaugTrustRegion(LocalSolver):
     """Trust region on the local objective with Steihaug-CG on products with its curvature.
 
-    An iteration costs as many products as it takes for its residual, see `apts_mpi.options.LocalOptions`, and one. The
+    An iteration costs as many products as it takes for its residual, see `apts_mpi.LocalOptions`, and one. The
     last one evaluates the objective without its gradient.
     """
 

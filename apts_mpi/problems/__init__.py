@@ -129,7 +129,7 @@ def build(
     wanted : Wanted
         Where not all, the numbers of samples are only right of what is wanted.
     arguments : mapping of str to str
-        Of the function that makes the problem; those of the package's are given by `arguments_of`.
+        Of the function that makes the problem; those of the package's are given by ``arguments_of``.
     parts : Parts
         Network and loss of a problem that is a file.
 

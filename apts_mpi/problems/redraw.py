@@ -16,7 +16,7 @@ class Redraw:
     ----------
     draw : callable
         ``draw(generator, count)`` returns inputs and targets of ``count`` samples, made with no other random numbers
-        than those of the ``torch.Generator``: of dtypes, and shapes of a sample, that `Problem.train` has. Any number
+        than those of the ``torch.Generator``: of dtypes, and shapes of a sample, that ``Problem.train`` has. Any number
         may be asked for. The network's dtype is torch's default meanwhile.
     rows : Tensor of int64, shape (m,), optional
         Numbers of the training samples whose places they take; None: of all.

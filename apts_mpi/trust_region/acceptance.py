@@ -220,7 +220,7 @@ def judge_table(
     rounding
         Relative error of a loss.
     share
-        Of the radius, in which each block of a plain sum was looked for: see `of_blocks`.
+        Of the radius, in which each block of a plain sum was looked for: see ``of_blocks``.
     """
     loss, trial_loss, predicted, step_norm = _numbers(table, inner, predicted_reduction)
     judged = judge(

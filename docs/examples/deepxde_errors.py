@@ -1,6 +1,6 @@
 """Errors of deepxde's own Adam and L-BFGS on the examples beside this file, after some seconds of the processor.
 
-    python docs/examples/deepxde_errors.py deepxde_burgers 30
+python docs/examples/deepxde_errors.py deepxde_burgers 30
 """
 
 import importlib

@@ -157,8 +157,8 @@ def test_messages_do_not_grow_with_the_number_of_tensors(world):
     several = 1 * (world.size > 1)
     # On the trial, and of cross entropy on the denominator of the batch.
     assert second == {"sum": 1, "gather": 1, "agree": 2, "decide": 2, "collect": 2 + several}
-    # Also on the local solvers, on the loss and its kind, and whether all have the same batch and the same loss, twice.
-    assert first == {"sum": 1, "gather": 1, "agree": 5, "decide": 5, "collect": 10 + several}
+    # Also on the local solvers, the loss, its kind and the memory, and whether all have the same batch and loss, twice.
+    assert first == {"sum": 1, "gather": 1, "agree": 6, "decide": 6, "collect": 11 + several}
 
 
 @pytest.mark.mpi

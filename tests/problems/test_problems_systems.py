@@ -7,7 +7,7 @@ from torch.autograd.functional import hessian, jacobian
 
 from apts_mpi import problems
 from apts_mpi.errors import InvalidInput
-from apts_mpi.problems import cavity, etdrk4, gray_scott, helmholtz, inverse, pinn, transport
+from apts_mpi.problems import build, cavity, etdrk4, gray_scott, helmholtz, inverse, pinn, transport
 from apts_mpi.problems.cavity_flow import cavity_flow, interpolated
 from apts_mpi.problems.hard import HardConditions, WithCoefficients
 
@@ -46,10 +46,13 @@ def rod(z):
     ("problem", "exact"),
     [
         (helmholtz.helmholtz_2d(torch.float64), lambda z: torch.sin(PI * z[:, :1]) * torch.sin(4 * PI * z[:, 1:])),
-        (helmholtz.helmholtz_2d(torch.float64, 2), lambda z: torch.sin(PI * z[:, :1]) * torch.sin(2 * PI * z[:, 1:])),
+        (
+            helmholtz.helmholtz_2d(torch.float64, waves=2),
+            lambda z: torch.sin(PI * z[:, :1]) * torch.sin(2 * PI * z[:, 1:]),
+        ),
         (transport.wave(torch.float64), waves),
-        (transport.wave(torch.float64, 2.0), lambda z: waves(z, 2.0)),
-        (transport.advection(torch.float64, 30.0), lambda z: torch.sin(z[:, 1:] - 30.0 * z[:, :1])),
+        (transport.wave(torch.float64, speed=2.0), lambda z: waves(z, 2.0)),
+        (transport.advection(torch.float64, speed=30.0), lambda z: torch.sin(z[:, 1:] - 30.0 * z[:, :1])),
         (inverse.inverse_diffusion(torch.float64, noise=0.0), rod),
     ],
     ids=["helmholtz", "two waves", "wave", "faster wave", "advection", "inverse"],
@@ -247,11 +250,11 @@ def test_measurements_have_the_noise_that_was_asked_for():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: helmholtz.helmholtz_2d(torch.float32, 0), "waves: 0 .* give 1 or more"),
-        (lambda: transport.wave(torch.float32, 0.0), "speed: 0.0 .* above 0"),
-        (lambda: transport.advection(torch.float32, -1.0), "speed: -1.0 .* above 0"),
-        (lambda: inverse.inverse_diffusion(torch.float32, -0.1), "noise: -0.1 .* give 0 or more"),
-        (lambda: cavity.lid_driven_cavity(torch.float32, 1e4), "reynolds: 10000.0 .* up to 400"),
+        (lambda: build("helmholtz-2d", arguments={"waves": "0"}), "waves: 0 .* give 1 or more"),
+        (lambda: transport.wave(torch.float32, speed=0.0), "speed: 0.0 .* above 0"),
+        (lambda: transport.advection(torch.float32, speed=-1.0), "speed: -1.0 .* above 0"),
+        (lambda: inverse.inverse_diffusion(torch.float32, noise=-0.1), "noise: -0.1 .* give 0 or more"),
+        (lambda: cavity.lid_driven_cavity(torch.float32, reynolds=1e4), "reynolds: 10000.0 .* up to 400"),
     ],
 )
 def test_arguments_that_make_no_problem(make, message):

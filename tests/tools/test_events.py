@@ -197,7 +197,7 @@ def test_an_iteration_by_hand(world):
     assert {name for name, event in table.items() if event["overlap"] is not None} == {
         *("global evaluation", "assembly", "wait")
     }
-    # Reduction and assembly are completed, the twenty of the batch, those of the network and of local solves and the two
+    # Reduction and assembly are completed, the twenty of the batch, those of network and local solves, and the two
     # of the verdict block.
     assert table["wait"]["calls"] == 25 + several and table["judge"]["calls"] == 1
 

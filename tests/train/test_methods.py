@@ -1,5 +1,7 @@
 """The methods of the papers by name, on the command line and in a program."""
 
+from pathlib import Path
+
 import pytest
 
 from apts_mpi import APTSOptions, InvalidInput, LocalOptions
@@ -87,15 +89,15 @@ def test_unknown_options_are_refused(changes, words):
 
 
 @pytest.mark.mpi
-def test_local_reductions_predict_the_plain_sum_alone(trained):
+def test_local_reductions_predict_the_plain_sum_alone(world, trained):
     output = trained("--problem=digits", "--epochs=1", "--schwarz.prediction=local", "--subdomains=2", status=2)
-    assert "schwarz.prediction: 'local' is for the plain sum" in output
+    assert world.rank > 0 or "schwarz.prediction: 'local' is for the plain sum" in output
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", PAPERS)
-def test_every_method_lowers_the_loss(trained, name):
+def test_every_method_lowers_the_loss(world, trained, name):
     output = trained("--problem=digits", "--epochs=2", f"--method={name}", "--subdomains=3", "--view", "--run-dir=run")
-    assert f"method: {name} (arXiv" in output
-    losses = read_records("run").column("epochs", "train_loss")
+    assert world.rank > 0 or f"method: {name} (arXiv" in output
+    losses = read_records(Path("run")).column("epochs", "train_loss")
     assert losses[-1] < losses[0] < 2.4
