@@ -59,7 +59,7 @@ cd "$root"
 prepare_environment
 export OMP_NUM_THREADS=1
 export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 # ranks of MPICH that wait leave the cores to those that work
-limit=2700                            # seconds a run: when one rank fails the others may wait for ever
+limit=3600                            # seconds a run: when one rank fails the others may wait for ever
 results=$(mktemp -d)
 child='' beside=''
 trap finish EXIT
