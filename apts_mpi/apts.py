@@ -175,8 +175,8 @@ class APTS:
 
     def _follow(self, schwarz: Judged, keep_graph: bool) -> Judged | None:
         """The coarse level takes note; then steps over all parameters from there: the last accepted, or the first."""
+        self.state.same = self.state.same.relaxed(schwarz)
         if self.holding.coarse is not None and not schwarz.skipped:
-            self.state.same = self.state.same.relaxed(schwarz)
             self.holding.coarse.follow(schwarz, schwarz.rho < self.options.trust_region.shrink_below)
         state, find, shown = self.state, self.holding.global_step, None
         if find is None or schwarz.skipped or not find.is_due(state.same, self.batch.passes):

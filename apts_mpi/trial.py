@@ -144,7 +144,7 @@ class Trials:
         self._after = 0.0
         if self._last_step is None or state.slope >= 0.0:
             return None
-        with self._comm.events.timed("judge"):
+        with self._comm.events.timed("global evaluation"):
             gradient, last = self._objective.reduction.total, self._last_step.vector
             loss, self._after = torch.stack([present.loss, torch.dot(gradient, last).double()]).tolist()
 

@@ -23,10 +23,11 @@ def coarse_model(options: APTSOptions, solver: type[LocalSolver]) -> Literal["no
     if options.noise == "batches":
         return "none"
     usual = APTSOptions(layout=options.layout)
-    untouched = options.coarse == usual.coarse and options.local == usual.local
+    others = replace(options.coarse, acceleration=usual.coarse.acceleration, momentum=usual.coarse.momentum)
+    untouched = others == usual.coarse and options.local == usual.local
     # A run that goes on has what it had, which tells the two apart.
     schwarz = options.schwarz.decomposition == "parameters" and options.schwarz.local_data in ("auto", "shared")
-    plain = untouched and schwarz and options.schwarz.damping == 1.0
+    plain = untouched and schwarz and options.schwarz.damping == 1.0 and options.schwarz.overlap == 0
     return "residual" if plain and solver.dense and options.batch == "whole" else "gauss-newton"
 
 
@@ -42,6 +43,11 @@ def _check_residual(options: APTSOptions, solver: type[LocalSolver]) -> None:
         raise InvalidInput(
             "coarse.model: 'residual' is for subdomains of parameters; choose --schwarz.decomposition parameters, or "
             "gauss-newton"
+        )
+    if options.schwarz.overlap:
+        raise InvalidInput(
+            f"schwarz.overlap: {options.schwarz.overlap} is for local solves, and coarse.model residual makes none; "
+            "give 0"
         )
     if options.local.iterations > 1:
         raise InvalidInput(
@@ -62,9 +68,16 @@ def _check_residual(options: APTSOptions, solver: type[LocalSolver]) -> None:
 def compose_coarse(options: APTSOptions, solver: type[LocalSolver]) -> CoarseOptions:
     """The options of the coarse level, whose model is known, with every ``auto`` replaced by what it stands for."""
     coarse = options.coarse
+    if coarse.model != "residual":
+        for name, value in (("acceleration", coarse.acceleration), ("momentum", coarse.momentum)):
+            if value:
+                raise InvalidInput(
+                    f"coarse.{name}: {value} is for coarse.model residual, not {coarse.model}; choose that, or leave "
+                    "it out"
+                )
     norm = solver.coarse_norm if coarse.norm == "auto" else coarse.norm
     samples = solver.coarse_samples if coarse.samples is None else coarse.samples
     acceleration = coarse.acceleration
-    if acceleration is None:
+    if acceleration is None and coarse.model == "residual":
         acceleration = USUAL_ACCELERATION if options.layout == "replicated" else 0.0
     return replace(coarse, norm=norm, samples=samples, acceleration=acceleration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ class ResidualLevel:
         self._values = objective.vector.values
         self.step, self.last_step = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self.damping = Damping()
+        self._taken = 0.0
         self._size = round(float(inner.sum(np.array([float(len(self._values))]))[0]))
         # Whoever gives a first radius means the first step.
         self._largest = self._region.initial_radius or self._region.max_radius
@@ -120,8 +122,8 @@ class ResidualLevel:
             all_complete = all(self._comm.collect(is_complete))
             self._remainder = None
             if not all_complete:
-                self._remainder = gradient.double() - self._system.transposed(self._residuals)
-            self.damping.begin(self._system.size)
+                remainder = gradient.double() - self._system.transposed(self._residuals)
+                self._remainder = remainder.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _make_system(self, own: torch.Tensor) -> ResidualSystem:
         if self._is_whole and self._size <= LARGEST_DENSE and self._form() == "normal":
@@ -170,20 +172,22 @@ class ResidualLevel:
         if self._options.momentum:
             base = self.last_step.double() * self._options.momentum
             data = data + self._system.times(base)
+        # It is the level's when the step is judged: a batch that says nothing leaves it as it was.
+        damping = self.damping.for_matrix(self._system.size)
         for _ in range(RAISES):
-            least = max(LEAST * self._system.size, TINY)
-            self.damping.value = self._system.factorise(max(self.damping.value, least))
+            damping = self._system.factorise(max(damping, LEAST * self._system.size, TINY))
             step = -self._system.solve(data, self._remainder)
             if base is not None:
                 step += base
             if self._fits(self._inner.norm(step)):
                 break
-            self.damping.value *= 10.0
+            damping *= 10.0
+        self._taken = damping
         return step, self._system.times(step)
 
     def _fits(self, length: float) -> bool:
-        """Whether a step of rank 0's length is within the largest ball. Collective."""
-        return bool(self._comm.decide(lambda: [length <= self._largest])[0])
+        """Whether a step of rank 0's length is within the largest ball, or no number. Collective."""
+        return bool(self._comm.decide(lambda: [length <= self._largest or not math.isfinite(length)])[0])
 
     def _accelerated(self, velocity: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
         """With half of the acceleration that keeps the outputs on their way, unless it is large (geodesic)."""
@@ -202,7 +206,11 @@ class ResidualLevel:
         noise = self._region.noise * self._objective.epsilon * abs(judged.loss)
         actual, predicted = judged.loss - judged.trial_loss, judged.predicted_reduction
         rho = (actual + noise) / (predicted + noise) if predicted > 0.0 else 0.0
-        self.damping.follow(judged.accepted, rho, predicted > noise)
+        hides_all = self._taken > self._system.size and predicted <= noise
+        if judged.step_norm == 0.0 or hides_all:
+            self.damping.shorten(self._taken)
+        else:
+            self.damping.follow(self._taken, judged.accepted, rho, predicted > noise)
         self._largest = self._region.max_radius
         if judged.accepted:
             self.last_step.copy_(self.step)

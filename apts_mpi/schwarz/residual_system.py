@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Literal, Protocol
 
 import numpy as np
@@ -98,7 +99,7 @@ class Factors:
                 damped = self._given().clone()
                 damped.diagonal().add_(taken)
                 self._factor, info = torch.linalg.cholesky_ex(damped)
-                if int(info) == 0:
+                if int(info) == 0 or not math.isfinite(taken):
                     return [taken]
                 taken *= 10.0
 

@@ -100,6 +100,28 @@ def of_method(arguments: Sequence[str]) -> list[str]:
     return [f"--{option}={_written(value)}" for option, value in options_of(name).items()]
 
 
+def _of_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments that name configuration files."""
+    found: list[str] = []
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if argument == "--config":
+            found += [argument, following]
+        elif argument.startswith("--config="):
+            found.append(argument)
+    return found
+
+
+def without(arguments: Sequence[str], some: Sequence[str]) -> list[str]:
+    """Arguments without the first of each of some others."""
+    left, found = list(some), []
+    for argument in arguments:
+        if argument in left:
+            left.remove(argument)
+        else:
+            found.append(argument)
+    return found
+
+
 def _written(value: Any) -> str:
     """A value as the command line has it."""
     return value if isinstance(value, str) else json.dumps(value)
@@ -150,8 +172,13 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
     """
     parser = make_parser()
     try:
-        given = expand(spell(arguments))
-        parsed = parser.parse_args(gather([*earlier, *of_method(given), *given]))
+        spelled = spell(arguments)
+        given = expand(spelled)
+        # A method of the command line is meant to change what a configuration file has.
+        method = of_method(spelled)
+        from_files = expand(_of_files(spelled)) if method else []
+        rest = without(given, from_files)
+        parsed = parser.parse_args(gather([*earlier, *from_files, *(method or of_method(given)), *rest]))
     except (argparse.ArgumentError, TypeError) as error:
         _refuse_value(str(error))
         raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
@@ -169,7 +196,7 @@ def short_message(error: Exception) -> str:
 
 def _refuse_value(message: str) -> None:
     """Raise `InvalidInput` with the choices, for the parser's message on a value of an option that has some."""
-    found = re.match(r'Parser key "([\w.]+)":.*Got value: (.*)', message, re.DOTALL)
+    found = re.match(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
     if found is None:
         return
     option, value = found.groups()
@@ -178,6 +205,8 @@ def _refuse_value(message: str) -> None:
         kind = get_type_hints(kind).get(name, object)
     if get_origin(kind) is Literal:
         require_choice(option, value, get_args(kind))
+    if option == "micro_batch_size":
+        require(False, option, value, "give a whole number of 1 or more, or auto")
     if get_origin(kind) is tuple:
         names = get_args(get_args(kind)[0])
         remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"

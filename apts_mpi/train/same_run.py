@@ -73,7 +73,12 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     if noise == "auto":
         # By what it was before: the length of the run, which it depends on, may be another one now.
         noise = "batches" if (solver.get("composed") or {}).get("noise") == "batches" else "none"
-    changed = replace(options, subdomains=number, schwarz=schwarz, pipeline=pipeline, noise=noise)
+    coarse = options.coarse
+    was_residual = ((solver.get("composed") or {}).get("coarse") or {}).get("model") == "residual"
+    if was_residual and (coarse, options.local) == (asked.earlier.coarse, asked.earlier.local):
+        # What else is asked of the Schwarz level would have auto choose another one.
+        coarse = replace(coarse, model="residual")
+    changed = replace(options, subdomains=number, schwarz=schwarz, coarse=coarse, pipeline=pipeline, noise=noise)
     return changed, of_cuts + of_number + of_objective
 
 

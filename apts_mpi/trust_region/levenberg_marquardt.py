@@ -15,6 +15,9 @@ GOOD, KNOWN, LEAST_LEFT = 1.0 / 3.0, 10.0, 1e-3
 # A rejection multiplies it by so much, the next one by the square, and so on.
 RISE = 2.0
 
+# What is left of a damping that makes steps too short to change a parameter.
+TOO_MUCH = 0.1
+
 # It stays a number.
 LARGEST = 1e100
 
@@ -38,16 +41,17 @@ class Damping:
     value: float = 0.0
     rise: float = RISE
 
-    def begin(self, size: float) -> None:
-        """Have a damping for a matrix of this size, unless there is one."""
-        if self.value == 0.0:
-            self.value = FIRST * size
+    def for_matrix(self, size: float) -> float:
+        """The damping, or the first one of a matrix of this size."""
+        return self.value or FIRST * size
 
-    def follow(self, accepted: bool, rho: float, is_seen: bool) -> None:
+    def follow(self, taken: float, accepted: bool, rho: float, is_seen: bool) -> None:
         """Take note of how a step was judged.
 
         Parameters
         ----------
+        taken
+            The damping that it had.
         accepted
             Whether it was taken.
         rho
@@ -55,6 +59,7 @@ class Damping:
         is_seen
             Whether the predicted reduction is above the rounding noise of the loss: below, rho says nothing.
         """
+        self.value = taken
         if not accepted:
             self.value = min(self.value * self.rise, LARGEST)
             self.rise = min(self.rise * RISE, LARGEST)
@@ -63,3 +68,7 @@ class Damping:
         if is_seen and math.isfinite(rho):
             factor = max(1.0 - (2.0 * min(max(rho, 0.0), 1.0) - 1.0) ** 3, GOOD)
             self.value *= min(factor, max(KNOWN * abs(rho - 1.0), LEAST_LEFT))
+
+    def shorten(self, taken: float) -> None:
+        """Take note that with this damping the step was too short to change a parameter, or to be seen in the loss."""
+        self.value, self.rise = TOO_MUCH * taken, RISE

@@ -123,7 +123,7 @@ class SameFunction:
 
     def relaxed(self, judged: Judged) -> SameFunction:
         """After a step of the damped models was judged: the damping follows rho."""
-        if not self.stays or not _is_visible(judged):
+        if not self.stays or judged.skipped or not _is_visible(judged):
             return self
         rho = judged.model_rho
         factor = RAISE if rho < POOR else LOWER if rho > GOOD else 1.0

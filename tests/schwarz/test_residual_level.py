@@ -280,21 +280,52 @@ def test_first_radius_of_the_user_holds_the_first_step_alone():
 
 def test_damping_follows_rho():
     damping = Damping()
-    damping.begin(100.0)
-    assert damping.value == 100.0 * FIRST
+    damping.value = damping.for_matrix(100.0)
+    assert damping.value == 100.0 * FIRST == damping.for_matrix(7.0)
     for rho, factor in ((0.5, 1.0), (0.0, 2.0), (0.9, 0.488), (2.0, 1 / 3), (1.001, 0.01), (1.0, 1e-3), (0.99, 0.1)):
         before = damping.value
-        damping.follow(True, rho, True)
+        damping.follow(before, True, rho, True)
         assert damping.value == pytest.approx(factor * before)
     before = damping.value
-    damping.follow(True, 1.0, False)  # below the rounding noise of the loss
+    damping.follow(before, True, 1.0, False)  # below the rounding noise of the loss
     assert damping.value == before
     for rise in (2.0, 8.0, 64.0):
-        damping.follow(False, -1.0, True)
+        damping.follow(damping.value, False, -1.0, True)
         assert damping.value == pytest.approx(rise * before)
-    damping.follow(True, 0.5, True)
-    damping.follow(False, -1.0, True)
+    damping.follow(damping.value, True, 0.5, True)
+    damping.follow(damping.value, False, -1.0, True)
     assert damping.value == pytest.approx(128.0 * before)
+    damping.shorten(1e50)  # the step was too short to change a parameter
+    assert damping.value == pytest.approx(1e49) and damping.rise == 2.0
+
+
+def test_a_batch_that_says_nothing_leaves_the_damping():
+    """One sample beyond all numbers: the batch is skipped, and the next ones go on as if it had not been."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(40, FEATURES).double(), torch.randn(40, 3).double()
+    losses = []
+    for bad in (None, 1e180, float("nan")):
+        solver = APTS(small(), squared_error, comm=MPI.COMM_SELF, options=options())
+        solver.step((inputs, targets))
+        if bad is not None:
+            spoilt = targets.clone()
+            spoilt[3] = bad
+            before = solver.holding.coarse.damping.value
+            assert solver.step((inputs, spoilt)).skipped
+            assert solver.holding.coarse.damping.value == before
+        losses.append([solver.step((inputs, targets)).schwarz.loss for _ in range(6)])
+    assert losses[0] == losses[1] == losses[2] and losses[0][-1] < 0.5 * losses[0][0]
+
+
+def test_a_damping_that_is_far_too_large_comes_down():
+    solver = APTS(small(), squared_error, comm=MPI.COMM_SELF, options=options())
+    torch.manual_seed(0)
+    batch = torch.randn(40, FEATURES).double(), torch.randn(40, 3).double()
+    first = solver.step(batch).schwarz.loss
+    solver.holding.coarse.damping.value = 1e40
+    for _ in range(80):
+        last = solver.step().schwarz.loss
+    assert last < 0.1 * first
 
 
 @pytest.mark.parametrize(
@@ -320,6 +351,15 @@ def test_the_cheaper_matrix_is_formed(rows, parameters, ranks, form):
         ({"local": LocalOptions(solver="gauss-newton", iterations=2)}, "local.iterations: 2"),
         ({"schwarz": SchwarzOptions(decomposition="data")}, "coarse.model: 'residual' is for subdomains of parameters"),
         ({"schwarz": SchwarzOptions(local_data="full")}, "schwarz.local_data: 'full'"),
+        ({"schwarz": SchwarzOptions(overlap=1)}, "schwarz.overlap: 1 .* give 0"),
+        (
+            {"coarse": CoarseOptions(model="gauss-newton", momentum=0.9)},
+            "coarse.momentum: 0.9 is for coarse.model",
+        ),
+        (
+            {"coarse": CoarseOptions(model="none", acceleration=0.5)},
+            "coarse.acceleration: 0.5 is for coarse",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(parts, message):
@@ -340,6 +380,8 @@ def test_automatic_choice_is_for_networks_that_a_function_calls():
     assert chosen(coarse=CoarseOptions(model="residual"))[:2] == ("residual", "gauss-newton")
     assert chosen(forward, coarse=CoarseOptions(model="gauss-newton"))[2] == "full"
     assert chosen(forward, coarse=CoarseOptions(columns=("correction",)))[0] == "gauss-newton"
+    assert chosen(forward, coarse=CoarseOptions(momentum=0.5, acceleration=0.0))[0] == "residual"
+    assert chosen(forward, schwarz=SchwarzOptions(overlap=1))[0] == "gauss-newton"
     assert chosen(forward, local=LocalOptions(solver="gauss-newton"))[0] == "gauss-newton"
 
 

@@ -44,6 +44,16 @@ def test_a_saved_configuration_makes_the_same_run_again(name, tmp_path):
     assert parse([f"--config={path}"])[0] == options
 
 
+def test_a_method_of_the_command_line_changes_what_a_file_has(tmp_path):
+    """Such as one that --print_config has written, with every default."""
+    path = tmp_path / "config.yaml"
+    path.write_text(parse(["--epochs=4", "--subdomains=3"])[1], encoding="utf-8")
+    for arguments in ([f"--config={path}", "--method=napts"], ["--method", "napts", "--config", str(path)]):
+        options = parse([*arguments, "--local.iterations=2"])[0]
+        assert (options.method, options.epochs, options.subdomains) == ("napts", 4, 3)
+        assert options.trust_region.window == 5 and options.local.iterations == 2
+
+
 def test_another_method_replaces_all_of_an_earlier_one():
     earlier = [f"--{name}={value}" for name, value in (("method", "napts"), ("trust_region.window", 9))]
     _, saved = parse(earlier)

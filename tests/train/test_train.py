@@ -124,7 +124,8 @@ def test_output(world, directory, capfd):
         assert printed == ""
         return
     lines = printed.splitlines()
-    assert lines[0].startswith("APTS: ") and any(line.startswith("  subdomain 2: ") for line in lines)
+    assert lines[0].startswith("method: two-level") and lines[1].startswith("APTS: ")
+    assert any(line.startswith("  subdomain 2: ") for line in lines)
     for number in range(1, 5):
         assert sum(line.startswith(f"iteration {number} ") for line in lines) == 1
     assert sum(line.startswith("epoch ") for line in lines) == 2
@@ -486,7 +487,8 @@ def refused(world, capfd, directory, *arguments):
             "--local.solver newton",
             "error: local.solver: 'newton' is not allowed; choose one of auto, .*, adam, or MODULE:CLASS .*\n$",
         ),
-        ("--coarse foo", "error: coarse.model: 'foo' is not allowed; choose one of auto, none, gauss-newton\n$"),
+        ("--coarse foo", "coarse.model: 'foo' is not allowed; choose one of auto, none, gauss-newton, residual\n$"),
+        ("--micro-batch-size foo", "micro_batch_size: 'foo' .* give a whole number of 1 or more, or auto\n$"),
         ("--coarse.columns correction", r"error: coarse.columns: 'correction' .* such as \[correction,last_step\]\n$"),
         ("--coarse.columns [correction,foo]", "coarse.columns: 'foo' is not allowed; give a list of correction, last_"),
         ("--coarse.columns [correction,correction]", "coarse.columns: .* is not allowed; give each once"),
