@@ -82,7 +82,7 @@ def test_a_network_whose_curvature_is_not_finite_gets_away(world):
         results = [solver.step(classified(seed=1)), *(solver.step() for _ in range(79))]
         return solver, results, results[-1].schwarz.loss
 
-    subdomains = APTSOptions(subdomains=world.size)
+    subdomains = APTSOptions(subdomains=min(world.size, 4))
     solver, results, loss = trained(subdomains)
     notes = [note for result in results for note in result.notes if note.startswith("local.solver")]
     assert solver.holding.plateau.phase == LEADING and len(notes) == 1
@@ -95,7 +95,7 @@ def test_a_network_whose_curvature_is_not_finite_gets_away(world):
 @pytest.mark.all_sizes
 def test_what_it_knows_is_in_the_checkpoint(world, tmp_path):
     def fresh():
-        return APTS(roots(), cross_entropy, comm=world, options=APTSOptions(subdomains=world.size))
+        return APTS(roots(), cross_entropy, comm=world, options=APTSOptions(subdomains=min(world.size, 4)))
 
     one = fresh()
     one.step(classified(seed=1))
@@ -120,7 +120,7 @@ def test_what_it_knows_is_in_the_checkpoint(world, tmp_path):
 
 @pytest.mark.mpi
 def test_a_network_that_learns_is_left_alone(world):
-    solver = APTS(classifier(), cross_entropy, comm=world, options=APTSOptions(subdomains=world.size))
+    solver = APTS(classifier(), cross_entropy, comm=world, options=APTSOptions(subdomains=min(world.size, 4)))
     solver.step(classified())
     for _ in range(24):
         solver.step()
