@@ -162,7 +162,7 @@ class AdditiveSchwarz:
         """
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
         local_radius = math.inf if self._is_noisy else self._local_radius(radius)
-        for solver in (*self._measuring.values(), *self.solvers.values()):
+        for solver in self._measuring.values():
             solver.same = same
         self._mirror.tensor.zero_()
         if self._reductions is not None:

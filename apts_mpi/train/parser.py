@@ -100,26 +100,17 @@ def of_method(arguments: Sequence[str]) -> list[str]:
     return [f"--{option}={_written(value)}" for option, value in options_of(name).items()]
 
 
-def _of_files(arguments: Sequence[str]) -> list[str]:
-    """The arguments that name configuration files."""
-    found: list[str] = []
-    for argument, following in itertools.pairwise([*arguments, ""]):
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that name configuration files, and the others."""
+    files: list[str] = []
+    others: list[str] = []
+    waiting = iter([*arguments])
+    for argument in waiting:
         if argument == "--config":
-            found += [argument, following]
-        elif argument.startswith("--config="):
-            found.append(argument)
-    return found
-
-
-def without(arguments: Sequence[str], some: Sequence[str]) -> list[str]:
-    """Arguments without the first of each of some others."""
-    left, found = list(some), []
-    for argument in arguments:
-        if argument in left:
-            left.remove(argument)
+            files += [argument, next(waiting, "")]
         else:
-            found.append(argument)
-    return found
+            (files if argument.startswith("--config=") else others).append(argument)
+    return files, others
 
 
 def _written(value: Any) -> str:
@@ -173,12 +164,11 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
     parser = make_parser()
     try:
         spelled = spell(arguments)
-        given = expand(spelled)
-        # A method of the command line is meant to change what a configuration file has.
-        method = of_method(spelled)
-        from_files = expand(_of_files(spelled)) if method else []
-        rest = without(given, from_files)
-        parsed = parser.parse_args(gather([*earlier, *from_files, *(method or of_method(given)), *rest]))
+        # A method that the command line names is meant to change what a configuration file has.
+        files, others = _divided(spelled) if of_method(spelled) else ([], spelled)
+        others = expand(others)
+        given = [*expand(files), *of_method(others), *others]
+        parsed = parser.parse_args(gather([*earlier, *given]))
     except (argparse.ArgumentError, TypeError) as error:
         _refuse_value(str(error))
         raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
