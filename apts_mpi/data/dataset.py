@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class Reading:
         if self._loader is None:
             # A generator of its own: torch's would move, from which the solver draws.
             self._loader = DataLoader(
-                _Requested(self),
+                _Requested(copy.copy(self)),  # not itself: in a circle the workers would stay until it is collected
                 batch_size=None,
                 sampler=self._requests,
                 collate_fn=_as_it_is,

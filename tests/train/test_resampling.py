@@ -137,14 +137,15 @@ import torch
 from mpi4py import MPI
 from apts_mpi.problems import Problem, Redraw
 
-def problem(rows: int = 6, rank: float = 0.0, shift: float = 0.0, group: int = 1):
+def problem(rows: int = 6, rank: int = -1, shift: float = 0.0, group: int = 1):
     def draw(generator, count):
-        points = torch.rand(count, 2, generator=generator) + shift + rank * MPI.COMM_WORLD.rank
+        points = torch.rand(count, 2, generator=generator) + shift + (MPI.COMM_WORLD.rank == rank)
         return points, points.sum(dim=1, keepdim=True)
 
     redraw = Redraw(draw, torch.arange(rows))
     train = torch.zeros(12, 2), torch.zeros(12, 1)
-    network = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    widths = 2, 4, 4, 4, 1
+    network = torch.nn.Sequential(*(torch.nn.Linear(*pair) for pair in zip(widths, widths[1:])))
     loss = torch.nn.functional.mse_loss
     return Problem(name="own", network=network, loss=loss, train=train, redraw=redraw, group_size=group)
 """
