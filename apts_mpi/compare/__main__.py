@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 
 import jsonargparse
 from rich.console import Console
@@ -25,6 +26,9 @@ from apts_mpi.train.parser import short_message, spell
 from apts_mpi.train.peers import check_installed
 
 PROGRAM = "apts_mpi.compare"
+
+# Comparisons with options of their own, by the word in the place of the problem.
+OTHER_COMPARISONS = {"papers": "apts_mpi.compare.papers.__main__"}
 
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:
@@ -128,8 +132,11 @@ def show(comparison: Comparison, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare; the process ends with a status that says how it went."""
     end_with_reader()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] and arguments[0] in OTHER_COMPARISONS:
+        return import_module(OTHER_COMPARISONS[arguments[0]]).main(arguments[1:])
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(arguments)
         compare(options, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     except InvalidInput as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
