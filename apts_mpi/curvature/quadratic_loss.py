@@ -14,8 +14,8 @@ from apts_mpi.tools.environment import preserved_random_state
 def is_quadratic(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool | None:
     """Whether second differences of a loss are the same around several outputs; None: not known.
 
-    Tried in float64 on outputs and targets of one shape, (2, 3), then on outputs of three classes with class indices as
-    targets, one a sample or two. Of a loss that takes none of them nothing is known.
+    Tried in float64 on outputs and targets of one shape, (2, 3). A loss that takes no such targets may still be seen to
+    be another one with class indices of three classes, one a sample or two.
 
     Parameters
     ----------
@@ -41,7 +41,9 @@ def is_quadratic(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> 
             except Exception:  # whatever a loss raises that is given what it does not take
                 continue
             # Rounding of the largest loss, of some hundred, is 1e-13 of it.
-            return first > 0.0 and all(math.isclose(first, other, rel_tol=1e-9) for other in others)
+            same = first > 0.0 and all(math.isclose(first, other, rel_tol=1e-9) for other in others)
+            if not same or of_them is targets:
+                return same
     return None
 
 
