@@ -90,9 +90,12 @@ def compose(
         name = "gauss-newton" if dense else "kfac" if split.whole else "adam"
     solver = solver_class(name)
     noisy = options.noise == "batches"
-    options = replace(options, coarse=replace(options.coarse, model=coarse_model(options, solver)))
+    quadratic = is_quadratic(MeanLoss(loss))
+    model = coarse_model(options, solver, may_be_squares=quadratic is not False)
+    options = replace(options, coarse=replace(options.coarse, model=model))
     schwarz = _compose_schwarz(options, name, solver, split)
-    options = replace(options, schwarz=schwarz, local=_compose_local(options.local, name, solver, loss, noisy))
+    local = _compose_local(options.local, name, solver, quadratic is True, noisy)
+    options = replace(options, schwarz=schwarz, local=local)
     _check_whole_layers(name, solver, split)
     _check_noise(options)
     solver.check(options, split)
@@ -191,11 +194,13 @@ def _check_data(schwarz: SchwarzOptions, variant: str) -> None:
         )
 
 
-def _compose_local(local: LocalOptions, name: str, solver: type[LocalSolver], loss: Loss, noisy: bool) -> LocalOptions:
+def _compose_local(
+    local: LocalOptions, name: str, solver: type[LocalSolver], is_quadratic: bool, noisy: bool
+) -> LocalOptions:
     damping = local.damping
     if damping is None and noisy:
         damping = NOISY_DAMPING
-    quadratic = not noisy and solver.quadratic_damping is not None and is_quadratic(MeanLoss(loss))
+    quadratic = not noisy and solver.quadratic_damping is not None and is_quadratic
     if damping is None:
         damping = solver.quadratic_damping if quadratic else solver.damping
     refresh = local.refresh or (NOISY_REFRESH if noisy else USUAL_REFRESH)

@@ -38,6 +38,7 @@ class Reading:
     """What data sets by number and streams have in common: the making of batches, and workers."""
 
     varies = True
+    parts: int | None = None
 
     @property
     def positions(self) -> Sequence[Position]:

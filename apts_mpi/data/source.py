@@ -50,9 +50,12 @@ class Source(Protocol):
     ----------
     varies : bool
         Whether a sample may be another one in another epoch.
+    parts : int or None
+        How many parts can be read each by itself; None: every sample can.
     """
 
     varies: bool
+    parts: int | None
 
     @property
     def positions(self) -> Sequence[Position]:
@@ -120,6 +123,7 @@ class Arrays:
     """
 
     varies = False
+    parts: int | None = None
     positions: Sequence[Position] = ()
 
     def __init__(self, inputs: Rows, targets: Rows, names: tuple[str, str] = ("inputs", "targets")) -> None:

@@ -41,6 +41,7 @@ class Streamed(Reading):
 
     def __init__(self, dataset: Any, collate: Collate | None = None, workers: Workers | None = None) -> None:
         self.lengths = _shard_lengths(dataset)
+        self.parts = len(self.lengths)
         self._dataset = dataset
         self._streams = [_Stream(dataset, self.lengths, shard) for shard in range(len(self.lengths))]
         self._starts = np.cumsum([0, *self.lengths])

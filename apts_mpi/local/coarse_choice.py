@@ -13,8 +13,18 @@ from apts_mpi.options import APTSOptions, CoarseOptions
 USUAL_ACCELERATION = 0.75
 
 
-def coarse_model(options: APTSOptions, solver: type[LocalSolver]) -> Literal["none", "gauss-newton", "residual"]:
-    """What model of the coarse level the options mean; refuse the residual one where it cannot be."""
+def coarse_model(
+    options: APTSOptions, solver: type[LocalSolver], may_be_squares: bool
+) -> Literal["none", "gauss-newton", "residual"]:
+    """What model of the coarse level the options mean; refuse the residual one where it cannot be.
+
+    Parameters
+    ----------
+    options, solver
+        Of the whole solver, and the local one.
+    may_be_squares
+        Whether the loss is quadratic in the outputs, or nothing is known of it.
+    """
     model = options.coarse.model
     if model == "residual":
         _check_residual(options, solver)
@@ -28,7 +38,8 @@ def coarse_model(options: APTSOptions, solver: type[LocalSolver]) -> Literal["no
     # A run that goes on has what it had, which tells the two apart.
     schwarz = options.schwarz.decomposition == "parameters" and options.schwarz.local_data in ("auto", "shared")
     plain = untouched and schwarz and options.schwarz.damping == 1.0 and options.schwarz.overlap == 0
-    return "residual" if plain and solver.dense and options.batch == "whole" else "gauss-newton"
+    plain = plain and solver.dense and options.batch == "whole"
+    return "residual" if plain and may_be_squares else "gauss-newton"
 
 
 def _check_residual(options: APTSOptions, solver: type[LocalSolver]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ from apts_mpi.problems import Problem
 from apts_mpi.tools.trees import count_samples, device_of, map_tensors
 from apts_mpi.train.metrics import Data
 from apts_mpi.train.options import TrainingOptions
+
+READ_WHOLE = (
+    "train: the data set is a stream without shards, so each of the %d ranks reads all of it; give it num_shards, and "
+    "let its __iter__ give the samples of shard torch.utils.data.get_worker_info().id"
+)
+
+_LOG = logging.getLogger("apts_mpi")
 
 
 class Batches:
@@ -55,6 +63,8 @@ class Batches:
         # A rank that needs no samples has no source of any.
         (varies,) = comm.agree([self._ahead is not None and self._ahead.source.varies], lambda table: [table.max()])
         self.are_one = self._is_full and not varies
+        if self._ahead is not None and self._ahead.source.parts == 1 and comm.size > 1 and comm.rank == 0:
+            _LOG.warning(READ_WHOLE, comm.size)
         self._epoch = 0
         self._batches: list[torch.Tensor] = []
 

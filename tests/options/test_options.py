@@ -23,6 +23,7 @@ from apts_mpi.defaults import compose, may_be_dense, split_parameters
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.partition import make_subdomains
 from apts_mpi.network.segments import SegmentedNetwork
+from apts_mpi.problems.losses import token_cross_entropy, weighted_squared_error
 from apts_mpi.train.options import TrainingOptions
 
 BAD_VALUES = [
@@ -228,7 +229,7 @@ def test_what_auto_stands_for():
     assert composed() == ("kfac", "inexact", "shared")
     assert composed(local={"iterations": 2}) == ("kfac", "inexact", "shard")
     assert composed(partition="index", subdomains=5) == ("adam", "inexact", "shared")
-    assert composed(forward=call) == ("gauss-newton", "exact", "shared")
+    assert composed(forward=call) == ("gauss-newton", "exact", "full")
     assert composed(classifier(width=100), forward=call) == ("kfac", "exact", "shared")  # too large for a dense matrix
     assert composed(classifier(batch_norm=True), forward=call) == ("kfac", "exact", "shared")
     assert composed(local={"solver": "sgd"}, variant="exact", local_data="full") == ("sgd", "exact", "full")
@@ -269,7 +270,12 @@ def refuse(outputs, targets):
         (nn.functional.binary_cross_entropy_with_logits, False),
         (nn.functional.huber_loss, False),
         (nn.functional.l1_loss, False),
-        (refuse, False),
+        (refuse, None),
+        (nn.functional.nll_loss, False),
+        (token_cross_entropy, False),
+        (lambda outputs, targets: nn.functional.nll_loss(outputs.log_softmax(1), targets), False),
+        (lambda outputs, targets: outputs["of a tree"].mean(), None),
+        (weighted_squared_error, None),
     ],
 )
 def test_which_losses_are_quadratic(loss, quadratic):

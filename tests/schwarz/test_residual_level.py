@@ -22,6 +22,7 @@ from apts_mpi import (
     TrustRegionOptions,
 )
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.problems.losses import weighted_squared_error
 from apts_mpi.schwarz.residual_system import Columns, IterativeSystem, KernelSystem, NormalSystem, cheaper_form
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.levenberg_marquardt import FIRST, Damping
@@ -371,11 +372,14 @@ def test_automatic_choice_is_for_networks_that_a_function_calls():
     def forward(network, inputs):
         return network(inputs)
 
-    def chosen(forward=None, **parts):
-        solver = APTS(small(), cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(**parts), forward=forward)
+    def chosen(forward=None, loss=weighted, **parts):
+        solver = APTS(small(), loss, comm=MPI.COMM_SELF, options=APTSOptions(**parts), forward=forward)
         return solver.options.coarse.model, solver.options.local.solver, solver.options.schwarz.local_data
 
     assert chosen(forward) == ("residual", "gauss-newton", "shared")
+    assert chosen(forward, loss=weighted_squared_error)[0] == "residual"
+    assert chosen(forward, loss=cross_entropy) == ("gauss-newton", "gauss-newton", "full")
+    assert chosen(forward, loss=cross_entropy, coarse=CoarseOptions(model="residual"))[0] == "residual"
     assert chosen() == ("gauss-newton", "kfac", "shared")
     assert chosen(coarse=CoarseOptions(model="residual"))[:2] == ("residual", "gauss-newton")
     assert chosen(forward, coarse=CoarseOptions(model="gauss-newton"))[2] == "full"

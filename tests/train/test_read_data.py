@@ -259,3 +259,12 @@ def test_a_resumed_run_repeats_and_skips_nothing(world, trained_on, loader):
     trained_on(world.size, "--resume", "--run_dir=parts", *again)
     taken = [record["loss"] for record in history("whole") if "loss" in record]
     assert [record["loss"] for record in history("parts") if "loss" in record] == pytest.approx(taken, rel=1e-9)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("loader", ["stream", "shards"])
+def test_a_stream_without_shards_is_said_to_be_read_by_each_rank(world, trained, loader, caplog):
+    trained("--problem=sampled_data:problem", f"--problem.args.loader={loader}", *SMALL, "--max_iterations=1")
+    told = [record.getMessage() for record in caplog.records if "without shards" in record.getMessage()]
+    assert len(told) == (loader == "stream" and world.size > 1 and world.rank == 0)
+    assert all(f"each of the {world.size} ranks reads all of it; give it num_shards" in text for text in told)
