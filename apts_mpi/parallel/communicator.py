@@ -255,7 +255,7 @@ class Communicator:
         record = np.array(decide() if self.rank == 0 else (), dtype=np.float64)
         message = np.zeros(1 + SHORT)
         message[: 1 + len(record)] = [len(record), *record][: 1 + SHORT]
-        with self._collective("decide", message.nbytes):
+        with self._collective("decide", max(message.nbytes, 8 + record.nbytes) if self.rank == 0 else 0):
             self._mpi.Bcast(message)
             count = int(message[0])
             if count <= SHORT:
