@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from math import sqrt
 
 import numpy as np
@@ -22,11 +22,13 @@ from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Run
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.parts import Parts
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
-from apts_mpi.trust_region.acceptance import Judged, judge_table, judge_untried, judged_of
+from apts_mpi.trust_region.acceptance import Judged, judge_measured, judge_untried, judged_of
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.measured import Measured, measured, parts_of_step
 from apts_mpi.trust_region.next_batch import BEGIN, LastStep
 from apts_mpi.trust_region.norms import norm
 
@@ -148,11 +150,11 @@ class Trials:
             gradient, last = self._objective.reduction.total, self._last_step.vector
             loss, self._after = torch.stack([present.loss, torch.dot(gradient, last).double()]).tolist()
 
-            def doubt(table: np.ndarray) -> Sequence[float]:
-                after = self._inner.sum_of_table(table[:, 1])
-                return [state.is_far(math.fsum(table[:, 0])) or not math.isfinite(after)]
+            def doubt(parts: Parts) -> Sequence[float]:
+                whole, after = parts.sums
+                return [state.is_far(whole) or not math.isfinite(after)]
 
-            (doubtful,) = self._comm.agree([loss, self._after], doubt)
+            (doubtful,) = self._comm.combine(Parts(sums=[loss, self._leading(self._after)]), doubt)
             return self._compare(state, batch, loss, forget) if doubtful else None
 
     def _compare(self, state: State, batch: Batch, loss: float, forget: Callable[[], None]) -> Judged | None:
@@ -161,14 +163,14 @@ class Trials:
         self._values.sub_(self._last_step.vector)
         with self._objective.buffers.unnoted():
             start = self._objective.forward(batch.passes, keep_graph=False)
-        own = [self._comm.events.work, float(start.loss), loss, float(norm(self._objective.reduction.total, "2"))]
+        length = self._leading(float(norm(self._objective.reduction.total, "2")))
+        own = Parts([float(start.loss), loss], [self._comm.events.work], [length])
 
-        def decide(table: np.ndarray) -> Sequence[float]:
-            before, after = (math.fsum(column) for column in table[:, 1:3].T)
-            judged = state.taken_back(before, after, self._inner.norm_of_table(table[:, 3]), self._options)
-            return [*astuple(judged), table[:, 0].max()]
+        def decide(parts: Parts) -> Sequence[float]:
+            before, after = parts.sums
+            return [*astuple(state.taken_back(before, after, parts.norms[0], self._options)), *parts.largest]
 
-        *record, self.work = self._comm.agree(own, decide)
+        *record, self.work = self._comm.combine(own, decide)
         judged = judged_of(record)
         if judged.accepted:
             self._values.copy_(self._before)
@@ -223,30 +225,30 @@ class Trials:
             # With autocast samples are rounded independently of each other; what is summed of them much less.
             rounding = self._epsilon / (batch.size**0.5 if self._is_lower else 1.0)
 
-            def decide(table: np.ndarray) -> Sequence[float]:
-                judged = self._judged(table[:, 1:7], state, predicted_reduction, rounding if tried else None)
+            def decide(parts: Parts) -> Sequence[float]:
+                found = measured(parts, self._inner.kind)
+                judged = self._judged(found, state, predicted_reduction, rounding if tried else None)
                 starting, retry = state.starting, state.retry
+                *_, after, square = parts.sums
                 if self._last_step is not None:
-                    after = self._inner.sum_of_table(table[:, -4])
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                length = sqrt(self._inner.sum_of_table(table[:, -6])) if self._decay else 0.0
-                seen = table[:, [-5, -3, -2, -1]].max(axis=0)
-                return [*astuple(judged), starting, retry, length, table[:, 0].max(), *seen]
+                return [*astuple(judged), starting, retry, sqrt(square), *parts.largest[-5:]]
 
             # The device is waited for here, once for all numbers.
-            gradient = self._objective.reduction.total
-            products = self._inner.own(gradient, step)
-            if self._decay:
-                products.append(torch.linalg.vector_norm(step, dtype=torch.float64).square())
+            products = self._inner.own(self._objective.reduction.total, step)
+            square = torch.linalg.vector_norm(step if self._decay else step[:0], dtype=torch.float64).square()
             # Many times faster than to compare elements, as bits do not come into it.
             moved = torch.stack(torch.aminmax(self._values - self._before)).double().abs().sum().ne(0.0).double()
             fault = self._objective.loss.fault(moved)
-            own = torch.stack([present.loss, (trial or present).loss, moved, *products, fault]).tolist()
+            found = torch.stack([present.loss, (trial or present).loss, moved, *products, square, fault]).tolist()
+            *own, square_of_step, fault_here = found
             events, froze = self._comm.events, self._objective.vector.lost_gradients
-            own += [self._after, froze, len(events.notes.fresh), self._objective.buffers.have_moved]
-            *record, starting, retry, length, self.work, fault_seen, any_froze, news, moving = self._comm.agree(
-                [events.work, *own], decide
-            )
+            told = parts_of_step(self._comm.rank, self._inner.kind, self._leading(1.0) > 0.0, own)
+            sums = [*told.sums, self._leading(self._after), self._leading(square_of_step)]
+            seen = events.work, fault_here, froze, len(events.notes.fresh), self._objective.buffers.have_moved
+            told = replace(told, sums=sums, largest=[*told.largest, *seen])
+            decided = self._comm.combine(told, decide)
+            *record, starting, retry, length, self.work, fault_seen, any_froze, news, moving = decided
             check_fault(fault_seen)
             if any_froze:
                 raise SharedInvalidInput(FREEZES)
@@ -264,24 +266,25 @@ class Trials:
         return judged, None if self._decay and judged.accepted else trial
 
     def _judged(
-        self, table: np.ndarray, state: State, predicted_reduction: float | None, rounding: float | None
+        self, found: Measured, state: State, predicted_reduction: float | None, rounding: float | None
     ) -> Judged:
         """The step as all ranks see it; without ``rounding`` one that was not tried."""
-        options, inner, radius = self._options, self._inner, state.present_radius
+        options, radius = self._options, state.present_radius
         if rounding is None:
-            return judge_untried(
-                table, options=options, inner=inner, radius=radius, predicted_reduction=predicted_reduction
-            )
-        return judge_table(
-            table,
+            return judge_untried(found, options=options, radius=radius, predicted_reduction=predicted_reduction)
+        return judge_measured(
+            found,
             options=options,
-            inner=inner,
             radius=radius,
             predicted_reduction=predicted_reduction,
             earlier_losses=state.losses,
             rounding=rounding,
             share=self._reach,
         )
+
+    def _leading(self, number: float) -> float:
+        """What this rank has of a sum over the parts of vectors."""
+        return number if self._inner.leads(self._comm.rank) else 0.0
 
     def _moves(self, length: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What is copied where after an accepted step of that 2-norm: with weight decay, shrunk parameters to both.

@@ -90,7 +90,7 @@ class GaussNewton(LocalSolver):
         """The rows of all ranks of the team. Collective over it."""
         if self._team.size == 1:
             return rows
-        ends = list(itertools.accumulate(self._team.collect(len(rows)), initial=0))
+        ends = list(itertools.accumulate(self._team.numbers(len(rows)), initial=0))
         ranges = [(first * rows.shape[1], last * rows.shape[1]) for first, last in itertools.pairwise(ends)]
         gathered = rows.new_empty(ends[-1], rows.shape[1])
         gathered[ends[self._team.rank] : ends[self._team.rank + 1]] = rows

@@ -230,13 +230,14 @@ class KFAC(LocalSolver):
         running means of stays as it is, also for ranks that have none. ``called`` has the identities of the modules
         that this rank's loss depends on.
         """
-        known = [layer.curvature.kind == SignedFactors.kind for layer in self.layers] if self.statistics else None
-        seen = [(known, [id(layer.module) in called for layer in self.layers])]
+        has_means = bool(self.statistics)
+        known = [has_means and layer.curvature.kind == SignedFactors.kind for layer in self.layers]
+        reached = [id(layer.module) in called for layer in self.layers]
+        told: list[int] = [has_means, *known, *reached]
         if self._team.size > 1:
-            seen = self._team.collect(seen[0])
-        signed = next((kinds for kinds, _ in seen if kinds is not None), None)
-        if signed is None:
-            signed = [not any(reached) for reached in zip(*(reached for _, reached in seen), strict=True)]
+            told = self._team.largest(*told)
+        count = len(self.layers)
+        signed = told[1 : 1 + count] if told[0] else [not is_reached for is_reached in told[1 + count :]]
         self.layers = [
             _signed(layer) if unseen and layer.curvature.kind != SignedFactors.kind else layer
             for unseen, layer in zip(signed, self.layers, strict=True)

@@ -164,7 +164,7 @@ class LocalObjective:
 
     def _signs(self, count: int, key: int) -> torch.Tensor:
         """Signs of this rank's samples, shape (count, samples). Collective over the team."""
-        before = sum(self._team.collect(self.samples)[: self._team.rank]) if self._team.size > 1 else 0
+        before = sum(self._team.numbers(self.samples)[: self._team.rank]) if self._team.size > 1 else 0
         drawn = torch.randint(2, (before + self.samples, count), generator=torch.Generator().manual_seed(key))
         return 2.0 * drawn[before:].T - 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -143,13 +144,23 @@ class Buffers:
 
     def _agree(self) -> tuple[list[Place], dict[Place, torch.Tensor | None]]:
         """The places whose mean is to be taken, and what others are to have: the same on all ranks. Collective."""
-        moved = {place for places in self._changes for place in places}
+        moved = sorted({place for places in self._changes for place in places})
         if self._comm.size == 1:
-            return sorted(moved), self._others
+            return moved, self._others
+        places = sorted(self._others)
+        values = [self._others[place] for place in places]
+        told = [None if value is None else (value.shape, value.dtype, value.layout) for value in values]
+        alike = zlib.crc32(repr((moved, places, told)).encode())
+        highest, lowest = self._comm.largest(alike, -alike)
+        if highest == -lowest:  # as nearly always
+            others = {place: None if value is None else value.clone() for place, value in self._others.items()}
+            if places:
+                self._comm.share_tensors([value for place in places if (value := others[place]) is not None])
+            return [place for place in moved if place not in others], others
         given: dict[Place, Packed] = {}
         if self._comm.rank == 0:
             given = {place: packed(value) for place, value in self._others.items()}
-        found: list[Any] = self._comm.collect((sorted(moved), given))
+        found: list[Any] = self._comm.collect((moved, given))
         others = {place: unpacked(value, self._like.device) for place, value in found[0][1].items()}
         return sorted({place for places, _ in found for place in places} - set(others)), others
 

@@ -70,16 +70,18 @@ class NetworkWatch:
         except InvalidInput as error:
             problem = str(error)
         moved = versions != self._versions or frozen != self._frozen
-        own = problem, moved, has_batch, all(frozen), self._part, zlib.crc32(bytes(frozen))
-        problems, moves, batches, rest, parts, crcs = map(list, zip(*self._comm.collect(own), strict=True))
+        own = problem, has_batch, all(frozen), self._part, zlib.crc32(bytes(frozen))
+        # Nearly always nothing is wrong, and nothing of what single ranks say has to be known.
+        fails, moves, some, none = self._comm.largest(problem != "", moved, has_batch, not has_batch)
+        if not (fails or moves or (some and none)):
+            return False
+        problems, batches, rest, parts, crcs = map(list, zip(*self._comm.collect(own), strict=True))
         failed = [rank for rank, told in enumerate(problems) if told]
         if failed:
             where = "" if len(failed) == len(problems) else f"rank {failed[0]}: "
             raise SharedInvalidInput(where + problems[failed[0]])
         if len(set(batches)) > 1:
             raise SharedInvalidInput(f"step: rank {batches.index(False)} was given no batch, others were; give all one")
-        if not any(moves):
-            return False
         self._refuse_others(parts, crcs, "other parameters with requires_grad", "freeze the same on all ranks")
         sums = self._comm.collect(checksum(self._vector.values))
         self._refuse_others(parts, sums, "other parameters", "change or load the same on all ranks")

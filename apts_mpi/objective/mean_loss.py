@@ -11,6 +11,7 @@ import torch
 from apts_mpi.errors import SharedInvalidInput
 from apts_mpi.losses import Counted, exact, is_exact
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.parts import Parts
 from apts_mpi.tools.trees import Tree, count_samples, map_tensors, take, tensors_of
 
 # What is wrong with a loss that was taken for a mean in the first batch, by the number that the ranks agree on.
@@ -201,8 +202,8 @@ class MeanLoss:
 
     def _agree(self, counts: Sequence[Any], samples: Sequence[int], comm: Communicator) -> None:
         # A batch that several ranks evaluate counts as often above the line as below.
-        own = [sum(map(float, counts)), sum(samples)]
-        (self.per_sample,) = comm.agree(own, lambda table: [table[:, 0].sum() / table[:, 1].sum()])
+        own = Parts(sums=[sum(map(float, counts)), sum(samples)])
+        (self.per_sample,) = comm.combine(own, lambda parts: [parts.sums[0] / parts.sums[1]])
 
     def describe(self) -> str:
         """How it is taken, in words."""

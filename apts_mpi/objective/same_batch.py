@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -27,6 +28,11 @@ def check_same_batch(own: Mapping[str, Tree], rows: torch.Tensor | None, comm: C
     check_same_trees(_held(own), rows, comm, "batch", remedy)
 
 
+# The halves of a batch, and what a rank says of one that it was not given: less than any checksum or its negative.
+NAMES = ("inputs", "targets")
+NOTHING = -(1 << 40)
+
+
 class SameBatches:
     """Compares every batch at small cost, and all of one where that shows a difference.
 
@@ -45,12 +51,15 @@ class SameBatches:
         """See `check_same_batch`. Collective."""
         if self._comm.size == 1 or self._only_rounding:
             return
-        found = self._comm.collect({name: _signatures(tree, name, rows) for name, tree in _held(own).items()})
-        for name in {name for given in found for name in given}:
-            if len({given[name] for given in found if name in given}) > 1:
-                check_same_batch(own, rows, self._comm)
-                self._only_rounding = True
-                return
+        held = _held(own)
+        told: list[int] = []
+        for name in NAMES:
+            number = _number(held[name], name, rows) if name in held else None
+            told += (NOTHING, NOTHING) if number is None else (number, -number)
+        found = self._comm.largest(*told)
+        if any(high != NOTHING and high != -low for high, low in zip(found[::2], found[1::2], strict=True)):
+            check_same_batch(own, rows, self._comm)
+            self._only_rounding = True
 
 
 def _held(own: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -58,9 +67,10 @@ def _held(own: Mapping[str, Tree]) -> dict[str, Tree]:
     return {name: tree for name, tree in own.items() if not isinstance(tree, Unread)}
 
 
-def _signatures(tree: Tree, name: str, rows: torch.Tensor | None) -> tuple[object, ...]:
-    """Of each tensor of a tree, with its place."""
-    return tuple((place, *_signature(data, rows)) for place, data in named_leaves(tree, name).items())
+def _number(tree: Tree, name: str, rows: torch.Tensor | None) -> int:
+    """A checksum of the tensors of a tree, with their places."""
+    signatures = [(place, *_signature(data, rows)) for place, data in named_leaves(tree, name).items()]
+    return zlib.crc32(repr(signatures).encode())
 
 
 def _signature(data: torch.Tensor, rows: torch.Tensor | None) -> tuple[object, ...]:

@@ -11,20 +11,21 @@ import torch
 from mpi4py import MPI
 
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
+from apts_mpi.parallel.contents import share_contents
 from apts_mpi.parallel.nonblocking import Pending, Starts
+from apts_mpi.parallel.parts import Parts, number, operation
 from apts_mpi.parallel.private import private_of
 from apts_mpi.parallel.stall import Patience
 from apts_mpi.parallel.transport import Bytes, Mirror
 from apts_mpi.parallel.waiting import WAITING
-from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.events import Events
-from apts_mpi.tools.tensors import packed, unpacked
 
-# Tags of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
-CLOCK, TURN = 900, 901
+# Tag of messages outside of the pipeline, which has lower ones, as `Patience` has higher ones.
+TURN = 901
 
-# Round trips by which two clocks are compared. The shortest counts: the others met a busy machine.
-ROUND_TRIPS = 20
+
+# Numbers of a record that goes in one message with their count; of a longer one the rest follows in a second.
+SHORT = 31
 
 
 class Communicator:
@@ -173,31 +174,61 @@ class Communicator:
         pending.wait()
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank rank 0's contents of ``tensors``, of any dtype and layout; for set-up. Collective.
+        """Give every rank rank 0's contents of ``tensors``, of the same shape, dtype and layout there. Collective.
 
-        On rank 0 they stay untouched.
+        On rank 0 they stay untouched. Long ones go from memory to memory where they lie, one after the other, and short
+        ones in one message.
         """
         given = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if self.rank == 0 else 0
         with self._collective("share", given):
-            contents = self._mpi.bcast(list(map(packed, tensors)) if self.rank == 0 else None)
-        if self.rank > 0:
-            for tensor, content in zip(tensors, contents, strict=True):
-                other = unpacked(content, tensor.device)
-                assert other is not None  # as on rank 0
-                # An expanded tensor cannot be written to.
-                if tensor.layout is not torch.strided or not torch.equal(tensor, other):
-                    tensor.copy_(other)
+            share_contents(tensors, self._mpi)
 
     def total(self, number: int) -> int:
         """Sum of ``number`` over the ranks. Collective."""
-        with self._collective("collect"):
-            return self._mpi.allreduce(number)
+        found = np.array([number])
+        with self._collective("collect", found.nbytes):
+            self._mpi.Allreduce(MPI.IN_PLACE, found, MPI.SUM)
+        return int(found[0])
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each of ``numbers``, as many on every rank, whose results are the same bits. Collective."""
+        found = np.array(numbers, dtype=np.int64)
+        with self._collective("collect", found.nbytes):
+            self._mpi.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
+        return found.tolist()
+
+    def numbers(self, own: int) -> list[int]:
+        """What each rank gives, in the order of ranks. Collective."""
+        found = np.empty(self.size, dtype=np.int64)
+        with self._collective("collect", found.itemsize):
+            self._mpi.Allgather(np.array([own], dtype=np.int64), found)
+        return found.tolist()
+
+    def combine(self, own: Parts, decide: Callable[[Parts], Sequence[float]]) -> tuple[float, ...]:
+        """Let rank 0 decide from what the numbers of all ranks are together; every rank returns that. Collective.
+
+        Nothing on any rank grows with the ranks, but for the rounds of the reduction.
+
+        Parameters
+        ----------
+        own
+            What this rank has; as many of each kind on every rank.
+        decide
+            Called on rank 0; returns the record, floats.
+        """
+        message = own.message()
+        found = np.empty_like(message) if self.rank == 0 else None
+        with self._collective("agree", message.nbytes):
+            receive = None if found is None else [found, len(found), number()]
+            self._mpi.Reduce([message, len(message), number()], receive, op=operation(), root=0)
+        return self.decide(lambda: decide(own.of(np.asarray(found))))
 
     def agree(self, values: Sequence[float], decide: Callable[[np.ndarray], Sequence[float]]) -> tuple[float, ...]:
         """Let rank 0 decide from the values of all ranks; every rank returns its decision. Collective.
 
         A sum over ranks is formed on rank 0 alone and handed out: MPI libraries have returned different bits of
-        one Allreduce on different ranks (pmodels/mpich#6538), and ranks that compare them part company.
+        one Allreduce on different ranks (pmodels/mpich#6538), and ranks that compare them part company. Where a sum,
+        the largest or a norm does, `combine` costs less on many ranks.
 
         Parameters
         ----------
@@ -221,9 +252,18 @@ class Communicator:
 
     def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
-        record = tuple(map(float, decide())) if self.rank == 0 else None
-        with self._collective("decide", 8 * len(record or ())):
-            return self._mpi.bcast(record, root=0)
+        record = np.array(decide() if self.rank == 0 else (), dtype=np.float64)
+        message = np.zeros(1 + SHORT)
+        message[: 1 + len(record)] = [len(record), *record][: 1 + SHORT]
+        with self._collective("decide", max(message.nbytes, 8 + record.nbytes) if self.rank == 0 else 0):
+            self._mpi.Bcast(message)
+            count = int(message[0])
+            if count <= SHORT:
+                record = message[1 : 1 + count]
+            else:
+                record = record if self.rank == 0 else np.empty(count)
+                self._mpi.Bcast(record)
+        return tuple(record.tolist())
 
     def collect(self, value: Any) -> list[Any]:
         """What each rank gives, a small object that can be pickled, in the order of ranks. Collective."""
@@ -234,37 +274,6 @@ class Communicator:
         """Rank 0's ``text``. Collective."""
         with self._collective("decide"):
             return self._mpi.bcast(text, root=0)
-
-    def clock_offset(self) -> tuple[float, float]:
-        """Seconds by which this rank's clock is ahead of rank 0's, and by how much that may be wrong. Collective.
-
-        Rank 0 asks each rank for the time; the answer is taken for the time of the middle of the round trip (Cristian,
-        doi 10.1007/BF01784024), which is wrong by at most half of it.
-        """
-        own = np.empty(1)
-        offsets = np.zeros((self.size, 2))
-        with WAITING.noted("all ranks to compare their clocks"):
-            if self.rank > 0:
-                for _ in range(ROUND_TRIPS):
-                    self._mpi.Recv(own, 0, CLOCK)
-                    own[0] = seconds()
-                    self._mpi.Send(own, 0, CLOCK)
-            else:
-                for rank in range(1, self.size):
-                    offsets[rank] = self._compare_clocks(rank, own)
-            self._mpi.Bcast(offsets)
-        return float(offsets[self.rank, 0]), float(offsets[self.rank, 1])
-
-    def _compare_clocks(self, rank: int, answer: np.ndarray) -> tuple[float, float]:
-        trips = []
-        for _ in range(ROUND_TRIPS):
-            asked = seconds()
-            self._mpi.Send(answer, rank, CLOCK)
-            self._mpi.Recv(answer, rank, CLOCK)
-            answered = seconds()
-            trips.append((answered - asked, answer[0] - (asked + answered) / 2))
-        length, offset = min(trips)
-        return offset, length / 2
 
     def in_turn(self, value: Any) -> Iterator[Any]:
         """On rank 0 what each rank gives, in the order of ranks, one in memory at a time; to be used up. Collective."""
@@ -294,9 +303,10 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
-        with self._collective("collect"):
-            messages = self._mpi.allgather(None if error is None else _describe(error))
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        failed: list[int] = []
+        if self.largest(error is not None)[0]:
+            messages = self.collect(None if error is None else _describe(error))
+            failed = [rank for rank, message in enumerate(messages) if message is not None]
         if error is not None and not isinstance(error, InvalidInput):
             raise error
         if failed:

@@ -16,7 +16,7 @@ from apts_mpi.tools.environment import seconds
 
 try:
     from apts_mpi.curvature.linearisation import Column
-    from apts_mpi.schwarz.coarse import inner_products
+    from apts_mpi.schwarz.column_products import inner_products
     from apts_mpi.schwarz.reduced_model import ReducedModel
 except ImportError as error:
     raise InvalidInput(f"hdf5: to put runs into a file needs mpi4py, which cannot be imported ({error})") from error

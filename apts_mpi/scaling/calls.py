@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from apts_mpi.scaling.collectives import Round, choose
 from apts_mpi.scaling.network import Network
 
-# Bytes of a scalar, and of a small pickled object.
-SCALAR, OBJECT = 8, 64
+# Bytes of a scalar, of a number that a reduction puts together, and of the first message of a record.
+SCALAR, NUMBER, RECORD = 8, 24, 256
 
 # Amounts of what costs time, by the name of the unknown in `UNITS`; those of `NETWORK` are seconds.
 Amounts = dict[str, float]
@@ -69,13 +69,13 @@ class Exchanges:
         return (Call("allreduce", ranks, size, times),) if times else ()
 
     def agreement(self, ranks: int) -> tuple[Call, ...]:
-        """Of the events ``judge`` and ``data``: gathers and broadcasts in turn, and what is said of the batch."""
+        """Of the events ``judge`` and ``data``: reductions and broadcasts in turn, and what is said of the batch."""
         times, size = self.events.get("judge", (0, 0.0))
         said, _ = self.events.get("data", (0, 0.0))
-        gathers = Call("gather", ranks, max(size, SCALAR) * ranks, (times + 1) // 2)
-        broadcasts = Call("broadcast", ranks, OBJECT, times // 2)
-        exchanges = Call("allgather", ranks, OBJECT * ranks, said)
-        return tuple(call for call in (gathers, broadcasts, exchanges) if call.times)
+        reductions = Call("reduction", ranks, max(size, NUMBER), (times + 1) // 2)
+        broadcasts = Call("broadcast", ranks, RECORD, times // 2)
+        exchanges = Call("allreduce", ranks, 4 * SCALAR, said)
+        return tuple(call for call in (reductions, broadcasts, exchanges) if call.times)
 
 
 @dataclass(frozen=True)

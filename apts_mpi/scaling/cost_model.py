@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from apts_mpi.options import ENOUGH_TARGETS
-from apts_mpi.scaling.calls import NETWORK, OBJECT, SCALAR, SEND, Amounts, Call, Exchanges, Machine, Term
+from apts_mpi.scaling.calls import NETWORK, NUMBER, RECORD, SCALAR, SEND, Amounts, Call, Exchanges, Machine, Term
 
 # Bytes of a bucket of gradients.
 BUCKET = 1 << 20
@@ -127,18 +127,19 @@ def added(*parts: Mapping[str, float]) -> Amounts:
 
 
 def _decision(ranks: int, size: float) -> tuple[Call, ...]:
-    """A pickled record of rank 0 to all: its length, then it."""
-    return (Call("broadcast", ranks, SCALAR), Call("broadcast", ranks, size))
+    """A record of rank 0 to all: its count and first numbers, then the rest of a longer one."""
+    rest = (Call("broadcast", ranks, size),) if size > RECORD else ()
+    return (Call("broadcast", ranks, RECORD), *rest)
 
 
 def _agreement(ranks: int, numbers: int) -> tuple[Call, ...]:
-    """Rank 0 gathers some scalars of each rank, and broadcasts a record."""
-    return (Call("gather", ranks, SCALAR * numbers * ranks), *_decision(ranks, OBJECT))
+    """Some numbers of the ranks are put together on rank 0, which broadcasts a record."""
+    return (Call("reduction", ranks, NUMBER * numbers), *_decision(ranks, RECORD))
 
 
 def _exchange(ranks: int, group: str = "world") -> tuple[Call, ...]:
-    """Small pickled objects of all ranks to all: their lengths, then they."""
-    return tuple(Call("allgather", ranks, size * ranks, group=group) for size in (SCALAR, OBJECT))
+    """Whether all ranks say the same, or nothing: a few numbers of each."""
+    return (Call("allreduce", ranks, 4 * SCALAR, group=group),)
 
 
 def parts(shape: Shape) -> dict[str, Term]:
@@ -208,7 +209,7 @@ def _staged(shape: Shape) -> dict[str, Term]:
     size = shape.element_size * shape.parameters / stages
     buckets = math.ceil(size / BUCKET)
     meetings = tuple(Call("barrier", ranks, 0.0) for _ in range(3)) if columns else ()
-    judged = (*_agreement(ranks, 6), *(Call("barrier", ranks, 0.0),) * 2)
+    judged = (*_agreement(ranks, 17), *(Call("barrier", ranks, 0.0),) * 2)
     said = (*_exchange(stages, "replica"), Call("barrier", stages, 0.0, group="replica"))
     return {
         "gradient evaluations": Term(work),
@@ -222,7 +223,7 @@ def _staged(shape: Shape) -> dict[str, Term]:
         "coarse reduction": Term(
             calls=(
                 *_coarse_reduction(shape, (2 * columns + 1) * columns),
-                *(_decision(ranks, OBJECT) if columns else ()),
+                *(_decision(ranks, RECORD) if columns else ()),
                 *meetings,
             )
         ),

@@ -1,8 +1,7 @@
-"""What one rank does with the tables of all in an iteration, on tables of as many ranks as nobody has here."""
+"""What one rank does by itself in an iteration with what all ranks tell, at as many ranks as nobody has here."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,31 +13,51 @@ from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.environment import seconds
 
 try:
-    from apts_mpi.trust_region.acceptance import judge_table
-    from apts_mpi.trust_region.inner_products import InnerProducts
+    from apts_mpi.parallel.parts import Parts, put_together
+    from apts_mpi.trust_region.acceptance import judge_measured
+    from apts_mpi.trust_region.measured import measured, parts_of_step
 except ImportError as error:
     raise InvalidInput(f"root: the judge needs mpi4py, which cannot be imported ({error})") from error
 
 # Seconds that all of it may take at the last size, and how often each is timed; the least counts.
 BUDGET, REPEATS = 1e-3, 5
 
-# Numbers of a rank in the table of the judge: work, the six that `judge_table` has, faults, freezing and notes.
-NUMBERS = 10
+# Numbers that a rank tells beside those of the step: two sums, work, faults, freezing, notes and buffers.
+SUMS, LARGEST = [0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]
+
+# Numbers of all ranks that all see, and are compared: what users changed, the batch, and errors.
+SEEN = 9
 
 Operation = Callable[[], object]
 
 
-def _table(ranks: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(0.5, 1.0, (ranks, NUMBERS))
+def _told(rank: int) -> Parts:
+    step = parts_of_step(rank, "2", True, [0.5, 0.4, 1.0, -1.0, 0.5, 2.0])
+    return Parts([*step.sums, *SUMS], [*step.largest, *LARGEST], step.norms)
 
 
-def _judge(ranks: int, parts: int) -> Operation:
-    table, options = _table(ranks), TrustRegionOptions()
-    inner = InnerProducts("2", rows=range(parts))
-    return lambda: judge_table(
-        table[:, 1:7],
-        options=options,
-        inner=inner,
+def _rounds(ranks: int) -> range:
+    """Of a binomial tree: so many messages come to rank 0, or to any rank where all see the result."""
+    return range((ranks - 1).bit_length())
+
+
+def _reduce(ranks: int) -> Operation:
+    own, messages = _told(0).message(), [_told(rank).message() for rank in _rounds(ranks)]
+
+    def reduce() -> None:
+        for message in messages:
+            put_together(message, own)
+
+    return reduce
+
+
+def _judge(ranks: int) -> Operation:
+    own, message = _told(0), _told(0).message()
+    for rank in _rounds(ranks):
+        put_together(_told(rank).message(), message)
+    return lambda: judge_measured(
+        measured(own.of(message), "2"),
+        options=TrustRegionOptions(),
         radius=1.0,
         predicted_reduction=1.0,
         earlier_losses=(),
@@ -46,37 +65,24 @@ def _judge(ranks: int, parts: int) -> Operation:
     )
 
 
-def _largest(ranks: int) -> Operation:
-    table = _table(ranks)
-    return lambda: [table[:, 0].max(), *table[:, -3:].max(axis=0)]
+def _compare(ranks: int) -> Operation:
+    own = np.arange(SEEN)
+    others = [own + rank for rank in _rounds(ranks)]
 
+    def compare() -> list[int]:
+        found = own.copy()
+        for other in others:
+            np.maximum(found, other, out=found)
+        return found.tolist()
 
-def _objects(ranks: int, value: object) -> Operation:
-    """As an allgather of objects ends: one is unpickled for each rank."""
-    packed = [pickle.dumps(value)] * ranks
-    return lambda: list(map(pickle.loads, packed))
-
-
-def _failures(ranks: int) -> Operation:
-    messages: list[str | None] = [None] * ranks
-    return lambda: [rank for rank, message in enumerate(messages) if message is not None]
-
-
-def _columns(ranks: int) -> Operation:
-    told = [("", False, True, False, 0, 12345)] * ranks
-    return lambda: list(map(list, zip(*told, strict=True)))
+    return compare
 
 
 # By name, with the ranks on which it is done; each gets the number of ranks, and returns what is timed.
 OPERATIONS: dict[tuple[str, str], Callable[[int], Operation]] = {
-    ("judge, every rank has the whole vector", "rank 0"): lambda ranks: _judge(ranks, 1),
-    ("judge, every rank has a part", "rank 0"): lambda ranks: _judge(ranks, ranks),
-    ("largest work, faults and news", "rank 0"): _largest,
-    ("what users changed: unpickled", "all"): lambda ranks: _objects(ranks, ("", False, True, False, 0, 12345)),
-    ("what users changed: compared", "all"): _columns,
-    ("signatures of the batch: unpickled", "all"): lambda ranks: _objects(ranks, {"inputs": (1, 2), "targets": (3, 4)}),
-    ("shared errors: unpickled", "all"): lambda ranks: _objects(ranks, None),
-    ("shared errors: looked through", "all"): _failures,
+    ("numbers of a step put together, a message a round", "rank 0"): _reduce,
+    ("judge", "rank 0"): _judge,
+    ("what users changed, batches and errors: compared", "all"): _compare,
 }
 
 

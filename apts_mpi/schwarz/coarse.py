@@ -17,6 +17,7 @@ from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
 from apts_mpi.schwarz.coarse_space import CoarseState, check_columns, make_coarse_space
+from apts_mpi.schwarz.column_products import inner_products
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature
 from apts_mpi.schwarz.reduced_model import ReducedModel
 from apts_mpi.tools.schema import Check, line, mapping, number, record
@@ -37,23 +38,6 @@ def saved_coarse_state(vector: Check, vector_or_empty: Check) -> Check:
     kept = {"last_step": vector, "last_correction": vector_or_empty, "raised": number(1.0, math.inf)}
     residual = record({"damping": number(0.0), "rise": number(1.0)})
     return record(kept, {"space": record({"name": line, "state": mapping()}), "residual": residual})
-
-
-def inner_products(columns: Sequence[Column]) -> torch.Tensor:
-    """Inner products of columns, shape (m, m), float64; zero for those that share no index."""
-    count = len(columns)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=columns[0].values.device)
-    for first, left in enumerate(columns):
-        for second in range(first, count):
-            right = columns[second]
-            start, stop = max(left.start, right.start), min(left.stop, right.stop)
-            if start < stop:
-                product = torch.dot(
-                    left.values[start - left.start : stop - left.start],
-                    right.values[start - right.start : stop - right.start],
-                )
-                gram[first, second] = gram[second, first] = product
-    return gram
 
 
 class CoarseLevel:

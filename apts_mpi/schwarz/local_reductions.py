@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from apts_mpi.local.objective import LocalObjective
 from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.parallel.parts import Parts
 
 
 class LocalReductions:
@@ -40,4 +39,4 @@ class LocalReductions:
 
     def total(self) -> float:
         """Over all ranks. Collective."""
-        return self._comm.agree([self._own], lambda table: [math.fsum(table[:, 0])])[0]
+        return self._comm.combine(Parts(sums=[self._own]), lambda parts: parts.sums)[0]

@@ -113,13 +113,13 @@ class ResidualLevel:
             own = self._of_pass.of(0, len(self._values)).to(torch.float64, copy=True).mul_(self._share)
             own.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             own *= self._objective.vector.still(own.new_ones(own.shape[1]))
-            counts = self._group.collect(len(own))
+            counts = self._group.numbers(len(own))
             start = sum(counts[: self._group.rank])
             self._place, self._count = slice(start, start + len(own)), sum(counts)
             self._system = self._make_system(own)
             residuals, is_complete = self._of_pass.residuals()
             self._residuals = self._put_together(residuals)
-            all_complete = all(self._comm.collect(is_complete))
+            all_complete = not self._comm.largest(not is_complete)[0]
             self._remainder = None
             if not all_complete:
                 remainder = gradient.double() - self._system.transposed(self._residuals)

@@ -203,7 +203,7 @@ class NormalSystem:
 
     def __init__(self, rows: torch.Tensor, comm: Communicator) -> None:
         self._comm, self._rows = comm, rows
-        counts = comm.collect(len(rows))
+        counts = comm.numbers(len(rows))
         start = sum(counts[: comm.rank])
         self._own, self._count = slice(start, start + len(rows)), sum(counts)
         matrix = gram(rows).cpu().numpy()
@@ -299,7 +299,7 @@ def _gathered(rows: torch.Tensor, group: Communicator) -> torch.Tensor:
     """The rows of all ranks of a group, in their order. Collective over it."""
     if group.size == 1:
         return rows
-    counts, size = group.collect(len(rows)), rows.shape[1]
+    counts, size = group.numbers(len(rows)), rows.shape[1]
     ends = np.cumsum([0, *counts]).tolist()
     whole = rows.new_empty(ends[-1], size)
     whole[ends[group.rank] : ends[group.rank + 1]] = rows

@@ -56,7 +56,7 @@ class StageCurvature:
 
     def form(self, batch: Batch, columns: Sequence[Column], products: torch.Tensor) -> ReducedModel | None:
         """See `apts_mpi.schwarz.reduced_curvature.ReducedCurvature`."""
-        counts = self._pipeline.comm.collect(len(columns))
+        counts = self._pipeline.comm.numbers(len(columns))
         start, count = sum(counts[: self._pipeline.stage]), sum(counts)
         self.own = own = slice(start, start + len(columns))
         # Curvature, inner products and slope in one message.

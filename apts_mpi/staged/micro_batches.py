@@ -62,10 +62,10 @@ def cut_micro_batches(
     inputs = samples[0] if stages.rank == 0 else None
     targets = samples[1] if stages.rank == stages.size - 1 else None
     numbers = 0 if targets is None else numbers_of_sample(targets)
-    found = stages.collect((_count(inputs, rows), _count(targets, rows), numbers))
-    (count, _, _), (others, numbers) = found[0], found[-1][1:]
+    # The first and the last stage alone have numbers to tell.
+    count, others, numbers = stages.largest(_count(inputs, rows), _count(targets, rows), numbers)
     with stages.shared_errors():
-        if count is None or others is None:
+        if count < 0 or others < 0:
             raise InvalidInput(
                 "batch: the first stage was given no inputs or the last one no targets; give them on those ranks"
             )
@@ -112,5 +112,5 @@ def cut_micro_batches(
     return Batch(samples, rows, passes, total // copies, [own / team.total(own)])
 
 
-def _count(data: Tree | None, rows: torch.Tensor | None) -> int | None:
-    return None if data is None else len(Selection(data, rows))
+def _count(data: Tree | None, rows: torch.Tensor | None) -> int:
+    return -1 if data is None else len(Selection(data, rows))

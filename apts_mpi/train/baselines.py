@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from apts_mpi.objective.memory import MicroBatches
 from apts_mpi.objective.objective import Objective
 from apts_mpi.objective.passes import Loss
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.parts import Parts
 from apts_mpi.state.tensors import (
     array,
     check_network,
@@ -169,10 +169,9 @@ class DataParallel:
             nonlocal most_work
             with self.events.timed("global evaluation"):
                 run = self.objective.evaluate(cut.passes)
-                own = [float(run.loss), self.events.work, float(self.objective.loss.fault(run.loss))]
-                loss, most_work, fault = self.comm.agree(
-                    own, lambda table: [math.fsum(table[:, 0]), *table[:, 1:].max(axis=0)]
-                )
+                largest = self.events.work, float(self.objective.loss.fault(run.loss))
+                own = Parts(sums=[float(run.loss)], largest=largest)
+                loss, most_work, fault = self.comm.combine(own, lambda parts: [*parts.sums, *parts.largest])
                 check_fault(fault)
                 if not first:
                     self.objective.buffers.accept()

@@ -61,7 +61,7 @@ class Batches:
         self._ahead = next((Ahead(part.samples) for part in self.train if isinstance(part, Half)), None)
         self._is_full = self.size == self.samples and not self._order.drawn
         # A rank that needs no samples has no source of any.
-        (varies,) = comm.agree([self._ahead is not None and self._ahead.source.varies], lambda table: [table.max()])
+        (varies,) = comm.largest(self._ahead is not None and self._ahead.source.varies)
         self.are_one = self._is_full and not varies
         if self._ahead is not None and self._ahead.source.parts == 1 and comm.size > 1 and comm.rank == 0:
             _LOG.warning(READ_WHOLE, comm.size)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
-
 from apts_mpi.checkpoint import Array, CheckpointDirectory
 from apts_mpi.errors import SharedFailure, SharedInvalidInput
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.parts import Parts
 from apts_mpi.tools.environment import seconds, since_start
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.signals import StopSignals, name_of
@@ -139,10 +138,10 @@ class Survival:
     def _decide(self, done: bool, iteration: int) -> tuple[bool, bool, int]:
         """Whether to save, as the best or not, and why to stop; rank 0's clock and any rank's signal decide."""
 
-        def decide(table: np.ndarray) -> list[float]:
+        def decide(parts: Parts) -> list[float]:
             now = seconds()
             self._longest_step = max(self._longest_step, now - self._last_step)
-            reason = int(table[:, 0].max())
+            reason = int(parts.largest[0])
             if reason == GO_ON and self._walltime is not None:
                 needed = MARGIN * (self._longest_step + self._longest_save)
                 reason = WALLTIME if since_start() + needed > self._walltime else GO_ON
@@ -155,7 +154,7 @@ class Survival:
             due = due or (self._walltime is not None and self._saves == 0)
             return [due or best or done or reason != GO_ON, best, reason]
 
-        save, best, reason = self._comm.agree([self._signals.received], decide)
+        save, best, reason = self._comm.combine(Parts(largest=[self._signals.received]), decide)
         return bool(save), bool(best), int(reason)
 
     def _save(self, iteration: int, best: bool, last: bool) -> None:

@@ -172,7 +172,7 @@ def ending(training: Training) -> str:
 
 def stopped_early(signals: StopSignals, comm: Communicator) -> int:
     """Number of the signal that any rank has received so far, or 0. Collective."""
-    return int(comm.agree([signals.received], lambda table: [table.max()])[0])
+    return comm.largest(signals.received)[0]
 
 
 def begin(training: Training, checkpoint: Checkpoint | None, options: TrainingOptions, tell: Tell) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.parallel.clocks import clock_offset
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import host, seconds
 from apts_mpi.tools.events import OTHER, Events, Spans
@@ -51,7 +52,7 @@ class Trace:
         self._origin = comm.decide(lambda: [seconds()])[0]
         self._events = events
         self._spans = events.spans = Spans(MOST)
-        self._clock = comm.clock_offset()
+        self._clock = clock_offset(comm)
 
     def end(self) -> None:
         """Keep no more events."""

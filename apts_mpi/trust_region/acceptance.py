@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-import numpy as np
-
 from apts_mpi.options import TrustRegionOptions
-from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.measured import Measured
 
 # Share of the radius from which on the ball, or those of subdomains in it, may have made a step too short to change a
 # parameter: the radius then grows.
@@ -191,11 +189,10 @@ def judged_of(record: Sequence[float]) -> Judged:
     return Judged(**values, accepted=bool(accepted), skipped=bool(skipped), not_finite_on=int(rank))
 
 
-def judge_table(
-    table: np.ndarray,
+def judge_measured(
+    step: Measured,
     *,
     options: TrustRegionOptions,
-    inner: InnerProducts,
     radius: float,
     predicted_reduction: float | None,
     earlier_losses: Sequence[float],
@@ -206,10 +203,9 @@ def judge_table(
 
     Parameters
     ----------
-    table : ndarray, shape (ranks, 6)
-        Of each rank its share of the loss before and after the step, whether the step changed a parameter there, and
-        what ``InnerProducts.own`` returns.
-    options, inner
+    step
+        What they know.
+    options
         Of the solver.
     radius
         Of the ball in which the step was looked for.
@@ -222,60 +218,39 @@ def judge_table(
     share
         Of the radius, in which each block of a plain sum was looked for: see ``of_blocks``.
     """
-    loss, trial_loss, predicted, step_norm = _numbers(table, inner, predicted_reduction)
     judged = judge(
         options,
         radius=radius,
-        loss=loss,
-        trial_loss=trial_loss,
-        predicted_reduction=predicted,
-        step_norm=step_norm,
+        loss=step.loss,
+        trial_loss=step.trial_loss,
+        predicted_reduction=-step.slope if predicted_reduction is None else predicted_reduction,
+        step_norm=step.step_norm,
         earlier_losses=tuple(earlier_losses),
-        noise=options.noise * rounding * abs(loss),
+        noise=options.noise * rounding * abs(step.loss),
     )
     # What a model gave was looked for in the whole ball.
     judged = of_blocks(judged, options, share if predicted_reduction is None else 1.0)
-    return _with_facts(judged, table, options, inner)
+    return _with_facts(judged, step, options)
 
 
 def judge_untried(
-    table: np.ndarray,
-    *,
-    options: TrustRegionOptions,
-    inner: InnerProducts,
-    radius: float,
-    predicted_reduction: float | None,
+    step: Measured, *, options: TrustRegionOptions, radius: float, predicted_reduction: float | None
 ) -> Judged:
-    """`judge_table` of a step that the next batch will judge, whose second column says nothing."""
-    loss, _, predicted, step_norm = _numbers(table, inner, predicted_reduction)
-    return _with_facts(untried(loss, predicted, step_norm, radius), table, options, inner)
+    """`judge_measured` of a step that the next batch will judge, whose loss after it says nothing."""
+    predicted = -step.slope if predicted_reduction is None else predicted_reduction
+    return _with_facts(untried(step.loss, predicted, step.step_norm, radius), step, options)
 
 
-def _numbers(
-    table: np.ndarray, inner: InnerProducts, predicted_reduction: float | None
-) -> tuple[float, float, float, float]:
-    """Loss before and after the step, predicted reduction and length of the step."""
-    loss, trial_loss = (math.fsum(column) for column in table.T[:2])
-    slope, step_norm, _ = inner.of_table(table[:, 3:])
-    return loss, trial_loss, -slope if predicted_reduction is None else predicted_reduction, step_norm
-
-
-def _with_facts(judged: Judged, table: np.ndarray, options: TrustRegionOptions, inner: InnerProducts) -> Judged:
+def _with_facts(judged: Judged, step: Measured, options: TrustRegionOptions) -> Judged:
     """A judged step with what else the ranks know: gradient, ranks without a number, steps too short to be one."""
-    loss, radius, step_norm = judged.loss, judged.radius, judged.step_norm
-    gradient_norm = inner.of_table(table[:, 3:])[2]
-    shares = table[:, 0] if not math.isfinite(loss) else table[:, 1]
-    judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=_first_not_finite(shares))
+    loss, radius, gradient_norm = judged.loss, judged.radius, step.gradient_norm
+    before, after = step.not_finite
+    judged = replace(judged, gradient_norm=gradient_norm, not_finite_on=after if math.isfinite(loss) else before)
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)) or gradient_norm == 0.0:
         return replace(judged, accepted=False, skipped=True, next_radius=radius)
-    if table[:, 2].any():
+    if step.has_moved:
         return judged
     following = judged.next_radius
-    if following == radius and step_norm > OF_THE_BALL * radius:
+    if following == radius and step.step_norm > OF_THE_BALL * radius:
         following = min(options.increase_factor * radius, options.max_radius)
     return replace(judged, accepted=False, step_norm=0.0, next_radius=following)
-
-
-def _first_not_finite(shares: np.ndarray) -> int:
-    ranks = np.flatnonzero(~np.isfinite(shares))
-    return int(ranks[0]) if 0 < ranks.size < shares.size else -1

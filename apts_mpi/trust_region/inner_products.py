@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.parts import Parts
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, dots, euclidean_radius, norm, steepest_descent
 
 
@@ -41,34 +42,21 @@ class InnerProducts:
         self._rows = list(rows)
 
     def own(self, gradient: torch.Tensor, step: torch.Tensor) -> list[torch.Tensor]:
-        """This rank's part of what `of_table` finds, float64 of shape (), for a message that goes anyway."""
+        """This rank's part of inner product, length of the step and of the gradient, float64 of shape ()."""
         # In float64, as the squares of a small gradient in float32 are zero.
         length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         return [torch.dot(gradient, step).double(), norm(step, self.kind).double(), length]
 
-    def of_table(self, table: np.ndarray) -> tuple[float, float, float]:
-        """Inner product, norm of the step, and 2-norm of the gradient, from what `own` returned on all ranks."""
-        products, steps, gradients = table[self._rows].T
-        return float(products.sum()), self._join(steps), math.hypot(*gradients)
-
-    def norm_of_table(self, column: np.ndarray) -> float:
-        """2-norm of a vector from those of its parts, of all ranks."""
-        return math.hypot(*column[self._rows])
-
-    def sum_of_table(self, column: np.ndarray) -> float:
-        """Sum over the parts of a number, from those of all ranks."""
-        return float(column[self._rows].sum())
-
-    def _join(self, norms: Sequence[float] | np.ndarray) -> float:
-        """Norm of a vector from those of its parts; not a number if one of them is not."""
-        return math.hypot(*norms) if self.kind == "2" else float(np.max(norms))
+    def leads(self, rank: int) -> bool:
+        """Whether what a rank holds counts: copies of a part count once."""
+        return rank in self._rows
 
     def sum(self, own: np.ndarray) -> np.ndarray:
         """Sum over the parts of an array of float64 numbers. Collective over the parts."""
         if self._comm is None:
             return own
-        total = self._comm.agree(own.ravel().tolist(), lambda table: table[self._rows].sum(axis=0).tolist())
-        return np.array(total).reshape(own.shape)
+        mine = own.ravel() if self.leads(self._comm.rank) else np.zeros(own.size)
+        return np.array(self._comm.combine(Parts(sums=mine.tolist()), lambda parts: parts.sums)).reshape(own.shape)
 
     def is_direction(self, vector: torch.Tensor) -> bool:
         """Whether a vector is finite, and not zero. Collective over the parts."""
@@ -82,14 +70,22 @@ class InnerProducts:
         own = float(norm(vector, self.kind))
         if self._comm is None:
             return own
-        return self._comm.agree([own], lambda table: [self._join(table[self._rows, 0])])[0]
+        if self.kind == "2":
+            return self._join([own])[0]
+        return self._comm.combine(Parts(largest=[own]), lambda parts: parts.largest)[0]
 
     def euclidean_norms(self, *vectors: torch.Tensor) -> tuple[float, ...]:
         """2-norms. Collective over the parts."""
         own = torch.stack([norm(vector, "2") for vector in vectors]).tolist()
         if self._comm is None:
             return tuple(own)
-        return self._comm.agree(own, lambda table: [math.hypot(*column) for column in table[self._rows].T])
+        return self._join(own)
+
+    def _join(self, own: Sequence[float]) -> tuple[float, ...]:
+        """2-norms of vectors from those of their parts. Collective over them."""
+        assert self._comm is not None  # there are parts
+        mine = own if self.leads(self._comm.rank) else [0.0] * len(own)
+        return self._comm.combine(Parts(norms=mine), lambda parts: parts.norms)
 
     def dots(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, ...]:
         """Inner products of pairs of vectors. Collective over the parts."""

@@ -1,12 +1,14 @@
 """What an iteration costs: passes through the network, and messages."""
 
+import pickle
+
 import pytest
 import torch
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, loss_and_gradient, make_solver, options
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions
+from apts_mpi import APTS, APTSOptions, StagedAPTS
 
 # Multiplications a sample of the classifier's six layers.
 MULTIPLICATIONS = [10 * 16, 16 * 16, 16 * 16, 16 * 16, 16 * 16, 16 * 3]
@@ -170,6 +172,25 @@ def test_collectives_of_an_iteration_with_the_defaults(world):
         solver.step(classified(seed=seed))
     operations = solver.events.operations
     assert sum(event.messages for event in operations.values()) <= 11, operations
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("layout", ["replicated", "staged"])
+def test_no_object_is_pickled_in_an_iteration(world, layout):
+    """Of a network with running statistics, with a batch of its own."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    kind = APTS if layout == "replicated" else StagedAPTS
+    solver = kind(network, cross_entropy, comm=world, options=APTSOptions())
+    for seed in range(2):
+        solver.step(classified(seed=seed))
+    pickled = []
+    MPI.pickle.__init__(lambda value, protocol=None: pickled.append(value) or pickle.dumps(value), pickle.loads)
+    try:
+        assert solver.step(classified(seed=2)).accepted
+    finally:
+        MPI.pickle.__init__(pickle.dumps, pickle.loads)
+    assert pickled == []
 
 
 @pytest.mark.mpi

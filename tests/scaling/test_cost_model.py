@@ -53,8 +53,8 @@ def test_replicated():
         "gradient sum": [Call("allreduce", 4, 4000.0, 2)],
         "statistics sum": [Call("allreduce", 4, 500.0, 1)],
         "assembly": [Call("allgather", 4, 8000)],
-        "coarse reduction": [Call("reduction", 4, 512), Call("broadcast", 4, 8), Call("broadcast", 4, 64)],
-        "agreement": [Call("gather", 4, 192.0, 2), Call("broadcast", 4, 64, 1), Call("allgather", 4, 256, 2)],
+        "coarse reduction": [Call("reduction", 4, 512), Call("broadcast", 4, 256)],
+        "agreement": [Call("reduction", 4, 48.0, 2), Call("broadcast", 4, 256, 1), Call("allreduce", 4, 32, 2)],
     }
     assert found.keys() == work.keys() | calls.keys()
     for name, amounts in work.items():
@@ -146,13 +146,13 @@ def test_the_reduced_model_is_fitted_to_its_times():
 
 
 def test_the_first_limit():
-    """A second of evaluations, and milliseconds a call, of which there are 4, 1, 3 and 4 beside 1/32 s at 32 ranks."""
+    """A second of evaluations, and milliseconds a call, of which there are 4, 1, 2 and 4 beside 1/32 s at 32 ranks."""
     values = dict.fromkeys(VALUES, 0.0) | {"gradient": 1.0 / (4 / 3 * 4800), "call": 4e-3}
     shapes = extrapolate(shape_of("replicated", "strong", 8), "strong", 1000)
     assert [shape.ranks for shape in shapes] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
     limit = first_limit(shapes, values, MACHINE)
     assert (limit.ranks, limit.term) == (32, "gradient sum")
-    assert limit.share == pytest.approx(0.016 / (0.048 + 1 / 32), rel=0.05)  # beside them the network's milliseconds
+    assert limit.share == pytest.approx(0.016 / (0.044 + 1 / 32), rel=0.05)  # beside them the network's milliseconds
     assert first_limit(shapes, values | {"call": 0.0}, MACHINE).ranks > 32
 
 

@@ -8,9 +8,10 @@ from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, make_solver, options
 from staged_networks import NETWORKS, built, staged
 
-from apts_mpi.parallel import communicator as comm_module
+from apts_mpi.parallel import clocks
 from apts_mpi.parallel import nonblocking as pending_module
-from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.clocks import clock_offset
+from apts_mpi.parallel.communicator import SHORT, Communicator
 from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools import events as events_module
@@ -106,6 +107,10 @@ def test_time_under_way(clock):
     assert (event.under_way, event.waited) == (9.0, 1.0)
 
 
+# Bytes of a record of rank 0's.
+RECORD = 8 * (1 + SHORT)
+
+
 @pytest.mark.parametrize("patient", [False, True])
 def test_own_device_is_not_waited_for_as_others_are(clock, patient):
     """Ten seconds of the device, in which this rank can start nothing, then a second for others."""
@@ -178,18 +183,18 @@ def test_an_iteration_by_hand(world):
     assert sum(own) == 8 * count  # of all corrections each rank hands out its own
     several = world.size > 1
     assert found == {
-        # Whether all ranks can use the batch, have the same one, and of how many targets it is (two numbers, of which
-        # rank 0 makes one). In the first step twenty in all: on the loss, on its kind (two numbers), whether it is the
-        # same again (a number) and on all ranks (three numbers, of which rank 0 makes four), and on the memory (three
-        # numbers, of which rank 0 makes one).
-        "data": (19 + several, 8 * (2 + 2 + 1 + 3 + 3) + 8 * (1 + 2 + 1 + 4 + 1)),
+        # Whether all ranks can use the batch (a number), have the same one (four), and of how many targets it is (two
+        # numbers that are put together). In the first step twenty in all: whether the loss can be used, twice, its kind
+        # (two numbers), whether it is the same again (a number) and on all ranks (three numbers), and on the memory
+        # (three numbers). Each of the five times rank 0 decides.
+        "data": (19 + several, 8 * (3 + 4 * several) + 24 * 2 + 8 * (2 + 1 + 3 + 3) + 5 * RECORD),
         "global evaluation": (1, 8 * count),
-        "local solves": (1, 0),  # in the first step whether all local solvers can do theirs
+        "local solves": (1, 8),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Twelve numbers of each rank, and twenty-one that rank 0 decides.
-        "judge": (2, 8 * 12 + 8 * 21),
+        # Eighteen numbers of each rank, which are put together, and what rank 0 decides.
+        "judge": (2, 24 * 18 + RECORD),
         "wait": (0, 0),
-        OTHER: (1, 0),  # whether the network is as it was
+        OTHER: (1, 8 * 4),  # whether the network is as it was
     }
     work = {name: event["gradient_evaluations"] for name, event in table.items() if event["gradient_evaluations"]}
     assert work == pytest.approx({"global evaluation": 1.0, "judge": FORWARD}, rel=1e-12)
@@ -216,7 +221,8 @@ def test_baselines(world, optimizer):
     evaluations = table["global evaluation"]["calls"]
     assert evaluations == 1 if optimizer == "adam" else evaluations > 1
     assert table["optimizer"]["calls"] == 1 and table["optimizer"]["messages"] == 0
-    assert table["global evaluation"]["bytes"] == evaluations * 8 * (count + 3 + 3)
+    moved = 16 * (world.size > 1)
+    assert table["global evaluation"]["bytes"] == evaluations * (8 * count + 24 * 3 + RECORD) + moved
     assert table["global evaluation"]["messages"] == 3 * evaluations + (world.size > 1)  # which buffers moved
     work = table["global evaluation"]["gradient_evaluations"]
     assert work == pytest.approx(evaluations) and work == pytest.approx(result.gradient_evaluations)
@@ -228,6 +234,9 @@ SENDS = (
     "Iallreduce",
     "Iallgatherv",
     "Gather",
+    "Allgather",
+    "Allreduce",
+    "Bcast",
     "Reduce",
     "Ibarrier",
     "bcast",
@@ -284,9 +293,9 @@ def test_every_message_is_in_an_event(world, make):
 def test_clocks_are_compared(world, monkeypatch):
     """Of ranks on one host, whose clocks are one, and are put apart here."""
     ahead = 1000.0 * world.rank
-    original = comm_module.seconds
-    monkeypatch.setattr(comm_module, "seconds", lambda: original() + ahead)
-    offset, uncertainty = Communicator(world, Events()).clock_offset()
+    original = clocks.seconds
+    monkeypatch.setattr(clocks, "seconds", lambda: original() + ahead)
+    offset, uncertainty = clock_offset(Communicator(world, Events()))
     assert abs(offset - ahead) <= uncertainty + 1e-9
     assert uncertainty == 0.0 if world.rank == 0 else 0.0 < uncertainty < 1.0
 
