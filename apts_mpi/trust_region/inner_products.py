@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.trust_region.metric import FisherMetric
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, dots, euclidean_radius, norm, steepest_descent
 
 
@@ -32,11 +33,14 @@ class InnerProducts:
         As given.
     spread : bool
         Whether ranks hold parts.
+    metric : FisherMetric or None
+        A second bound of all steps.
     """
 
     def __init__(self, kind: NormKind, comm: Communicator | None = None, rows: Sequence[int] = (0,)) -> None:
         self.kind = kind
         self.spread = comm is not None
+        self.metric: FisherMetric | None = None
         self._comm = comm
         self._rows = list(rows)
 
