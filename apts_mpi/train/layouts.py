@@ -32,6 +32,7 @@ from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.metrics import Consume, Data, edges_of, piece_of, whole_outputs
 from apts_mpi.train.noise import with_noise
 from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.sequence import SequenceTraining, check_sequence
 from apts_mpi.train.sharing import check_same_problem
 from apts_mpi.train.training import Method, Training
 
@@ -69,10 +70,12 @@ def make_training(options: TrainingOptions, device: torch.device, comm: Communic
 
 def train_problem(problem: Problem, options: TrainingOptions, device: torch.device, world: MPI.Intracomm) -> Training:
     """The run that the options describe, on a problem that is there. Collective."""
+    check_sequence(problem, options)
     problem.network.to(device)
     options = with_noise(options, problem)
     make_method = staged_method if options.layout == "staged" else replicated_method
-    return Training(problem, options, device, make_method(problem, options, world))
+    make = SequenceTraining if problem.tasks else Training
+    return make(problem, options, device, make_method(problem, options, world))
 
 
 def replicated_method(problem: Problem, options: TrainingOptions, world: MPI.Intracomm) -> Method:

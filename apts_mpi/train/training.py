@@ -85,6 +85,8 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
+    cycle : int
+        Epochs after which radii and step sizes that go down begin anew.
     average : Average or None
         Of the iterates, where that is asked for.
     stopping : Stopping
@@ -97,7 +99,7 @@ class Training:
         self.problem = problem
         self.options = options
         self.test = None if problem.test is None else to_device(problem.test, device)
-        self.epochs = options.epochs or problem.epochs
+        self.epochs = self.cycle = options.epochs or problem.epochs
         self.solver = method.solver
         self.comm: Communicator = self.solver.comm
         self._data = Batches(problem, options, device, self.comm)
@@ -216,8 +218,7 @@ class Training:
         with self.solver.events.timed("data"):
             anew = self._resampling.renew(self._data, self.progress)
             batch, rows = self._data.batch(self.progress.epoch, self.progress.batch)
-        steps = share_of_steps(self.progress, self.epochs, self.batches)
-        share = max(steps, self._ending.time_share)
+        share = max(share_of_steps(self.progress, self.cycle, self.batches) % 1.0, self._ending.time_share)
         if isinstance(self.solver, DataParallel):
             return self.solver.step(batch, rows, share)
         known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0 and not anew)
