@@ -128,8 +128,13 @@ def show(comparison: Comparison, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare; the process ends with a status that says how it went."""
     end_with_reader()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["continual"]:
+        from apts_mpi.compare.continual.__main__ import main as compare_continual
+
+        return compare_continual(arguments[1:])
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(arguments)
         compare(options, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     except InvalidInput as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)

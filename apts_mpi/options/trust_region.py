@@ -69,7 +69,7 @@ class TrustRegionOptions:
     grow_from: float = 0.999
     norm: Literal["2", "inf"] = "2"
     metric: Literal["identity", "fisher"] = "identity"
-    metric_radius: float = 1.0
+    metric_radius: float = 0.05
     window: int = 0
     pull: float | None = None
     weight_decay: float = 0.0

@@ -163,10 +163,7 @@ def _find(
 ) -> Callable[[], Problem]:
     is_file = name.startswith(hdf5.PREFIX)
     if "," in name and not is_file:
-        of_one = functools.partial(
-            _find, data_dir=data_dir, dtype=dtype, wanted=wanted, arguments=arguments, parts=parts
-        )
-        return lambda: sequences.in_a_row(name, lambda one: of_one(one)())
+        return lambda: sequences.in_a_row(name, lambda one: _find(one, data_dir, dtype, wanted, arguments, parts)())
     for option, given in (("network", parts.network), ("network.args", parts.network_args), ("loss", parts.loss)):
         require(is_file or not given, f"--{option}", given, f"leave it out: it is for hdf5:FILE, not for {name}")
     if name in _READ_IN_PARTS:
