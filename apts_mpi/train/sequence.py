@@ -17,6 +17,7 @@ from apts_mpi.objective.batch import Rows, Samples
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem, Task
 from apts_mpi.result import State, StepResult
+from apts_mpi.tools.schema import allow
 from apts_mpi.train.baselines import BaselineResult
 from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.metrics import Data
@@ -168,7 +169,13 @@ class SequenceTraining(Training):
     def load(self, checkpoint: Checkpoint) -> list[str]:
         """See `Training.load`."""
         notices = super().load(checkpoint)
-        self.accuracies = checkpoint.metadata.get("tasks", {"accuracies": []})["accuracies"]
+        saved, count = checkpoint.metadata.get("tasks", {"accuracies": []})["accuracies"], len(self._tasks)
+        with self.comm.shared_errors():
+            ended = (self.progress.epoch - 1) // self.cycle
+            fits = len(saved) == ended and all(len(row) == count for row in saved)
+            words = f"one for each of {ended} tasks that have ended, of {count} numbers each"
+            allow(fits, f"{checkpoint.path}: tasks.accuracies", saved, words)
+        self.accuracies = saved
         self._begin_task()
         return notices
 
