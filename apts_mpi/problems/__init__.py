@@ -60,7 +60,7 @@ NO_PARTS = Parts()
 _SELF_CONTAINED = {
     "digits": images.digits,
     "digits-cnn": images.digits_cnn,
-    "permuted-digits": sequences.permuted_digits,
+    "permuted-digits": images.permuted_digits,
     "poisson-1d": poisson.poisson_1d,
     "poisson-2d": poisson.poisson_2d,
     "poisson-3d": poisson.poisson_3d,
@@ -76,7 +76,7 @@ _SELF_CONTAINED = {
 }
 
 # Functions of (data_dir, dtype), likewise.
-_READ_FROM_FILES = {"text": text.text, "split-fashion-mnist": sequences.split_fashion_mnist}
+_READ_FROM_FILES = {"text": text.text, "split-fashion-mnist": images.split_fashion_mnist}
 
 # Functions of (data_dir, dtype, wanted), likewise.
 _READ_IN_PARTS = {

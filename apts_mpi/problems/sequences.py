@@ -1,4 +1,4 @@
-"""Sequences of tasks for one network: the same digits in other orders of pixels, pairs of classes, or given problems.
+"""Sequences of tasks for one network: the same samples in other orders of pixels, pairs of classes, or given problems.
 
 What is asked of the network stays the same from task to task (domain-incremental learning): the number of a class, or
 which one of a pair it is.
@@ -11,31 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from apts_mpi.errors import InvalidInput, require
-from apts_mpi.problems.images import digits, fashion_mnist
-from apts_mpi.problems.layers import mlp
 from apts_mpi.problems.problem import Problem
 from apts_mpi.problems.task import Task
 
 Pair = tuple[Tensor, Tensor]
 
 
-def permuted_digits(dtype: torch.dtype, *, tasks: int = 5, width: int = 100) -> Problem:
-    """Handwritten digits, of which each task after the first has the pixels in an order of its own, 64-100-100-10."""
-    network = mlp([64, width, width, 10], nn.ReLU)
-    base = digits(dtype)
+def permuted(name: str, network: nn.Module, base: Problem, tasks: int) -> Problem:
+    """The samples of a problem, of which each task after the first has the inputs in an order of its own."""
     # A part of the problem: not by the seed of the run.
-    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(number)) for number in range(1, tasks)]
-    found = [Task(f"order {number}", *_mapped(base, order)) for number, order in enumerate([torch.arange(64), *orders])]
-    return _sequence("permuted-digits", network, base, found, batch_size=60, epochs=10)
+    size = base.train[0].shape[1]
+    orders = [torch.randperm(size, generator=torch.Generator().manual_seed(number)) for number in range(1, tasks)]
+    orders = [torch.arange(size), *orders]
+    found = [Task(f"order {number}", *_mapped(base, order)) for number, order in enumerate(orders)]
+    return _sequence(name, network, base, found, batch_size=60, epochs=10)
 
 
-def split_fashion_mnist(data_dir: str | None, dtype: torch.dtype, *, width: int = 100) -> Problem:
-    """Fashion-MNIST in five pairs of classes, of which the network tells the first from the second, 784-100-100-2."""
-    network = mlp([784, width, width, 2], nn.ReLU)
-    base = fashion_mnist(data_dir, dtype)
-    pairs = [(first, first + 1) for first in range(0, 10, 2)]
+def in_pairs(name: str, network: nn.Module, base: Problem, classes: int) -> Problem:
+    """The samples of a problem in tasks of two classes, of which the first is to be told from the second."""
+    pairs = [(first, first + 1) for first in range(0, classes, 2)]
     found = [Task(f"{one} or {other}", _of(base.train, one), _of(base.test, one)) for one, other in pairs]
-    return _sequence("split-fashion-mnist", network, base, found, batch_size=200, epochs=2)
+    return _sequence(name, network, base, found, batch_size=200, epochs=2)
 
 
 def in_a_row(names: str, build: Callable[[str], Problem]) -> Problem:

@@ -17,14 +17,14 @@ from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
-from apts_mpi.tools.trees import numbers_of_sample
+from apts_mpi.tools.trees import Data, numbers_of_sample
 from apts_mpi.train.average import Average, TensorArrays, restore_average
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.ending import Ending
 from apts_mpi.train.identity import check_identity, identity
-from apts_mpi.train.metrics import Data, Metrics, Outputs
+from apts_mpi.train.metrics import Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps
 from apts_mpi.train.rejection import Rejections

@@ -149,9 +149,12 @@ METHODS: Mapping[str, Method] = {
         "EWC, diagonal", "weight", (1.0, 10.0, 100.0, 1000.0), lambda own, value, path: by_adam(own, Diagonal(value), 0)
     ),
     "ewc-kronecker": Method(
-        "EWC, Kronecker", "weight", (10.0, 100.0, 1000.0), lambda own, value, path: by_adam(own, Kronecker(value), 0)
+        "EWC, Kronecker",
+        "weight",
+        (0.1, 1.0, 10.0, 100.0, 1000.0),
+        lambda own, value, path: by_adam(own, Kronecker(value), 0),
     ),
-    "fisher": Method("trust region, Fisher metric and replay", "radius", (0.02, 0.03, 0.05, 0.1), by_trust_region),
+    "fisher": Method("trust region, Fisher metric and replay", "radius", (0.02, 0.05, 0.1, 0.2), by_trust_region),
 }
 
 
