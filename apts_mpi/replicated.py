@@ -39,6 +39,7 @@ from apts_mpi.state.solver import SolverParts, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.trust_region.global_step import make_global_step
 from apts_mpi.trust_region.inner_products import InnerProducts
+from apts_mpi.trust_region.metric import FisherMetric
 from apts_mpi.trust_region.next_batch import LastStep
 
 
@@ -77,6 +78,12 @@ class Replicated:
             )
         check_same_network({"network": structure(network), "forward": [str(called)]}, options, self.comm)
         self.inner = InnerProducts(options.trust_region.norm)
+        self._metric: FisherMetric | None = None
+        if options.trust_region.metric == "fisher":
+            with self.comm.shared_errors():
+                chain, mean = torch.nn.Sequential(*segmented.segments), MeanLoss(loss, options.group)
+                bound = options.trust_region.metric_radius
+                self.inner.metric = self._metric = FisherMetric(network, chain, vector, layers, mean, self.comm, bound)
         self.comm.share_tensors([vector.values, *network.buffers()])
         self.watch, self._batches = NetworkWatch(vector, self.comm), SameBatches(self.comm)
         team = self.comm.group(teams.team_of(self.comm.rank))
@@ -183,7 +190,7 @@ class Replicated:
         local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
         parts = {
             **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
-            **{"plateau": self.plateau, "micro_batches": self.micro_batches},
+            **{"plateau": self.plateau, "micro_batches": self.micro_batches, "metric": self._metric},
         }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 

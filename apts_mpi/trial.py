@@ -218,6 +218,9 @@ class Trials:
         SharedInvalidInput
             For a loss that is not, for this batch, what it was for the first.
         """
+        if (metric := self._inner.metric) is not None:
+            known = self._before, self._objective.reduction.total
+            step, predicted_reduction = metric.within(*known, step, predicted_reduction)
         tried = self._last_step is None or state.is_on_trial
         with self._comm.events.timed("judge"):
             self._values.add_(self._objective.vector.still(step))

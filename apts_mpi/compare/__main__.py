@@ -28,7 +28,7 @@ from apts_mpi.train.peers import check_installed
 PROGRAM = "apts_mpi.compare"
 
 # Comparisons with options of their own, by the word in the place of the problem.
-OTHER_COMPARISONS = {"papers": "apts_mpi.compare.papers.__main__"}
+OTHER_COMPARISONS = {name: f"apts_mpi.compare.{name}.__main__" for name in ("continual", "papers")}
 
 
 def parse(arguments: Sequence[str]) -> ComparisonOptions:

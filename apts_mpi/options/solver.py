@@ -120,6 +120,9 @@ class APTSOptions:
         require(alone, "group_size", self.group_size, "with coupled all samples are one group; give one of the two")
         whole = not (self.coupled and self.batch == "shard")
         require(whole, "batch", self.batch, "with coupled every rank needs all samples; choose whole")
+        metric = self.trust_region.metric
+        everywhere = metric == "identity" or self.layout == "replicated"
+        require(everywhere, "trust_region.metric", metric, "with layout 'staged' choose identity, or layout replicated")
         self._check_micro_batches()
         # Streams of random numbers are numbered from it in 64 bits.
         require(0 <= self.seed < 2**40, "seed", self.seed, "give 0 or more, below 2**40")

@@ -36,6 +36,12 @@ class TrustRegionOptions:
         Share of the radius that a step has to reach for the radius to grow.
     norm
         Norm of the ball.
+    metric
+        Of a second bound: ``fisher``, the Fisher metric of earlier tasks, for sequences of tasks in layout replicated;
+        ``identity``, none. See ``apts_mpi.trust_region.metric``.
+    metric_radius
+        That bound: half its square is about the Kullback-Leibler divergence by which predictions for earlier tasks may
+        change while another one is learnt.
     window
         Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
         0 is the monotone method.
@@ -62,6 +68,8 @@ class TrustRegionOptions:
     increase_factor: float = 2.0
     grow_from: float = 0.999
     norm: Literal["2", "inf"] = "2"
+    metric: Literal["identity", "fisher"] = "identity"
+    metric_radius: float = 0.05
     window: int = 0
     pull: float | None = None
     weight_decay: float = 0.0
@@ -92,12 +100,19 @@ class TrustRegionOptions:
         require(0.0 < small < 1.0, name + "decrease_factor", small, "give a number in (0, 1)")
         require(large > 1.0, name + "increase_factor", large, "give a number above 1")
         require(0.0 <= self.grow_from < 1.0, name + "grow_from", self.grow_from, "give a number in [0, 1)")
+        self._check_metric()
         require(self.window >= 0, name + "window", self.window, "give 0 or more")
         require(
             self.pull is None or 0.0 <= self.pull < 1.0, name + "pull", self.pull, "give a number in [0, 1), or null"
         )
         require(self.weight_decay >= 0.0, name + "weight_decay", self.weight_decay, "give 0 or more")
         require(self.noise >= 0.0, name + "noise", self.noise, "give 0 or more")
+
+    def _check_metric(self) -> None:
+        bound, is_plain = self.metric_radius, self.metric == "identity"
+        require(bound > 0.0, "trust_region.metric_radius", bound, "give a number above 0")
+        round_ball = is_plain or self.norm == "2"
+        require(round_ball, "trust_region.metric", self.metric, "with norm 'inf' choose identity, or norm 2")
 
 
 GlobalModelName = Literal["auto", "none", "first-order", "lsr1", "steihaug"]

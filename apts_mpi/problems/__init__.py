@@ -24,6 +24,7 @@ from apts_mpi.problems import (
     inverse,
     operators,
     poisson,
+    sequences,
     text,
     transport,
     user,
@@ -33,6 +34,7 @@ from apts_mpi.problems.finite import check_finite
 from apts_mpi.problems.hdf5 import Parts
 from apts_mpi.problems.problem import ALL, Problem, Wanted
 from apts_mpi.problems.redraw import Redraw
+from apts_mpi.problems.task import Task
 from apts_mpi.tools import environment
 from apts_mpi.tools.trees import count_samples, map_tensors, take
 from apts_mpi.tools.user_code import arguments_for
@@ -42,6 +44,7 @@ __all__ = [
     "Parts",
     "Problem",
     "Redraw",
+    "Task",
     "Wanted",
     "arguments_of",
     "build",
@@ -57,6 +60,7 @@ NO_PARTS = Parts()
 _SELF_CONTAINED = {
     "digits": images.digits,
     "digits-cnn": images.digits_cnn,
+    "permuted-digits": images.permuted_digits,
     "poisson-1d": poisson.poisson_1d,
     "poisson-2d": poisson.poisson_2d,
     "poisson-3d": poisson.poisson_3d,
@@ -72,7 +76,7 @@ _SELF_CONTAINED = {
 }
 
 # Functions of (data_dir, dtype), likewise.
-_READ_FROM_FILES = {"text": text.text}
+_READ_FROM_FILES = {"text": text.text, "split-fashion-mnist": images.split_fashion_mnist}
 
 # Functions of (data_dir, dtype, wanted), likewise.
 _READ_IN_PARTS = {
@@ -117,7 +121,7 @@ def build(
     ----------
     name : str
         One of `names`; ``MODULE:FUNCTION`` for a problem of the user's (see `apts_mpi.problems.user.load`); or
-        ``hdf5:FILE`` (see ``apts_mpi.problems.hdf5.load``).
+        ``hdf5:FILE`` (see ``apts_mpi.problems.hdf5.load``). Several with commas are a sequence of tasks.
     data_dir : str, optional
         Where the files of ``fashion-mnist*`` and ``text`` are.
     train_samples : int, optional
@@ -158,6 +162,8 @@ def _find(
     name: str, data_dir: str | None, dtype: torch.dtype, wanted: Wanted, arguments: Mapping[str, str], parts: Parts
 ) -> Callable[[], Problem]:
     is_file = name.startswith(hdf5.PREFIX)
+    if "," in name and not is_file:
+        return lambda: sequences.in_a_row(name, lambda one: _find(one, data_dir, dtype, wanted, arguments, parts)())
     for option, given in (("network", parts.network), ("network.args", parts.network_args), ("loss", parts.loss)):
         require(is_file or not given, f"--{option}", given, f"leave it out: it is for hdf5:FILE, not for {name}")
     if name in _READ_IN_PARTS:
@@ -206,6 +212,9 @@ def _take_first(problem: Problem, train_samples: int, wanted: Wanted) -> Problem
     halves = [part.range(0, train_samples) if isinstance(part, Half) else None for part in (inputs, targets)]
     if None not in halves:
         return dataclasses.replace(problem, train=tuple(halves))
+    if problem.tasks:
+        tasks = tuple(task.first(train_samples) for task in problem.tasks)
+        return dataclasses.replace(problem, tasks=tasks, train=tasks[0].train)
     inputs, targets = (take(part, slice(train_samples)) for part in problem.train)
     # Copies, so that the rest can be freed.
     copies = (

@@ -18,6 +18,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.problems import idx
 from apts_mpi.problems.layers import mlp
 from apts_mpi.problems.problem import ALL, Problem, Wanted
+from apts_mpi.problems.sequences import in_pairs, permuted
 
 PIXELS = 28 * 28  # of the images that are read from files
 
@@ -97,6 +98,17 @@ def fashion_mnist_resnet(data_dir: str | None, dtype: torch.dtype, wanted: Wante
         nn.Linear(4 * width, 10),
     )
     return _fashion_mnist("fashion-mnist-resnet", network, data_dir, dtype, wanted, batch_size=500, epochs=6)
+
+
+def permuted_digits(dtype: torch.dtype, *, tasks: int = 5, width: int = 100) -> Problem:
+    """Handwritten digits, of which each task after the first has the pixels in an order of its own; 64-100-100-10."""
+    return permuted("permuted-digits", mlp([64, width, width, 10], nn.ReLU), digits(dtype), tasks)
+
+
+def split_fashion_mnist(data_dir: str | None, dtype: torch.dtype, *, width: int = 100) -> Problem:
+    """Fashion-MNIST in five pairs of classes, of which the network tells the first from the second; 784-100-100-2."""
+    network = mlp([784, width, width, 2], nn.ReLU)
+    return in_pairs("split-fashion-mnist", network, fashion_mnist(data_dir, dtype), classes=10)
 
 
 def _initialise_for_depth(network: nn.Sequential) -> None:

@@ -1,6 +1,6 @@
 """What a solver needs to know of a training problem."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from apts_mpi.data import Order, take_over
 from apts_mpi.data.order import InOrder, InShards
 from apts_mpi.errors import require
 from apts_mpi.problems.redraw import Redraw
+from apts_mpi.problems.task import Task
 from apts_mpi.tools.trees import Tree, count_samples, first_sample, named_leaves
 
 _DTYPES = (torch.float32, torch.float64)
@@ -78,6 +79,8 @@ class Problem:
         Makes a pair (inputs, targets) of a list of samples of a data set; None is torch's own.
     order : Order, optional
         Which samples make the batches; None: that of the loader, else all samples, shuffled by seed and epoch.
+    tasks : sequence of Task
+        Tasks that come one after the other, the first of which ``train`` and ``test`` have; epochs are those of each.
     redraw : Redraw, optional
         How others are drawn in the place of training samples, for ``--resample``.
 
@@ -103,6 +106,7 @@ class Problem:
     collate_fn: Callable[[list[Any]], Any] | None = None
     order: Order | None = None
     redraw: Redraw | None = None
+    tasks: Sequence[Task] = ()
 
     def __post_init__(self) -> None:
         require(isinstance(self.name, str) and self.name != "", "name", self.name, "give a non-empty string")

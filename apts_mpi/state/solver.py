@@ -29,7 +29,7 @@ from apts_mpi.tools.schema import Check, anything, line, mapping, nothing_or, re
 SOLVER = "solver"
 
 # Parts that earlier versions did not have.
-LATER = ("last_step", "plateau", "micro_batches")
+LATER = ("last_step", "plateau", "micro_batches", "metric")
 
 # Makes arrays of named tensors of the network, and of vectors of the parameters, of which ranks may hold parts.
 MakeArrays = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], list[Array]]

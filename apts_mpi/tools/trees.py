@@ -21,6 +21,9 @@ from apts_mpi.errors import InvalidInput
 # A tensor, or one of the containers above with trees in it.
 Tree = Any
 
+# Inputs and targets of some samples, on one device.
+Data = tuple[Tree, Tree]
+
 
 class Unread(ABC):
     """Samples, of one tensor or of a tree of them, that are read when some of them are taken."""

@@ -16,8 +16,7 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.objective.batch import Rows, Samples
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
-from apts_mpi.tools.trees import count_samples, device_of, map_tensors
-from apts_mpi.train.metrics import Data
+from apts_mpi.tools.trees import Data, count_samples, device_of, map_tensors
 from apts_mpi.train.options import TrainingOptions
 
 READ_WHOLE = (

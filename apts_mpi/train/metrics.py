@@ -15,11 +15,8 @@ from apts_mpi.network.partition import split
 from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
-from apts_mpi.tools.trees import Tree, count_samples, joined, take
+from apts_mpi.tools.trees import Data, Tree, count_samples, joined, take
 from apts_mpi.train.average import Average
-
-# Inputs and targets of some samples, on one device.
-Data = tuple[Tree, Tree]
 
 # Takes outputs and the targets that belong to them.
 Consume = Callable[[Any, Tree], None]

@@ -65,6 +65,7 @@ class TrainingOptions:
     ----------
     problem
         Name of a problem of the package, MODULE:FUNCTION for one of your own, or hdf5:FILE for samples in a file.
+        Several with commas are tasks that come one after the other.
     problem_args
         Arguments of the problem's function, as NAME=VALUE; ``--problem.args.NAME VALUE`` gives one. Those of the
         package's problems are listed below.
@@ -104,6 +105,8 @@ class TrainingOptions:
         none.
     batch_size
         Samples a batch, over all ranks. null: the problem's own number.
+    replay
+        Of a sequence of tasks: stored samples of each earlier task, of which as many join a batch as it has of its own.
     resample
         Draw the points of a physics-informed problem, or other samples that a problem can draw, anew after that many
         iterations, and so on. null: never.
@@ -208,6 +211,7 @@ class TrainingOptions:
     relative_gradient_tolerance: float | None = None
     average: float | None = None
     batch_size: int | None = None
+    replay: int = 0
     resample: int | None = None
     resample_by: Literal["uniform", "residual"] = "uniform"
     micro_batch_size: int | Literal["auto"] = "auto"
@@ -301,7 +305,7 @@ class TrainingOptions:
         remedy = "give a number of iterations above 0, a time such as 10min or 01:30:00, or null"
         require(valid, "checkpoint_every", every, remedy)
         require(self.checkpoint_keep_last >= 1, "checkpoint_keep_last", self.checkpoint_keep_last, "give 1 or more")
-        for name in ("checkpoint_keep_every", "drift_check_every"):
+        for name in ("checkpoint_keep_every", "drift_check_every", "replay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         time = self.walltime
         require(time is None or bool(as_seconds(time)), "walltime", time, "give HH:MM:SS, such as 01:30:00")

@@ -103,6 +103,7 @@ _METADATA = record(
     {
         **{"configuration": text, "versions": mapping()},
         **{"data": _POSITIONS, "average": record({"steps": whole()}), "stopping": CHECK_WATCHED},
+        "tasks": record({"accuracies": sequence(sequence(number(0.0, 1.0)))}),
         "resampling": record({"number": whole(1), "checksum": whole()}),
     },
 )

@@ -19,9 +19,8 @@ from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.sameness import check_same_trees
 from apts_mpi.problems import Problem, Redraw
 from apts_mpi.tools.tensors import checksum, first_not_finite
-from apts_mpi.tools.trees import Tree, Unread, count_samples, map_tensors, named_leaves, take, tensors_of
+from apts_mpi.tools.trees import Data, Tree, Unread, count_samples, map_tensors, named_leaves, take, tensors_of
 from apts_mpi.train.batches import Batches
-from apts_mpi.train.metrics import Data
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress
 

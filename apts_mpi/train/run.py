@@ -45,6 +45,7 @@ from apts_mpi.train.resume import (
 )
 from apts_mpi.train.same_run import Asked, same_run
 from apts_mpi.train.saved_history import history_of
+from apts_mpi.train.sequence import print_tasks
 from apts_mpi.train.stopping import CONVERGED, Reason
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
@@ -281,6 +282,7 @@ def report(
         if destinations.records is not None:
             failure = destinations.records.write_summary(summary)
             print_summary(console, summary)
+            print_tasks(console, summary)
         if warning := training.warning():
             say(console, f"warning: {warning}")
     if destinations.loggers is not None:

@@ -17,14 +17,14 @@ from apts_mpi.problems import Problem
 from apts_mpi.result import StepResult
 from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.tools.events import OTHER, Events
-from apts_mpi.tools.trees import numbers_of_sample
+from apts_mpi.tools.trees import Data, numbers_of_sample
 from apts_mpi.train.average import Average, TensorArrays, restore_average
 from apts_mpi.train.baselines import BaselineResult, DataParallel
 from apts_mpi.train.batches import Batches, to_device
 from apts_mpi.train.consistency import fingerprint
 from apts_mpi.train.ending import Ending
 from apts_mpi.train.identity import check_identity, identity
-from apts_mpi.train.metrics import Data, Metrics, Outputs
+from apts_mpi.train.metrics import Metrics, Outputs
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.progress import Progress, check_metadata, check_progress, share_of_steps
 from apts_mpi.train.rejection import Rejections
@@ -85,6 +85,8 @@ class Training:
         The solver.
     progress : Progress
         How far training has come.
+    cycle : int
+        Epochs after which radii and step sizes that go down begin anew.
     average : Average or None
         Of the iterates, where that is asked for.
     stopping : Stopping
@@ -97,7 +99,7 @@ class Training:
         self.problem = problem
         self.options = options
         self.test = None if problem.test is None else to_device(problem.test, device)
-        self.epochs = options.epochs or problem.epochs
+        self.epochs = self.cycle = options.epochs or problem.epochs
         self.solver = method.solver
         self.comm: Communicator = self.solver.comm
         self._data = Batches(problem, options, device, self.comm)
@@ -216,8 +218,7 @@ class Training:
         with self.solver.events.timed("data"):
             anew = self._resampling.renew(self._data, self.progress)
             batch, rows = self._data.batch(self.progress.epoch, self.progress.batch)
-        steps = share_of_steps(self.progress, self.epochs, self.batches)
-        share = max(steps, self._ending.time_share)
+        share = max(share_of_steps(self.progress, self.cycle, self.batches) % 1.0, self._ending.time_share)
         if isinstance(self.solver, DataParallel):
             return self.solver.step(batch, rows, share)
         known = self.progress.tries > 0 or (self._data.are_one and self.progress.iteration > 0 and not anew)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.parts import Parts
+from apts_mpi.tools.trees import Tree
 from apts_mpi.trust_region.norms import NormKind, clip_to_ball, dots, euclidean_radius, norm, steepest_descent
+
+
+class Metric(Protocol):
+    """A second bound of all steps, which `apts_mpi.trust_region.metric.FisherMetric` is."""
+
+    def remember(self, inputs: Tree, targets: Tree) -> None:
+        """Take in a task that ends at the present parameters, by its samples. Collective."""
+
+    def within(
+        self, point: torch.Tensor, gradient: torch.Tensor, step: torch.Tensor, predicted: float | None
+    ) -> tuple[torch.Tensor, float | None]:
+        """A step from ``point`` within the bound, no longer than ``step``, and its predicted reduction. Collective."""
 
 
 class InnerProducts:
@@ -33,11 +47,14 @@ class InnerProducts:
         As given.
     spread : bool
         Whether ranks hold parts.
+    metric : Metric or None
+        A second bound of all steps.
     """
 
     def __init__(self, kind: NormKind, comm: Communicator | None = None, rows: Sequence[int] = (0,)) -> None:
         self.kind = kind
         self.spread = comm is not None
+        self.metric: Metric | None = None
         self._comm = comm
         self._rows = list(rows)
 

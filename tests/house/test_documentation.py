@@ -38,6 +38,7 @@ COMMANDS = {
     "bash jobs/local_test.sh": "tests/trust_region",
     "python -m apts_mpi.bench iteration": "--repetitions 1 --rounds 1 --problems mlp-256",
     "python -m apts_mpi.compare poisson-1d": "--equal-seconds 0.1 --seeds 1 --methods spring,broyden",
+    "python -m apts_mpi.compare continual": "--epochs 1 --train-samples 120",
     "python -m apts_mpi.compare": "--epochs 2 --seeds 1",
     "python -m apts_mpi.bench events": "--repetitions 1",
     "python -m apts_mpi.bench memory": "--width 16",

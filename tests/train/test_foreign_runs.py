@@ -327,7 +327,7 @@ def test_which_options_are_the_calls():
     assert {name for name in of_the_run if "." not in name} == {
         "problem", "problem_args", "network", "network_args", "loss",
         "data_dir", "train_samples", "epochs", "max_iterations", "max_seconds", "max_cpu_seconds",
-        "batch_size", "micro_batch_size", "resample", "resample_by",
+        "batch_size", "micro_batch_size", "replay", "resample", "resample_by",
         "seed", "dtype", "autocast", "optimizer", "learning_rate", "layout", "subdomains", "replicas",
         "method", "noise", "stop_on", "patience", "keep_best", "target_loss", "gradient_tolerance",
         "relative_gradient_tolerance", "average",
