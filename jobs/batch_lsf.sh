@@ -11,13 +11,14 @@ submit() {
     if [ -n "$partition" ]; then options+=(-q "$partition"); fi
     if [ "$count" -gt 1 ]; then name+="[1-$count]"; fi
     if [ "$gpus_on_node" -gt 0 ]; then options+=(-gpu "num=$gpus_on_node:mode=shared:j_exclusive=yes"); fi
+    if [ -n "$memory_on_node" ]; then options+=(-R "rusage[mem=${memory_on_node}GB/host]"); fi
     # LSF itself begins a job again that ends with the status in -Q; -r is for nodes that fail.
     if [ "$REQUEUE" = yes ]; then options+=(-r -Q "$STOPPED"); else options+=(-rn); fi
     if [ "${#after[@]}" -gt 0 ]; then
         options+=(-w "$(printf 'ended(%s) && ' "${after[@]}" | sed 's/ && $//')")
     fi
     # LSF counts in minutes, and sends the signal to every process of the job.
-    bsub -J "$name" -W "$(in_minutes "$(walltime_in_seconds)")" -wa USR1 -wt "$(in_minutes "$warning")" \
+    submit_script bsub -J "$name" -W "$(in_minutes "$(walltime_in_seconds)")" -wa USR1 -wt "$(in_minutes "$warning")" \
         -n "$RANKS" -R "span[ptile=$ranks_on_node] affinity[core($cores_per_rank)]" -o "$directory/job-%J-%I.txt" \
         "${options[@]}" "${submit_options[@]}" < <(job_script "$@") | sed 's/[^<]*<\([0-9]*\)>.*/\1/'
 }

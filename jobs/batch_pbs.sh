@@ -13,7 +13,8 @@ submit() {
     if [ "${#after[@]}" -gt 0 ]; then options+=(-W "depend=afterany:$(IFS=: && echo "${after[*]}")"); fi
     chunk=$nodes:ncpus=$((ranks_on_node * cores_per_rank)):mpiprocs=$ranks_on_node:ompthreads=$cores_per_rank
     if [ "$gpus_on_node" -gt 0 ]; then chunk+=:ngpus=$gpus_on_node; fi
-    qsub -N "$(basename "$directory" | cut -c 1-15)" -l walltime="$WALLTIME" -l select="$chunk" -l place=scatter \
+    if [ -n "$memory_on_node" ]; then chunk+=:mem=${memory_on_node}gb; fi
+    submit_script qsub -N "$(basename "$directory" | cut -c 1-15)" -l walltime="$WALLTIME" -l select="$chunk" -l place=scatter \
         -j oe -o "$directory/" "${options[@]}" "${submit_options[@]}" < <(job_script "$@")
 }
 

@@ -11,10 +11,11 @@ submit() {
     if [ -n "$partition" ]; then options+=(--partition="$partition"); fi
     if [ "$count" -gt 1 ]; then options+=(--array="1-$count"); fi
     if [ "$gpus_on_node" -gt 0 ]; then options+=(--gres="gpu:$gpus_on_node"); fi
+    if [ -n "$memory_on_node" ]; then options+=(--mem="${memory_on_node}G"); fi
     if [ "$REQUEUE" = yes ]; then options+=(--requeue); else options+=(--no-requeue); fi
     if [ "${#after[@]}" -gt 0 ]; then options+=(--dependency="afterany:$(IFS=: && echo "${after[*]}")"); fi
     # B: the batch shell gets the signal and hands it on; without, srun's ranks would get it and mpirun's would not.
-    sbatch --parsable --job-name="$(basename "$directory")" --time="$WALLTIME" --signal="B:USR1@$warning" \
+    submit_script sbatch --parsable --job-name="$(basename "$directory")" --time="$WALLTIME" --signal="B:USR1@$warning" \
         --nodes="$nodes" --ntasks="$RANKS" --ntasks-per-node="$ranks_on_node" --cpus-per-task="$cores_per_rank" \
         --output="$directory/job-%j.txt" --open-mode=append "${options[@]}" "${submit_options[@]}" \
         < <(job_script "$@") | cut -d ';' -f 1 # a cluster's name may follow

@@ -24,6 +24,8 @@ lay_out
 set_clock_options
 load_environment
 choose_launcher
+name_launcher
+bind_to_gpus
 read_task "$tasks" "$(task_number)"
 export OMP_NUM_THREADS=$cores_per_rank
 

@@ -1,4 +1,5 @@
 # The settings of a site, for all batch jobs: change them here, or copy this file and name the copy in SITE.
+# Samples for two real sites are in sites/.
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2154 # batch.sh and the file of the scheduler use these, and set RANKS and others
 
@@ -10,6 +11,10 @@ submit_options=() # more for sbatch, qsub or bsub, such as (--qos=normal --const
 gpus_per_node=4 # 0 for nodes without
 ranks_per_node=$gpus_per_node # one rank a GPU; without GPUs write a number here: a rank for some cores
 cores_per_node=64
+gigabytes_per_rank= # of memory, asked for; empty: the scheduler's default, which may be little
+# The NUMA domain next to each GPU, in the order of the GPUs (`nvidia-smi topo -m` shows it), such as (3 1 0 2): each rank
+# then has the cores and the memory of that of its GPU (numactl), whatever cores the launcher gave it. Empty: left alone.
+numa_of_gpu=()
 
 # Seconds before the end of the wall time at which a run is told to stop: for an iteration, a checkpoint and a requeue.
 warning=120

@@ -1,4 +1,4 @@
-"""``python -m apts_mpi.checkpoint info|verify|diff|to-torch|from-torch``: look at checkpoints and convert them."""
+"""``python -m apts_mpi.checkpoint info|verify|diff|to-…|from-…``: look at checkpoints and convert them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("diff", diff, 2, "FILE", "Compare the arrays of two checkpoints; exit status 1 if they differ."),
         ("to-torch", to_torch, 2, ("FILE", "OUT.pt"), "Save parameters and buffers as a state_dict for torch.load."),
         ("from-torch", from_torch, 2, ("IN.pt", "FILE"), "Save all tensors of a state_dict as parameters."),
+        (
+            "to-safetensors",
+            to_safetensors,
+            2,
+            ("FILE", "OUT.safetensors"),
+            "Save parameters and buffers, as HuggingFace.",
+        ),
+        ("from-safetensors", from_safetensors, 2, ("IN.safetensors", "FILE"), "Save all tensors of it as parameters."),
     )
     for name, command, number, metavar, description in commands:
         subparser = subparsers.add_parser(name, help=description, description=description)
         subparser.add_argument("files", nargs=number, metavar=metavar, type=Path)
         subparser.set_defaults(command=command)
-        if command is to_torch:
+        if command in (to_torch, to_safetensors):
             subparser.add_argument("--average", action="store_true", help="Those of the average of the iterates.")
     return parser.parse_args(arguments)
 
@@ -128,6 +136,20 @@ def compare(first: Checkpoint, second: Checkpoint, name: str) -> str:
 
 def to_torch(console: Console, files: Sequence[Path], average: bool = False) -> int:
     """Write the tensors of a network, or of its average, for ``torch.load(OUT, weights_only=True)``."""
+    return convert(console, files, average, torch.save)
+
+
+def to_safetensors(console: Console, files: Sequence[Path], average: bool = False) -> int:
+    """Write them as a file of safetensors, under the names that they have in the network."""
+    write = safetensors().save_file
+    # transformers refuses files that do not say so.
+    return convert(console, files, average, lambda state, path: write(state, path, metadata={"format": "pt"}))
+
+
+def convert(
+    console: Console, files: Sequence[Path], average: bool, write: Callable[[dict[str, torch.Tensor], Path], object]
+) -> int:
+    """Write the tensors of the network in a checkpoint by a function of them and a path."""
     source, target = resolve(files[0]), files[1]
     with Checkpoint(source) as checkpoint:
         checkpoint.verify()
@@ -144,9 +166,18 @@ def to_torch(console: Console, files: Sequence[Path], average: bool = False) -> 
     if not state:
         raise InvalidInput(f"{source} has neither parameters nor buffers; give the checkpoint of a network")
     with replaced(target) as temporary:
-        torch.save(state, temporary)
+        write(state, temporary)
     say(console, f"{target}: {len(state)} tensors")
     return 0
+
+
+def safetensors() -> Any:
+    """The package's functions for torch, or `InvalidInput` where it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise InvalidInput("safetensors is not installed; pip install safetensors, or use torch's files") from error
+    return safetensors.torch
 
 
 def as_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -160,13 +191,28 @@ def as_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def from_torch(console: Console, files: Sequence[Path]) -> int:
     """Write a checkpoint with the tensors of a ``state_dict`` as parameters."""
-    source, target = files
+    source = files[0]
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InvalidInput(f"{source} cannot be read as a state_dict ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InvalidInput(f"{source} holds more than tensors by name; save network.state_dict() alone")
+    return save_state(console, state, *files)
+
+
+def from_safetensors(console: Console, files: Sequence[Path]) -> int:
+    """Write a checkpoint with the tensors of a file of safetensors as parameters."""
+    read = safetensors().load_file
+    try:
+        state = read(files[0])
+    except Exception as error:
+        raise InvalidInput(f"{files[0]} cannot be read as safetensors ({first_line(error)})") from error
+    return save_state(console, state, *files)
+
+
+def save_state(console: Console, state: dict[str, torch.Tensor], source: Path, target: Path) -> int:
+    """Write tensors by name as parameters of a checkpoint."""
     arrays = []
     for name, tensor in state.items():
         try:

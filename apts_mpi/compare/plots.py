@@ -37,8 +37,8 @@ AXES = {
 # would squeeze.
 SQUEEZED = 4.0
 
-# Entries in a row of the legend.
-MOST = 4
+# Inches that an entry of the legend takes.
+ENTRY = 2.8
 
 # Losses above the highest initial one times this are drawn at the upper edge, as diverged.
 DIVERGED = 3.0
@@ -133,8 +133,7 @@ def plot_robustness(comparison: Comparison, path: Path) -> None:
 def _finish(figure: Figure, panels: Iterable[Axes], title: str, path: Path) -> None:
     lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
     # Below the panels, where it hides no curve.
-    figure.legend(
-        handles=lines, loc="outside lower center", ncols=min(len(lines), MOST) or 1, frameon=False, handlelength=3.0
-    )
+    columns = max(1, min(len(lines), int(figure.get_figwidth() / ENTRY)))
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.0)
     figure.suptitle(title)
     save(figure, files_of(path), "out", dpi=150)

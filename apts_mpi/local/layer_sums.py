@@ -16,15 +16,17 @@ class LayerSums:
     ----------
     solvers
         The local solvers by the numbers of their subdomains.
+    carried
+        One of them that solves on this rank: the others count no iterations.
     """
 
-    def __init__(self, solvers: Mapping[int, LocalSolver]) -> None:
-        self._solvers = solvers
+    def __init__(self, solvers: Mapping[int, LocalSolver], carried: LocalSolver) -> None:
+        self._solvers, self._carried = solvers, carried
 
     @property
     def is_due(self) -> bool:
-        """See `apts_mpi.objective.passes.Summaries`; the same for all solvers."""
-        return next(iter(self._solvers.values())).is_due
+        """See `apts_mpi.objective.passes.Summaries`; the same for all solvers that solve."""
+        return self._carried.is_due
 
     def sums(self, records: Sequence[LayerRecord], whole: Pass, first: int, last: int) -> Sums:
         """See `apts_mpi.objective.passes.Summaries`."""

@@ -106,8 +106,9 @@ class AdditiveSchwarz:
         self._measuring = {part.index: self._make_solver(options, part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
         if self._kind.takes_sums:
-            objective.summaries = LayerSums(self._measuring)
-        objective.observes = lambda: any(solver.observes for solver in self._measuring.values())
+            objective.summaries = LayerSums(self._measuring, next(iter(self.solvers.values())))
+        # Those that only measure never count an iteration.
+        objective.observes = lambda: any(solver.observes for solver in self.solvers.values())
         self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []

@@ -29,7 +29,20 @@ LAUNCHER_VARIABLES = (
 LOCAL_VARIABLES = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 # Beginnings of the variables by which launchers and batch systems tell a process its place in a job.
-JOB_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "HYDI_", "HYDRA_", "MPI_LOCAL", "SLURM_")
+JOB_VARIABLES = (
+    "PMI_",
+    "PMIX_",
+    "OMPI_COMM_WORLD_",
+    "OMPI_UNIVERSE_",
+    "HYDI_",
+    "HYDRA_",
+    "MPI_LOCAL",
+    "SLURM_",
+    "APTS_MPI_",
+)
+
+# What a batch job of ``jobs/`` tells its ranks.
+JOB_RANKS, JOB_LAUNCHER = "APTS_MPI_RANKS", "APTS_MPI_LAUNCHER"
 
 _STARTED = time.perf_counter()
 
@@ -97,6 +110,12 @@ def launcher() -> tuple[int, int] | None:
         if os.environ.get(size, "").isdigit() and os.environ.get(rank, "").isdigit():
             return int(os.environ[size]), int(os.environ[rank])
     return None
+
+
+def job() -> tuple[int, str] | None:
+    """Number of ranks of a batch job of ``jobs/``, and the launcher that it calls; None outside of one."""
+    ranks, words = os.environ.get(JOB_RANKS, ""), os.environ.get(JOB_LAUNCHER, "")
+    return (int(ranks), words) if ranks.isdigit() else None
 
 
 def is_first_on_host() -> bool:

@@ -154,3 +154,42 @@ def test_as_a_process(tmp_path):
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{path}: ok\n", "")
     run = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and "COMMAND" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_to_safetensors_and_back(command, tmp_path):
+    """What the package itself reads, and what it has written, under the same names."""
+    library = pytest.importorskip("safetensors.torch")
+    save(tmp_path, 1)
+    file = tmp_path / "model.safetensors"
+    assert command("to-safetensors", tmp_path, file) == (0, f"{file}: 4 tensors\n", "")
+    torch.testing.assert_close(library.load_file(file), STATE, rtol=0, atol=0, equal_nan=True)
+    library.save_file(STATE, file)
+    assert command("from-safetensors", file, tmp_path / "new.h5") == (0, f"{tmp_path}/new.h5: 4 arrays\n", "")
+    with Checkpoint(tmp_path / "new.h5") as checkpoint:
+        assert {name: checkpoint.read(f"parameters/{name}").tobytes() for name in STATE} == {
+            name: tensor.numpy().tobytes() for name, tensor in STATE.items()
+        }
+
+
+def test_a_network_of_huggingface_reads_its_own_names(command, tmp_path):
+    """Its parameters go through a checkpoint into the directory from which `from_pretrained` takes them."""
+    pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    network = transformers.GPT2Model(config)
+    network.save_pretrained(tmp_path / "model")
+    kept = tmp_path / "model" / "model.safetensors"
+    assert command("from-safetensors", kept, tmp_path / "model.h5")[0] == 0
+    kept.unlink()
+    assert command("to-safetensors", tmp_path / "model.h5", kept)[0] == 0
+    again = transformers.GPT2Model.from_pretrained(tmp_path / "model").state_dict()
+    torch.testing.assert_close(dict(again), dict(network.state_dict()), rtol=0, atol=0)
+
+
+def test_safetensors_that_cannot_be_used(command, tmp_path, monkeypatch):
+    (tmp_path / "bad.safetensors").write_bytes(b"no safetensors")
+    bad = ("from-safetensors", tmp_path / "bad.safetensors", tmp_path / "new.h5")
+    assert_error(command(*bad), "cannot be read as safetensors (")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert_error(command(*bad), "safetensors is not installed; pip install safetensors")
+    assert not (tmp_path / "new.h5").exists()

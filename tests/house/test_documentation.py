@@ -60,6 +60,9 @@ COMMANDS = {
 
 # Commands that are not run here, and what does. Their syntax is checked, and that the scripts are there.
 NOT_RUN = {
+    "pip install torch --index-url": "jobs/local_environment.sh, from the same index",
+    "pip install --no-binary mpi4py": "jobs/local_environment.sh, where an MPI is active",
+    "python docs/look_at_pages.py": ".ci/run",
     "bash jobs/setup_parallel_hdf5.sh": ".ci/run",
     "source .venv-parallel-hdf5/bin/activate": ".ci/run",
     "bash .ci/run": "whoever changes something",
@@ -85,6 +88,7 @@ SHOWN = {"text", "yaml", "{toctree}", "{eval-rst}", "{math}", "{literalinclude}"
 SITE = """
 scheduler=slurm account= partition= submit_options=()
 gpus_per_node=4 ranks_per_node=4 cores_per_node=32 warning=60
+choose_launcher() { launcher=(mpirun -n "$RANKS"); }
 """
 
 

@@ -23,7 +23,8 @@ SITE = """
 scheduler={scheduler} account=physics partition=gpu submit_options=(--extra)
 gpus_per_node=4 ranks_per_node=4 cores_per_node=32 warning=60
 load_environment() {{ python={python}; }}
-choose_launcher() {{ launcher=(env OMP_NUM_THREADS=1); }}
+choose_launcher() {{ launcher=(env -u APTS_MPI_RANKS OMP_NUM_THREADS=1); }}  # one rank, which is not to mind
+
 """
 
 # Keeps its arguments and the script from its input, by number.
@@ -192,3 +193,101 @@ def test_lsf_scaling_waits_for_all(lsf):
     assert arguments[arguments.index("-w") + 1] == "ended(1) && ended(2)"
     tasks = [(lsf.path / "runs" / "study" / f"ranks_{ranks}" / "tasks").read_text() for ranks in (1, 4)]
     assert [task.split()[0] for task in tasks] == ["--batch-size=50", "--batch-size=200"]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    return Scheduler(tmp_path, "slurm", "sbatch", "$number")
+
+
+@pytest.mark.parametrize("scheduler", ["pbs", "lsf", "slurm"])
+def test_dry_run_prints_what_would_be_submitted_and_leaves_nothing(scheduler, request):
+    scheduler = request.getfixturevalue(scheduler)
+    done = scheduler.call("bash", JOBS / "submit_train.sh", *SHORT, NAME="first", RANKS="8", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    assert list(scheduler.kept.iterdir()) == [] and not (scheduler.path / "runs" / "first").exists()
+    command, words = done.stdout.splitlines()[1:3]
+    assert (
+        words == "#!/usr/bin/env bash" and " OMP_NUM_THREADS=1 python -m apts_mpi.train --problem=digits" in done.stdout
+    )
+    scheduler.submit("submit_train.sh", *SHORT, NAME="first", RANKS="8")
+    submitted = [argument.replace("\\", "") for argument in command.removesuffix("<<'END'").split()][2:]
+    assert submitted == [word for argument in scheduler.arguments(1) for word in argument.split()]
+    assert (scheduler.kept / "script_1").read_text() in done.stdout
+
+
+def test_dry_run_of_a_study_shows_every_job(slurm):
+    done = slurm.call("bash", JOBS / "submit_scaling.sh", "strong", *SHORT, NAME="s", SIZES="1 4", DRY_RUN="1")
+    assert done.returncode == 0 and done.stdout.count("#!/usr/bin/env bash") == 3
+    assert "--dependency=afterany:JOB:JOB" in done.stdout and list(slurm.kept.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "asked"),
+    [
+        ("pbs", "select=2:ncpus=32:mpiprocs=4:ompthreads=8:ngpus=4:mem=48gb"),
+        ("lsf", "rusage[mem=48GB/host]"),
+        ("slurm", "--mem=48G"),
+    ],
+)
+def test_memory_is_asked_for(scheduler, asked, request):
+    scheduler = request.getfixturevalue(scheduler)
+    site = scheduler.path / "site.sh"
+    site.write_text(site.read_text() + "gigabytes_per_rank=12\n")
+    scheduler.submit("submit_train.sh", NAME="first", RANKS="8")
+    assert asked in scheduler.arguments(1)
+    site.write_text(site.read_text() + "gigabytes_per_rank=12G\n")
+    done = scheduler.call("bash", JOBS / "submit_train.sh")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: gigabytes_per_rank: '12G' is not a number of gigabytes"
+    )
+
+
+def test_ranks_are_bound_to_the_memory_next_to_their_gpu(slurm):
+    """The job puts numactl between launcher and program: here one that says what it was called with."""
+    site = slurm.path / "site.sh"
+    site.write_text(site.read_text() + "numa_of_gpu=(3 1)\n")
+    (slurm.path / "bin" / "numactl").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (slurm.path / "bin" / "numactl").chmod(0o755)
+    slurm.submit("submit_train.sh", *SHORT, NAME="first", RANKS="1")
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "one"}
+    done = slurm.start(1, SLURM_LOCALID="1", **job)
+    assert done.returncode == 0 and f"--cpunodebind=1 --membind=1 {sys.executable} -m apts_mpi.train" in done.stdout
+    done = slurm.start(1, SLURM_LOCALID="2", **job)
+    assert done.returncode == 1 and "numa_of_gpu: no NUMA domain is given for GPU 2" in done.stderr
+    (slurm.path / "bin" / "numactl").unlink()
+    done = slurm.start(1, SLURM_LOCALID="0", **job, PATH="/usr/bin:/bin")
+    assert done.returncode == 1 and "numactl is not installed here" in done.stderr
+
+
+def test_ranks_that_start_alone_are_named_with_the_launcher(slurm):
+    """Two ranks by a launcher that starts one process, which is MPI's only one."""
+    site = slurm.path / "site.sh"
+    site.write_text(site.read_text().replace("-u APTS_MPI_RANKS ", ""))
+    slurm.submit("submit_train.sh", *SHORT, NAME="alone", RANKS="2")
+    done = slurm.start(1, SLURM_JOB_ID="1", SLURM_JOB_NODELIST="one")
+    words = "the job has 2 ranks, but MPI has 1: 'env OMP_NUM_THREADS=1' does not start the ranks"
+    assert done.returncode == 2 and done.stderr.startswith(f"apts_mpi.train: error: {words}"), done.stderr
+    assert done.stderr.count("\n") == 1 and "choose_launcher of the site's file" in done.stderr
+
+
+def test_the_doctor_is_started_as_the_ranks_of_a_run_are(slurm):
+    site = slurm.path / "site.sh"
+    site.write_text(
+        site.read_text() + "choose_launcher() { launcher=(bash -c 'echo \"$APTS_MPI_RANKS $@\"' starts); }\n"
+    )
+    slurm.submit("submit_doctor.sh", NAME="doctor", RANKS="2")
+    done = slurm.start(1, SLURM_JOB_ID="1", SLURM_JOB_NODELIST="one")
+    directory = slurm.path / "runs" / "doctor"
+    assert f"2 {sys.executable} -m apts_mpi.doctor --run-dir {directory}\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("site", sorted((JOBS / "sites").glob("*.sh")), ids=lambda path: path.stem)
+def test_sample_sites(site, tmp_path):
+    """Each describes whole nodes, and its job would be submitted to the scheduler that it names."""
+    environment = outside_job() | {"SITE": str(site), "DRY_RUN": "1", "NAME": "first", "RANKS": "8"}
+    done = subprocess.run(
+        ["bash", JOBS / "submit_train.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PROJECT" in done.stdout and "bind_to_gpu.sh python -m apts_mpi.train" in done.stdout
