@@ -79,7 +79,7 @@ class Reporter:
 
     def _print_epoch(self, values: dict[str, Any]) -> None:
         """Print the line of an epoch, above the first one the headings."""
-        shown = {name: self._last[name] for name in ("rho", "next_radius") if name in self._last}
+        shown: dict[str, Any] = {name: self._last[name] for name in ("rho", "next_radius") if name in self._last}
         if shown:
             shown["rejected"] = self._rejected
         shown |= {"left": self._seconds_left()} | values
