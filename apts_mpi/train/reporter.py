@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apts_mpi.records.directory import RunDirectory
+from apts_mpi.tools.environment import seconds
+from apts_mpi.train.columns import Columns
 from apts_mpi.train.loggers import Loggers
 
 
 class Reporter:
-    """Shows and keeps the progress of a run, on rank 0: a bar on a terminal, plain lines elsewhere.
+    """Shows and keeps the progress of a run, on rank 0: a line an epoch, and on a terminal a bar.
 
     Parameters
     ----------
@@ -43,6 +45,12 @@ class Reporter:
         self._monitor = monitor
         self._progress = Progress(console=console, disable=directory is None or not console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=done)
+        self._total, self._done, self._steps = total, done, 0
+        self._started = seconds()
+        self._columns: Columns | None = None
+        # Of the last iteration, and of those of the epoch.
+        self._last: dict[str, Any] = {}
+        self._rejected = 0
 
     def __enter__(self) -> Reporter:
         self._progress.start()
@@ -60,11 +68,31 @@ class Reporter:
             self._loggers.record(values)
         if "train_loss" in values:
             self._directory.flush()
-            self._print(values)
+            self._print_epoch(values)
         else:
             if self._monitor:
                 self._print(values)
+            self._last = values
+            self._steps += bool(values["accepted"])
+            self._rejected += not (values["accepted"] or values.get("skipped", False))
             self._progress.update(self._task, advance=float(values["accepted"]))
+
+    def _print_epoch(self, values: dict[str, Any]) -> None:
+        """Print the line of an epoch, above the first one the headings."""
+        shown: dict[str, Any] = {name: self._last[name] for name in ("rho", "next_radius") if name in self._last}
+        if shown:
+            shown["rejected"] = self._rejected
+        shown |= {"left": self._seconds_left()} | values
+        if self._columns is None:
+            self._columns = Columns(self._console.width, shown)
+            self._console.print(self._columns.heading(), highlight=False, soft_wrap=True)
+        self._console.print(self._columns.line(shown), highlight=False, soft_wrap=True)
+        self._rejected = 0
+
+    def _seconds_left(self) -> float | None:
+        """Seconds to the end, were all steps like those so far; None before the first one."""
+        ahead = max(0, self._total - self._done - self._steps)
+        return (seconds() - self._started) / self._steps * ahead if self._steps else None
 
     def _print(self, values: dict[str, Any]) -> None:
         parts = [

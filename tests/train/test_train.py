@@ -129,6 +129,13 @@ def test_output(world, directory, capfd):
     for number in range(1, 5):
         assert sum(line.startswith(f"iteration {number} ") for line in lines) == 1
     assert sum(line.startswith("epoch ") for line in lines) == 2
+    # Each number under its heading, within 80 columns.
+    (heading,) = [line for line in lines if line.strip().startswith("seconds") and "rejected" in line]
+    for line in (line for line in lines if line.startswith("epoch ")):
+        assert len(line) == len(heading) <= 80
+        assert [end.end() for end in re.finditer(r"\S+(?: loss)?", line[9:])] == [
+            end.end() for end in re.finditer(r"\S+(?: loss)?", heading[9:])
+        ]
     assert "networks:problem, apts" in printed and "train loss" in printed
     assert re.search(r"records: runs/networks.problem-apts-\d{8}-\d{6}", printed)
     (path,) = (directory / "runs").iterdir()
