@@ -53,8 +53,6 @@ class Shape:
         Their number, and the bytes of one.
     columns
         Columns of the coarse level that a subdomain gives; 0 without one.
-    most_columns
-        That all of them give together; None: as many as there are.
     coarse_share
         Share of the batch on which its curvature is measured; None: `ENOUGH_TARGETS` of its targets.
     targets
@@ -81,7 +79,6 @@ class Shape:
     micro_batches: int = 4
     activation_bytes: float = 0.0
     cores: int = 0
-    most_columns: int | None = None
     exchanges: Exchanges = field(default_factory=Exchanges)
 
     @property
@@ -109,8 +106,7 @@ class Shape:
     @property
     def all_columns(self) -> int:
         """m, the columns of the coarse level."""
-        columns = self.columns * self.subdomains
-        return columns if self.most_columns is None else min(columns, self.most_columns)
+        return self.columns * self.subdomains
 
 
 def _times(factor: float, amounts: Mapping[str, float]) -> Amounts:

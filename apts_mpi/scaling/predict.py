@@ -91,7 +91,6 @@ def point_of(run: MeasuredRun) -> Point:
         # To be judged a step sends its activations once; the few scalars beside them do not count.
         activation_bytes=judge["bytes"] / judge["calls"] / run.batch_size * replicas if staged else 0.0,
         cores=run.cores,
-        most_columns=coarse.get("largest"),
         exchanges=_exchanges(run),
     )
     # Events are of the whole run, whose first iteration is a slow one.

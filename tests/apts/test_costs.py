@@ -1,6 +1,7 @@
 """What an iteration costs: passes through the network, and messages."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,3 +221,18 @@ def test_tensor_that_the_loss_does_not_reach_has_a_zero_gradient(world):
         assert solver.step(classified()).accepted
         assert (solver.holding.objective.reduction.total[-7:] == 0.0).all()
     assert torch.equal(network[1].unused, torch.ones(7, dtype=torch.float64))
+
+
+@pytest.mark.mpi
+def test_layers_are_recorded_where_statistics_are_due_alone(world):
+    """On every rank, also where it measures for subdomains that other ranks solve."""
+    chosen = options(subdomains=4, solver="kfac", local_data="shared")
+    chosen = replace(chosen, noise="batches", local=replace(chosen.local, damping=1.0, refresh=8, decay=0.9))
+    solver = make_solver(world, chosen)
+    observed = []
+    for number in range(24):
+        batch = classified(24 * world.size, seed=number)
+        solver.step(batch)
+        observed.append(solver.holding.objective.observes())
+    # For the next iteration: statistics move fast at first, see `KFAC.is_due`.
+    assert [number for number, due in enumerate(observed, 1) if due] == [1, 2, 3, 4, 5, 8, 16, 24]

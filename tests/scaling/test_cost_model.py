@@ -183,14 +183,6 @@ def test_a_small_measured_batch_does_not_stay_small():
     assert shape.thinning == pytest.approx(512 / 800)
 
 
-def test_columns_may_be_bounded():
-    record = record_of("weak", shape_of("replicated", "weak", 8), VALUES)
-    bounded = record.options | {"coarse": record.options["coarse"] | {"largest": 10}}
-    shape = point_of_run(replace(record, configuration=yaml.safe_dump(bounded))).shape
-    assert (shape.all_columns, replace(shape, most_columns=None).all_columns) == (10, 16)
-    assert terms(shape, MACHINE)["reduced model"]["cube"] == 10**3
-
-
 def test_shares_and_targets_come_from_the_records():
     record = record_of("weak", shape_of("replicated", "weak", 1, batch_size=100), VALUES)
     summary = record.summary | {"targets_per_sample": 64}
