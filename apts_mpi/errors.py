@@ -1,9 +1,10 @@
 """The error that a user can mend: it names the option, the bad value and the remedy."""
 
+import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -106,7 +107,13 @@ def require(condition: bool, option: str, value: object, remedy: str) -> None:
 
 def require_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise `InvalidInput` unless ``value`` is one of ``choices``."""
-    require(value in choices, option, value, "choose one of " + ", ".join(choices))
+    require(value in choices, option, value, "choose one of " + ", ".join(choices) + nearest(value, choices))
+
+
+def nearest(value: object, choices: Iterable[str]) -> str:
+    """A question after the choice that may have been meant; nothing where none is like the value."""
+    found = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def require_fields(options: object, prefix: str = "") -> None:
@@ -129,5 +136,5 @@ def require_fields(options: object, prefix: str = "") -> None:
 
 def require_name(option: str, value: str, names: tuple[str, ...]) -> None:
     """Raise `InvalidInput` for what is neither one of ``names`` nor ``MODULE:NAME``."""
-    remedy = f"choose one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+    remedy = f"choose one of {', '.join(names)}, or MODULE:CLASS for one of your own{nearest(value, names)}"
     require(value in names or re.fullmatch(r"[\w.]+:\w+", value) is not None, option, value, remedy)

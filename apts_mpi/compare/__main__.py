@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from typing import get_type_hints
 
 import jsonargparse
 from rich.console import Console
@@ -22,8 +23,9 @@ from apts_mpi.tools.command import FILE_WIDTH, add_version, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.tools.streams import end_with_reader
-from apts_mpi.train.parser import short_message, spell
+from apts_mpi.train.parser import spell
 from apts_mpi.train.peers import check_installed
+from apts_mpi.train.refusals import refuse
 
 PROGRAM = "apts_mpi.compare"
 
@@ -52,7 +54,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     try:
         values = dict(vars(parser.parse_args(complete(spell(arguments)))))
     except (argparse.ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
+        raise refuse(error, ComparisonOptions, get_type_hints(ComparisonOptions)) from error
     return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from apts_mpi.data import Half
-from apts_mpi.errors import InvalidInput, require
+from apts_mpi.errors import InvalidInput, nearest, require
 from apts_mpi.problems import (
     allen_cahn,
     burgers,
@@ -180,6 +180,7 @@ def _find(
         return functools.partial(user.load, name, dtype=dtype, arguments=arguments)
     raise InvalidInput(
         f"--problem: {name!r} is not known; choose one of {', '.join(names())}, hdf5:FILE, or MODULE:FUNCTION"
+        + nearest(name, names())
     )
 
 

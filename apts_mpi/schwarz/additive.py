@@ -108,7 +108,7 @@ class AdditiveSchwarz:
         if self._kind.takes_sums:
             objective.summaries = LayerSums(self._measuring, next(iter(self.solvers.values())))
         # Those that only measure never count an iteration.
-        objective.observes = lambda: any(solver.observes for solver in self.solvers.values())
+        objective.observes = lambda: any(self._measuring[part.index].observes for part in decomposition.carried)
         self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []

@@ -7,17 +7,17 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jsonargparse
 import yaml
 
 from apts_mpi import problems
-from apts_mpi.errors import InvalidInput, require, require_choice, shortened, shown
 from apts_mpi.options.methods import METHODS, options_of
 from apts_mpi.tools.command import add_version
-from apts_mpi.train.configuration import expand
+from apts_mpi.train.configuration import NAMES, expand
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
+from apts_mpi.train.refusals import refuse
 
 # Options that go without the name of their group, or by that alone: --global-step first-order.
 SHORT_FORMS = {
@@ -39,9 +39,6 @@ SWITCHES = (
 # Arguments of functions of the user's: their names are as they stand in the function.
 OF_FUNCTIONS = r"--(problem|network)\.args\.([A-Za-z_]\w*)"
 LISTS = ("problem_args", "network_args")
-
-# Characters of what the parser says.
-LONGEST_MESSAGE = 600
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -170,34 +167,8 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
         given = [*expand(files), *of_method(others), *others]
         parsed = parser.parse_args(gather([*earlier, *given]))
     except (argparse.ArgumentError, TypeError) as error:
-        _refuse_value(str(error))
-        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
+        raise refuse(error, TrainingOptions, NAMES) from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
     parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False
     return TrainingOptions(**values), parser.dump(parsed)
-
-
-def short_message(error: Exception) -> str:
-    """What the parser says on one line, with the beginnings of long values."""
-    words = (shortened(word) if word.isprintable() else shown(word) for word in str(error).split())
-    return shortened(" ".join(words), LONGEST_MESSAGE)
-
-
-def _refuse_value(message: str) -> None:
-    """Raise `InvalidInput` with the choices, for the parser's message on a value of an option that has some."""
-    found = re.match(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-    if found is None:
-        return
-    option, value = found.groups()
-    kind: Any = TrainingOptions
-    for name in option.split("."):
-        kind = get_type_hints(kind).get(name, object)
-    if get_origin(kind) is Literal:
-        require_choice(option, value, get_args(kind))
-    if option == "micro_batch_size":
-        require(False, option, value, "give a whole number of 1 or more, or auto")
-    if get_origin(kind) is tuple:
-        names = get_args(get_args(kind)[0])
-        remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
-        require(False, option, value, remedy)

@@ -49,10 +49,6 @@ class Watched:
         self.solver = solver
         self.radii = []
 
-    @property
-    def observes(self):
-        return self.solver.observes
-
     def solve(self, local, radius, kind):
         start = local.block.clone()
         self.solver.solve(local, radius, kind)

@@ -50,10 +50,6 @@ class Looking:
     def __init__(self, own, look):
         self.own, self.look, self.seen = own, look, 0
 
-    @property
-    def observes(self):
-        return self.own.observes
-
     def solve(self, local, radius, kind):
         self.look(local)
         self.own.solve(local, radius, kind)

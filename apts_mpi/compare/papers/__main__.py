@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import jsonargparse
 
@@ -15,7 +16,8 @@ from apts_mpi.compare.runs import PlannedRun, execute, missing
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
-from apts_mpi.train.parser import short_message, spell
+from apts_mpi.train.parser import spell
+from apts_mpi.train.refusals import refuse
 
 PROGRAM = "apts_mpi.compare papers"
 
@@ -49,7 +51,7 @@ def parse(arguments: Sequence[str]) -> PapersOptions:
     try:
         values = dict(vars(parser.parse_args(spell(arguments))))
     except (argparse.ArgumentError, TypeError) as error:
-        raise InvalidInput(f"{short_message(error)}; --help lists the options and their values") from error
+        raise refuse(error, PapersOptions, get_type_hints(PapersOptions)) from error
     return PapersOptions(**values | {"problems": tuple(values["problems"]) or ("digits",)})
 
 

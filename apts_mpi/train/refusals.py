@@ -1,0 +1,81 @@
+"""What the parser says of options and values that it does not take, in words that name what to give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from apts_mpi.errors import InvalidInput, nearest, require, require_choice, shortened, shown
+
+# Characters of what the parser says.
+LONGEST_MESSAGE = 600
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+
+
+def refuse(error: Exception, options: type, names: Iterable[str]) -> InvalidInput:
+    """The error to raise for one of the parser's.
+
+    Parameters
+    ----------
+    error
+        Of the parser.
+    options
+        The dataclass of the options, whose fields may be dataclasses of groups.
+    names
+        Of all options, with dots for groups.
+
+    Raises
+    ------
+    InvalidInput
+        For a value of an option whose choices are known.
+    """
+    message = str(error)
+    _refuse_value(message, options)
+    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    hint = nearest(f"--{unknown[1]}", [f"--{name}" for name in names]).replace("_", "-") if unknown else ""
+    return InvalidInput(f"{short_message(error)}{hint}; --help lists the options and their values")
+
+
+def short_message(error: Exception) -> str:
+    """What the parser says on one line, with the beginnings of long values."""
+    words = (shortened(word) if word.isprintable() else shown(word) for word in str(error).split())
+    return shortened(" ".join(words), LONGEST_MESSAGE)
+
+
+def _refuse_value(message: str, options: type) -> None:
+    """Raise `InvalidInput` for the parser's message on a value, unless its type has no words."""
+    found = re.match(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if found is None:
+        return
+    option, value = found.groups()
+    kind: Any = options
+    for name in option.split("."):
+        kind = get_type_hints(kind).get(name, object) if is_dataclass(kind) else object
+    if get_origin(kind) is Literal:
+        require_choice(option, value, get_args(kind))
+    if option == "micro_batch_size":
+        require(False, option, value, "give a whole number of 1 or more, or auto")
+    if get_origin(kind) is tuple:
+        names = get_args(get_args(kind)[0])
+        remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
+        require(False, option, value, remedy)
+    words = in_words(kind)
+    if words:
+        require(False, option, value, f"give {words}")
+
+
+def in_words(kind: Any) -> str:
+    """What a value of a type is; nothing for types that are not of numbers, texts, choices and their lists."""
+    if get_origin(kind) in (Union, UnionType):
+        parts = [in_words(part) for part in get_args(kind)]
+        return ", or ".join(parts) if all(parts) else ""
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        item = in_words(get_args(kind)[0])
+        return f"a list, such as [1,2], of which each is {item}" if item in ("a whole number", "a number") else ""
+    return WORDS.get(kind, "")
