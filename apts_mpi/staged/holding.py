@@ -262,7 +262,7 @@ class Staged:
         local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
         parts = {
             **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
-            **{"plateau": self.plateau, "micro_batches": None},
+            **{"plateau": self.plateau, "micro_batches": None, "metric": None},
         }
         return SolverParts(self.network, parts, local, schwarz.assembled)
 
