@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
         description="Compare APTS, in its one default configuration, with other optimizers over grids of step sizes. "
         "Runs that have ended are kept: the same command goes on where it stopped.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     add_version(parser)
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
