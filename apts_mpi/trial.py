@@ -167,8 +167,7 @@ class Trials:
         own = Parts([float(start.loss), loss], [self._comm.events.work], [length])
 
         def decide(parts: Parts) -> Sequence[float]:
-            before, after = parts.sums
-            return [*astuple(state.taken_back(before, after, parts.norms[0], self._options)), *parts.largest]
+            return [*astuple(state.taken_back(*parts.sums, parts.norms[0], self._options)), *parts.largest]
 
         *record, self.work = self._comm.combine(own, decide)
         judged = judged_of(record)
@@ -218,9 +217,8 @@ class Trials:
         SharedInvalidInput
             For a loss that is not, for this batch, what it was for the first.
         """
-        if (metric := self._inner.metric) is not None:
-            known = self._before, self._objective.reduction.total
-            step, predicted_reduction = metric.within(*known, step, predicted_reduction)
+        gradient = self._objective.reduction.total
+        step, predicted_reduction = self._inner.within(self._before, gradient, step, predicted_reduction)
         tried = self._last_step is None or state.is_on_trial
         with self._comm.events.timed("judge"):
             self._values.add_(self._objective.vector.still(step))
@@ -237,23 +235,22 @@ class Trials:
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
                 return [*astuple(judged), starting, retry, sqrt(square), *parts.largest[-5:]]
 
-            # The device is waited for here, once for all numbers.
-            products = self._inner.own(self._objective.reduction.total, step)
+            products = self._inner.own(gradient, step)
             square = torch.linalg.vector_norm(step if self._decay else step[:0], dtype=torch.float64).square()
             # Many times faster than to compare elements, as bits do not come into it.
             moved = torch.stack(torch.aminmax(self._values - self._before)).double().abs().sum().ne(0.0).double()
             fault = self._objective.loss.fault(moved)
-            found = torch.stack([present.loss, (trial or present).loss, moved, *products, square, fault]).tolist()
-            *own, square_of_step, fault_here = found
+            found = present.loss, (trial or present).loss, moved, *products, square, fault
+            # The device is waited for here, once for all numbers.
+            *own, square_of_step, fault_here = torch.stack(found).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
             told = parts_of_step(self._comm.rank, self._inner.kind, self._leading(1.0) > 0.0, own)
             sums = [*told.sums, self._leading(self._after), self._leading(square_of_step)]
             seen = events.work, fault_here, froze, len(events.notes.fresh), self._objective.buffers.have_moved
             told = replace(told, sums=sums, largest=[*told.largest, *seen])
-            decided = self._comm.combine(told, decide)
-            *record, starting, retry, length, self.work, fault_seen, any_froze, news, moving = decided
-            check_fault(fault_seen)
-            if any_froze:
+            *record, starting, retry, length, self.work, flaw, frozen, news, moving = self._comm.combine(told, decide)
+            check_fault(flaw)
+            if frozen:
                 raise SharedInvalidInput(FREEZES)
             if news:
                 self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)

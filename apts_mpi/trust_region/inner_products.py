@@ -64,6 +64,12 @@ class InnerProducts:
         length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         return [torch.dot(gradient, step).double(), norm(step, self.kind).double(), length]
 
+    def within(
+        self, point: torch.Tensor, gradient: torch.Tensor, step: torch.Tensor, predicted: float | None
+    ) -> tuple[torch.Tensor, float | None]:
+        """The step and its predicted reduction, within the bound of the metric where there is one. Collective."""
+        return (step, predicted) if self.metric is None else self.metric.within(point, gradient, step, predicted)
+
     def leads(self, rank: int) -> bool:
         """Whether what a rank holds counts: copies of a part count once."""
         return rank in self._rows

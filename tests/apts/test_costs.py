@@ -180,7 +180,7 @@ def test_collectives_of_an_iteration_with_the_defaults(world):
 def test_no_object_is_pickled_in_an_iteration(world, layout):
     """Of a network with running statistics, with a batch of its own."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    network = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)).double()
     kind = APTS if layout == "replicated" else StagedAPTS
     solver = kind(network, cross_entropy, comm=world, options=APTSOptions())
     for seed in range(2):
