@@ -167,7 +167,10 @@ class Trials:
         own = Parts([float(start.loss), loss], [self._comm.events.work], [length])
 
         def decide(parts: Parts) -> Sequence[float]:
-            return [*astuple(state.taken_back(*parts.sums, parts.norms[0], self._options)), *parts.largest]
+            return [
+                *astuple(state.taken_back(parts.sums[0], parts.sums[1], parts.norms[0], self._options)),
+                *parts.largest,
+            ]
 
         *record, self.work = self._comm.combine(own, decide)
         judged = judged_of(record)
