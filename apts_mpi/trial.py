@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
-from math import sqrt
 
 import numpy as np
 import torch
@@ -167,10 +166,8 @@ class Trials:
         own = Parts([float(start.loss), loss], [self._comm.events.work], [length])
 
         def decide(parts: Parts) -> Sequence[float]:
-            return [
-                *astuple(state.taken_back(parts.sums[0], parts.sums[1], parts.norms[0], self._options)),
-                *parts.largest,
-            ]
+            before, after = parts.sums
+            return [*astuple(state.taken_back(before, after, parts.norms[0], self._options)), *parts.largest]
 
         *record, self.work = self._comm.combine(own, decide)
         judged = judged_of(record)
@@ -236,7 +233,7 @@ class Trials:
                 *_, after, square = parts.sums
                 if self._last_step is not None:
                     judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, sqrt(square), *parts.largest[-5:]]
+                return [*astuple(judged), starting, retry, math.sqrt(square), *parts.largest[-5:]]
 
             products = self._inner.own(gradient, step)
             square = torch.linalg.vector_norm(step if self._decay else step[:0], dtype=torch.float64).square()
@@ -296,7 +293,7 @@ class Trials:
         """
         if not self._decay:
             return [(self._before, self._values)]
-        share = min(self._decay * length / sqrt(self._size), 1.0)
+        share = min(self._decay * length / math.sqrt(self._size), 1.0)
         # Frozen parameters stay as they are.
         shrunk = self._values + self._objective.vector.still(self._values * -share)
         return [(self._before, shrunk), (self._values, shrunk)]
