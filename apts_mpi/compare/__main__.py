@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import get_type_hints
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from apts_mpi.compare.command import make_parser, read_options
 from apts_mpi.compare.equal import comparison_of
 from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
 from apts_mpi.compare.table import Comparison
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 from apts_mpi.train.parser import spell
 from apts_mpi.train.peers import check_installed
-from apts_mpi.train.refusals import refuse
 
 PROGRAM = "apts_mpi.compare"
 
@@ -41,22 +38,12 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     InvalidInput
         For an option or a value that is not known.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Compare APTS, in its one default configuration, with other optimizers over grids of step sizes. "
-        "Runs that have ended are kept: the same command goes on where it stopped.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    add_version(parser)
+    about = "Compare APTS, in its one default configuration, with other optimizers over grids of step sizes."
+    parser = make_parser(PROGRAM, about)
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})
-    try:
-        values = dict(vars(parser.parse_args(complete(spell(arguments)))))
-    except (argparse.ArgumentError, TypeError) as error:
-        raise refuse(error, ComparisonOptions, get_type_hints(ComparisonOptions)) from error
-    return ComparisonOptions(**values | {"problems": tuple(values["problems"])})
+    return read_options(parser, complete(spell(arguments)), ComparisonOptions)
 
 
 def complete(arguments: Sequence[str]) -> list[str]:

@@ -38,7 +38,8 @@ class TrustRegionOptions:
         Norm of the ball.
     metric
         Of a second bound: ``fisher``, the Fisher metric of earlier tasks, for sequences of tasks in layout replicated;
-        ``identity``, none. See ``apts_mpi.trust_region.metric``.
+        ``identity``, none. See ``apts_mpi.trust_region.metric``. A training run tells it where a task ends; a program
+        does by ``solver.holding.inner.metric.remember(inputs, targets)``, before which nothing is bounded.
     metric_radius
         That bound: half its square is about the Kullback-Leibler divergence by which predictions for earlier tasks may
         change while another one is learnt.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
 
-import jsonargparse
-
+from apts_mpi.compare.command import make_parser, read_options
 from apts_mpi.compare.papers.claims import claims
 from apts_mpi.compare.papers.runs import OPTIMIZERS, PapersOptions, Variant, all_runs, variants
 from apts_mpi.compare.runs import PlannedRun, execute, missing
@@ -17,7 +14,6 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.train.parser import spell
-from apts_mpi.train.refusals import refuse
 
 PROGRAM = "apts_mpi.compare papers"
 
@@ -39,20 +35,17 @@ def parse(arguments: Sequence[str]) -> PapersOptions:
     InvalidInput
         For an option or a value that is not known.
     """
-    parser = jsonargparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Try the methods of the papers, over numbers of subdomains, beside tuned Adam and SGD. Runs that "
-        "have ended are kept: the same command goes on where it stopped.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    about = "Try the methods of the papers, over numbers of subdomains, beside tuned Adam and SGD."
+    parser = make_parser(PROGRAM, about)
+    parser.add_argument(
+        "problems",
+        nargs="*",
+        default=["digits"],
+        metavar="PROBLEM",
+        help="Problem, as for apts_mpi.train; else digits.",
     )
-    parser.add_argument("problems", nargs="*", metavar="PROBLEM", help="Problem, as for apts_mpi.train; else digits.")
     parser.add_class_arguments(PapersOptions, as_group=False, skip={"problems"})
-    try:
-        values = dict(vars(parser.parse_args(spell(arguments))))
-    except (argparse.ArgumentError, TypeError) as error:
-        raise refuse(error, PapersOptions, get_type_hints(PapersOptions)) from error
-    return PapersOptions(**values | {"problems": tuple(values["problems"]) or ("digits",)})
+    return read_options(parser, spell(arguments), PapersOptions)
 
 
 def compare(options: PapersOptions) -> list[str]:

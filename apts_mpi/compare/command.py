@@ -1,0 +1,37 @@
+"""What the command lines of comparisons share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeVar, get_type_hints
+
+import jsonargparse
+
+from apts_mpi.tools.command import add_version
+from apts_mpi.train.refusals import refuse
+
+Options = TypeVar("Options")
+
+
+def make_parser(program: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser without options, for `read_options`."""
+    about = f"{description} Runs that have ended are kept: the same command goes on where it stopped."
+    parser = jsonargparse.ArgumentParser(prog=program, description=about, exit_on_error=False, allow_abbrev=False)
+    add_version(parser)
+    return parser
+
+
+def read_options(parser: jsonargparse.ArgumentParser, arguments: Sequence[str], kind: type[Options]) -> Options:
+    """Options of a dataclass with ``problems``, which the parser has as its positional arguments.
+
+    Raises
+    ------
+    InvalidInput
+        For an option or a value that is not known.
+    """
+    try:
+        values = dict(vars(parser.parse_args(arguments)))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise refuse(error, kind, get_type_hints(kind)) from error
+    return kind(**values | {"problems": tuple(values["problems"])})
