@@ -90,7 +90,8 @@ REFUSED = {
 @pytest.mark.mpi
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_does_not_go_together_is_refused_by_name(directory, command, world, line):
-    status, _, errors = command(*line.split(), "--run-dir=run", "--device=cpu")
+    one_stage = [f"--replicas={world.size}"] if "staged" in line else []  # whatever the number of ranks
+    status, _, errors = command(*line.split(), *one_stage, "--run-dir=run", "--device=cpu")
     assert status == USAGE and not (directory / "run").exists()
     if world.rank == 0:
         assert REFUSED[line] in errors and errors.count("\n") == 1
