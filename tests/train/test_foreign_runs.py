@@ -388,7 +388,7 @@ CONFIGURATIONS = {
     "epochs: 3\nepochs: 4": "'epochs' is given twice",
     "epochs: -3": "epochs: -3 is not allowed",
     "learning_rate: .inf": "learning_rate: inf is not allowed",
-    "seed: x": '"seed"',
+    "seed: x": "seed: 'x' is not allowed",
     "print_config: true": "'print_config' is not accepted",
     "help: true": "'help' is not accepted",
     "version: true": "'version' is not accepted",
