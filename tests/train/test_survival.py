@@ -93,7 +93,7 @@ def test_stopped_in_every_way_and_gone_on_with(tmp_path):
     assert_stops(first, signal.SIGTERM)
 
     second = Job(tmp_path, 2, [*ENDLESS, "--resume"])
-    second.wait_for("train_loss")
+    second.wait_for("\nepoch ")
     refused = start(tmp_path, 2, [*ENDLESS, "--resume"])
     assert refused.returncode == USAGE
     assert refused.stderr.count("another run saves checkpoints into it") == 1
