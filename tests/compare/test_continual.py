@@ -72,9 +72,13 @@ def test_the_table_and_what_is_finished_is_kept(tmp_path, capsys, monkeypatch):
     table = (tmp_path / "permuted-digits" / "table.md").read_text()
     assert printed.count(table) == 2 and len(table.splitlines()) == 6
     path = tmp_path / "permuted-digits" / "plain-0-seed-0.json"
-    path.write_text(json.dumps({"accuracy": 0.125, "forgetting": 0.0, "recovery": 0.0}))
+    score = {"accuracy": 0.125, "forgetting": 0.0, "recovery": 0.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"score": score}))
     main([*small, "--methods=plain"])
     assert "0.125 (0.125 to 0.125)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([*small, "--methods=plain", "--train-samples=130"])
+    assert ended.value.code == USAGE and "is of other options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -159,11 +159,22 @@ METHODS: Mapping[str, Method] = {
 
 
 def learnt(name: str, sequence: Sequence, value: float, directory: Path) -> Score:
-    """What a method comes to; one that is finished is read from ``directory``."""
+    """What a method comes to; one that is finished is read from ``directory``.
+
+    Raises
+    ------
+    InvalidInput
+        If that was of other options.
+    """
     path = directory / f"{name}-{value:g}-seed-{sequence.seed}"
     kept = path.with_name(path.name + ".json")
     if not kept.exists():
         score = METHODS[name].learn(sequence, value, path)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(vars(score)), encoding="utf-8")
-    return Score(**json.loads(kept.read_text(encoding="utf-8")))
+        kept.write_text(json.dumps({"of": vars(sequence), "score": vars(score)}), encoding="utf-8")
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    if found["of"] != vars(sequence):
+        raise InvalidInput(
+            f"out: {str(kept)!r} is of other options ({found['of']}, now {vars(sequence)}); give another --out"
+        )
+    return Score(**found["score"])
