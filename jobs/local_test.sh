@@ -64,22 +64,17 @@ results=$(mktemp -d)
 child='' beside=''
 trap finish EXIT
 
-# What runs without mpirun waits for much and computes little: for other processes, Slurm's clock, stalled ranks. Few
-# ranks run beside it, more need all cores.
-few='' many=''
-for size in ${SIZES:-1 2 3 4 8}; do
-    if [ "$size" -le 3 ]; then few+=" $size"; else many+=" $size"; fi
-done
+# What runs without mpirun waits for much and computes little: for other processes, Slurm's clock, stalled ranks. The
+# ranks run beside it.
 (
     trap 'stop "$child"' EXIT
     trap 'exit 1' TERM
-    test_ranks "$few" "$@"
-) >"$results/few_ranks.txt" 2>&1 &
+    test_ranks "${SIZES:-1 2 3 4 8}" "$@"
+) >"$results/ranks.txt" 2>&1 &
 beside=$!
 test_plain "$@"
 wait "$beside" || true
 beside=
-cat "$results/few_ranks.txt"
-test_ranks "$many" "$@"
+cat "$results/ranks.txt"
 
 "$python" jobs/check_every_test_ran.py "$results"
