@@ -32,8 +32,8 @@ from apts_mpi.train.logger import Logger, LoggerSetting
 from apts_mpi.train.loggers import Loggers, chosen_loggers
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
-from apts_mpi.train.progress import check_metadata
-from apts_mpi.train.reporter import Reporter
+from apts_mpi.train.progress import Pace, check_metadata, shares_of_limits
+from apts_mpi.train.reporter import Reporter, console_for, is_live
 from apts_mpi.train.resume import (
     CHECKPOINTS,
     goes_on_in,
@@ -113,6 +113,7 @@ def run(
     console
         Where to print; quiet on all ranks but rank 0.
     """
+    console = console_for(options.progress, console)
     tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
         checkpoint = open_earlier(options, comm, tell)
@@ -139,9 +140,10 @@ def run(
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
-        total, done = training.epochs * training.batches, training.progress.accepted
+        pace = Pace(lambda: shares_of_limits(options, training.progress, training.epochs, training.batches))
         records, loggers = destinations.records, destinations.loggers
-        with Reporter(total, done, records, console, options.monitor, loggers) as reporter:
+        live = is_live(options.progress, console)
+        with Reporter(pace, records, console, live, options.monitor, loggers) as reporter:
             metrics = training.run(reporter.record, survival.boundary, tell)
         if trace is not None:
             trace.end()
