@@ -274,7 +274,7 @@ def test_description_tells_the_subdomains_and_the_options(world):
     text = solver.describe()
     assert str(len(solver.holding.objective.vector.values)) in text and f"{world.size}" in text
     assert re.search(r"\* overlap +1 \(default: 0\)", text) and re.search(r"\* variant +exact", text)
-    assert re.search(r" {6}eta2 +0.75\n", text) and re.search(r" {6}partition +(layer|index) \(for auto\)", text)
+    assert re.search(r" {6}eta2 +0.75\n", text) and re.search(r" {6}refresh +5 \(for null\)", text)
     assert all(len(line) <= 80 for line in text.splitlines())
     for subdomain in solver.holding.decomposition.subdomains:
         assert f"subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop}" in text
