@@ -23,6 +23,7 @@ from apts_mpi.parallel.launcher import mpi_version
 from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
+from apts_mpi.tools.memory import peak_of
 from apts_mpi.tools.signals import StopSignals, name_of
 from apts_mpi.tools.status import REQUEUE
 from apts_mpi.train.checkpointing import Survival
@@ -128,7 +129,8 @@ def run(
                 tell(f"note: {note}")
         with comm.shared_errors():
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
-        training = make_training(options, take_device(options, comm), comm, world)
+        device = take_device(options, comm)
+        training = make_training(options, device, comm, world)
         begin(training, checkpoint, options, tell)
         if number := stopped_early(signals, comm):
             tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
@@ -140,6 +142,8 @@ def run(
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
+        if options.log_view:
+            training.solver.events.peak = peak_of(device)
         pace = Pace(lambda: shares_of_limits(options, training.progress, training.epochs, training.batches))
         records, loggers = destinations.records, destinations.loggers
         live = is_live(options.progress, console)
