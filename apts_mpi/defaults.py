@@ -34,6 +34,7 @@ from apts_mpi.options import (
     SchwarzOptions,
     TrustRegionOptions,
 )
+from apts_mpi.options.tree import branch, fold
 
 # Unless the user says otherwise dense blocks are at most so large: a matrix costs samples times the square of its size,
 # and poisson-3d converges as fast with 12 blocks of 600 parameters as with 4 of 2,000.
@@ -320,22 +321,23 @@ def _is_normalised(network: torch.nn.Module) -> bool:
     return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def describe(options: APTSOptions, teams: Teams, subdomains: Sequence[Subdomain], network: str, loss: str) -> str:
-    """The composed solver, in words; ``network`` and ``loss`` say what it works on."""
+def describe(
+    options: APTSOptions, asked: APTSOptions, teams: Teams, subdomains: Sequence[Subdomain], network: str, loss: str
+) -> str:
+    """The composed solver, in words, beside what was asked for; ``network`` and ``loss`` say what it works on."""
     lines = [
         f"APTS: {network}",
-        f"  loss: {loss}",
+        fold(f"  loss: {loss}"),
         f"  ranks: {teams.ranks} in {teams.count} teams, replicas {teams.replicas}",
-        f"  schwarz: {options.schwarz}",
-        f"  local: {options.local}",
-        f"  trust region: {options.trust_region}",
-        f"  coarse: {options.coarse}",
-        f"  global step: {options.global_step}",
+        *branch("options (* is not the default)", options, asked),
     ]
-    for subdomain in subdomains:
+    for name in ("schwarz", "local", "coarse", "trust_region", "global_step"):
+        lines += branch(name, getattr(options, name), getattr(asked, name))
+    for part in subdomains:
+        owned = (part.owned_start, part.owned_stop)
+        of_its_own = "" if owned == (part.start, part.stop) else f" (owned {owned[0]} to {owned[1]})"
         lines.append(
-            f"  subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop} "
-            f"(owned {subdomain.owned_start} to {subdomain.owned_stop}), "
-            f"segments {subdomain.first_segment} to {subdomain.last_segment}"
+            f"  subdomain {part.index}: parameters {part.start} to {part.stop}{of_its_own}, "
+            f"segments {part.first_segment} to {part.last_segment}"
         )
     return "\n".join(lines)

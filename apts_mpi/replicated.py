@@ -65,7 +65,8 @@ class Replicated:
         self.network = network
         self._loss_is_checked = False
         self.comm = guarded(comm, options.stall_timeout)
-        called, asked_for = forward is not None, options
+        called = forward is not None
+        self._asked_for = options
         self._is_coarse_asked = options.coarse.model != "auto"
         with self.comm.shared_errors():
             segmented = SegmentedNetwork(network, forward, lower_precision(options.autocast))
@@ -100,7 +101,7 @@ class Replicated:
             recorded=recorded,
             comm=self.comm,
         )
-        self.plateau = make_plateau(asked_for, options, vector.values)
+        self.plateau = make_plateau(self._asked_for, options, vector.values)
         self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, plateau=self.plateau)
         inner, size = self.inner, self.parameters
@@ -200,6 +201,7 @@ class Replicated:
         network = f"{self.parameters} parameters, {dtype}, {segments} segments"
         return describe(
             self.options,
+            self._asked_for,
             self.decomposition.teams,
             self.decomposition.subdomains,
             network,

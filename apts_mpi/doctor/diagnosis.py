@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
 Status = Literal["ok", "warn", "fail"]
@@ -236,28 +237,30 @@ def judge_direct(outcome: str | None, transport: str) -> Finding:
     return Finding("Iallreduce on GPUs", "ok", f"{state}; transport: {transport}", "", {"works": works})
 
 
-def judge_overlap(plain: float | None, tested: float | None, library: str, switched_on: Sequence[str]) -> Finding:
-    """How much of an Iallreduce is hidden behind computation.
+def judge_overlap(shares: Sequence[tuple[float, float]], library: str, switched_on: Sequence[str]) -> Finding:
+    """How much of an Iallreduce is hidden behind computation; the median of the measurements counts.
 
     Parameters
     ----------
-    plain, tested
-        Share of the shorter of the two that was hidden, without and with calls of ``Test`` from the computation, as
-        the solver makes them; None with one rank.
+    shares
+        As `apts_mpi.doctor.probes.measure_overlap` has them.
     library
         What the MPI library says of itself.
     switched_on
         The environment variables of `ASYNCHRONOUS_PROGRESS` that are set.
     """
-    if plain is None or tested is None:
+    if not shares:
         found = "nothing to overlap with one rank; mpirun -n 2 python -m apts_mpi.doctor measures it"
         return Finding("overlap", "ok", found, "", {"plain": None, "tested": None, "variable": None})
     variable = next((name for word, name in ASYNCHRONOUS_PROGRESS.items() if word in library.lower()), None)
-    values = {"plain": plain, "tested": tested, "variable": variable}
-    found = f"{plain:.0%} of an Iallreduce hidden behind computation, {tested:.0%} with calls of Test in between"
+    columns = dict(zip(("plain", "tested"), zip(*shares, strict=True), strict=True))
+    values: dict[str, Any] = {name: median(column) for name, column in columns.items()}
+    values |= {f"{name}_range": [min(column), max(column)] for name, column in columns.items()} | {"variable": variable}
+    plain, tested = (f"{_range([round(100 * share) for share in column])}%" for column in columns.values())
+    found = f"{plain} of an Iallreduce hidden behind computation, {tested} with calls of Test in between"
     if variable in switched_on:
         found += f", {variable} being set"
-    if plain >= ENOUGH_OVERLAP:
+    if values["plain"] >= ENOUGH_OVERLAP:
         return Finding("overlap", "ok", found, "", values)
     if variable is None:
         remedy = "this library has no variable for it (MPICH and its relatives have)"

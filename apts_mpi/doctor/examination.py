@@ -12,6 +12,7 @@ from pathlib import Path
 from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from apts_mpi.checkpoint import hdf5_versions
 from apts_mpi.doctor import probes
@@ -36,10 +37,12 @@ from apts_mpi.parallel.gpu_direct import try_direct
 from apts_mpi.parallel.launcher import launcher_mismatch, mpi_version
 from apts_mpi.parallel.transport import TRANSPORTS, choose_device
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import FILE_WIDTH
 from apts_mpi.tools.events import Events
 from apts_mpi.tools.jobs import find_launcher
 from apts_mpi.tools.status import FAILED
+
+# Columns in which the table is read with ease; on fewer there is a list.
+TABLE_WIDTH = 120
 
 STATUS_COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -70,7 +73,7 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Find
         locks = probes.try_locks(comm, scratch) if usable else None
         checkpoint = probes.try_checkpoint(comm, scratch) if usable else f"{scratch} cannot be used"
     hdf5, mpio = hdf5_versions()
-    plain, tested = probes.measure_overlap(comm)
+    overlap = probes.measure_overlap(comm)
     switched_on = environment.switched_on(ASYNCHRONOUS_PROGRESS.values())
     return [
         judge_launcher(mismatch, library, *launcher, comm.size),
@@ -78,7 +81,7 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Find
         judge_devices(ranks),
         *judge_sums(probes.sum_everywhere(comm, device)),
         judge_direct(direct, transport),
-        judge_overlap(plain, tested, library, switched_on),
+        judge_overlap(overlap, library, switched_on),
         judge_shared_memory(probes.survey_hosts(comm, local_rank)),
         judge_storage(str(scratch.parent if not failure else scratch), failure, unseen, stale),
         *([judge_locks(*locks, comm.size)] if locks is not None else []),
@@ -88,13 +91,22 @@ def examine(comm: Communicator, run_directory: Path, mismatch: str) -> list[Find
 
 
 def show(rows: Sequence[Finding], console: Console) -> None:
-    """Print the table."""
-    table = Table(title="apts_mpi.doctor", show_lines=True)
-    for heading in ("check", "status", "found", "remedy"):
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(row.check, f"[{STATUS_COLORS[row.status]}]{row.status}[/]", row.found, row.remedy)
+    """Print a table, or on narrow terminals a list: status and name of a check, what was found, and the remedy."""
+    if console.width >= TABLE_WIDTH:
+        table = Table(title="apts_mpi.doctor", show_lines=True)
+        for heading in ("check", "status", "found", "remedy"):
+            table.add_column(heading)
+        for row in rows:
+            table.add_row(row.check, _status(row), Text(row.found), Text(row.remedy))
+    else:
+        table = Table("status", "check", "found → remedy", box=None, title="apts_mpi.doctor", pad_edge=False)
+        for row in rows:
+            table.add_row(_status(row), row.check, Text(row.found + (f"\n→ {row.remedy}" if row.remedy else "")))
     console.print(table)
+
+
+def _status(row: Finding) -> Text:
+    return Text(row.status, style=STATUS_COLORS[row.status])
 
 
 def carry_out(run_directory: Path, as_json: bool) -> int:
@@ -116,5 +128,5 @@ def carry_out(run_directory: Path, as_json: bool) -> int:
         report = {"status": status, "ranks": world.size, "checks": [asdict(row) for row in rows]}
         print(json.dumps(report, indent=2), flush=True)
     elif speaks:
-        show(rows, Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False))
+        show(rows, Console(highlight=False))
     return FAILED if status == "fail" else 0

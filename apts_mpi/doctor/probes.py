@@ -27,8 +27,8 @@ from apts_mpi.tools import environment
 SIZES = (8, 2**18)
 
 # Of the measured overlap: float32 elements of the sum (4 MB), rows of the matrices that are multiplied meanwhile,
-# timed calls, and the most products in one of them.
-ELEMENTS, MATRIX, REPETITIONS, MOST_PIECES = 2**20, 128, 7, 2000
+# timed calls, the most products in one of them, and how often all of it is measured.
+ELEMENTS, MATRIX, REPETITIONS, MOST_PIECES, ROUNDS = 2**20, 128, 3, 2000, 5
 
 
 def gather_facts(comm: Communicator, device: torch.device) -> list[RankFacts]:
@@ -63,18 +63,19 @@ def _wrong_elements(comm: Communicator, size: int, dtype: torch.dtype, device: t
     return int((mirror.tensor != pattern * int(weights.sum())).sum())
 
 
-def measure_overlap(comm: Communicator) -> tuple[float, float] | tuple[None, None]:
+def measure_overlap(comm: Communicator) -> list[tuple[float, float]]:
     """Share of the shorter of an Iallreduce and a computation of about its length that the other hides.
 
     In the memory of the host, where reductions take place by default.
 
     Returns
     -------
-    plain, tested
-        Without and with calls of ``Test`` from the computation; medians of the slowest rank. None with one rank.
+    list of (float, float)
+        Of each measurement the shares without and with calls of ``Test`` from the computation; medians of the slowest
+        rank. Empty with one rank.
     """
     if comm.size == 1:
-        return None, None
+        return []
     mirror = Mirror(torch.zeros(ELEMENTS))
     factor, product = torch.zeros(MATRIX, MATRIX), torch.zeros(MATRIX, MATRIX)
     pieces = 1
@@ -102,11 +103,11 @@ def measure_overlap(comm: Communicator) -> tuple[float, float] | tuple[None, Non
     medians = [timing.median for timing in alone]
     (number,) = comm.agree(medians, lambda table: [math.ceil(table[:, 0].max() / table[:, 1].max())])
     pieces = min(max(1, int(number)), MOST_PIECES)
-    timings = time_in_turn(
-        [communicate, compute, lambda: both(False), lambda: both(True)], REPETITIONS, between=together
-    )
-    medians = [timing.median for timing in timings]
-    return _hidden(*comm.agree(medians, lambda table: list(table.max(axis=0))))
+    calls = [communicate, compute, lambda: both(False), lambda: both(True)]
+    rounds = [time_in_turn(calls, REPETITIONS, between=together) for _ in range(ROUNDS)]
+    own = [timing.median for timings in rounds for timing in timings]
+    slowest = comm.agree(own, lambda table: list(table.max(axis=0)))
+    return [_hidden(*slowest[start : start + len(calls)]) for start in range(0, len(slowest), len(calls))]
 
 
 def _hidden(communication: float, computation: float, plain: float, tested: float) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from apts_mpi.errors import InvalidInput, require_choice
 from apts_mpi.options.solver import APTSOptions
+from apts_mpi.options.tree import fold
 
 MethodName = Literal["two-level", "apts", "iapts", "apts-data", "napts"]
 
@@ -163,4 +164,4 @@ def describe_method(name: str, options: Any) -> str:
     own = options_of(name)
     changed = {option: value_of(options, option) for option in own if value_of(options, option) != own[option]}
     words = ", ".join(f"{option} {value} for {own[option]}" for option, value in changed.items())
-    return f"method: {name} ({METHODS[name].source})" + (f", changed: {words}" if words else "")
+    return fold(f"method: {name} ({METHODS[name].source})" + (f", changed: {words}" if words else ""))

@@ -27,6 +27,7 @@ from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
+from apts_mpi.options.tree import branch, fold
 from apts_mpi.parallel.guard import guarded
 from apts_mpi.schwarz.additive import AdditiveSchwarz
 from apts_mpi.schwarz.coarse import make_coarse_level
@@ -87,7 +88,7 @@ class Staged:
     ) -> None:
         self.network = network
         self._loss_is_checked = False
-        asked_for = options
+        self._asked_for = options
         self._is_coarse_asked = options.coarse.model != "auto"
         self.comm = guarded(comm, options.stall_timeout)
         with self.comm.shared_errors():
@@ -121,7 +122,7 @@ class Staged:
             )
         part = "network" if is_whole else f"network of stage {own}"
         # What is left open may be another thing for each stage.
-        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, asked_for, self.comm)
+        check_same_network({part: given, "list of stages": list(map(str, self.stages))}, self._asked_for, self.comm)
         names = self._limit_patience()
         self.watch, self._batches = NetworkWatch(vector, self.comm, own), SameBatches(self.comm)
         team = self.comm.group(own)
@@ -142,7 +143,7 @@ class Staged:
             pipeline=Pipeline(self.replica, [names[leader + team.rank] for leader in leaders], vector.values.device),
             team=team,
         )
-        self.plateau = make_plateau(asked_for, options, vector.values)
+        self.plateau = make_plateau(self._asked_for, options, vector.values)
         self.schwarz = AdditiveSchwarz(
             options, self.objective, self.decomposition, self.inner, StagedGaussNewtonRows, plateau=self.plateau
         )
@@ -269,6 +270,7 @@ class Staged:
     def describe(self) -> str:
         """See `apts_mpi.holding.Holding`."""
         network = f"{self.parameters} parameters in stages, {self.objective.vector.values.dtype}"
-        text = describe(self.options, self._teams, self._extent.subdomains, network, self.objective.loss.describe())
-        stages = [f"  {stage}: ranks {list(self._teams.ranks_of(stage.index))}" for stage in self.stages]
-        return "\n".join([text, f"  pipeline: {self.options.pipeline}", *stages])
+        loss, parts = self.objective.loss.describe(), self._extent.subdomains
+        text = describe(self.options, self._asked_for, self._teams, parts, network, loss)
+        stages = [fold(f"  {stage}: ranks {list(self._teams.ranks_of(stage.index))}") for stage in self.stages]
+        return "\n".join([text, *branch("pipeline", self.options.pipeline, self._asked_for.pipeline), *stages])

@@ -183,6 +183,11 @@ def free_memory_of_gpu(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
+def peak_memory_of_gpu(device: torch.device) -> int:
+    """Bytes of a GPU that torch had for tensors of this process at a time, at most so far."""
+    return torch.cuda.max_memory_allocated(device)
+
+
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
     """Leave torch's random state on ``device`` after the block as it was before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ class Event(Messages):
         Done in it; unit as in `Events`.
     under_way, waited : float
         Seconds in which non-blocking operations that it started were under way, and those of them that the rank waited.
+    memory : float
+        Bytes by which the peak of the rank's memory rose in it, without what it rose by in other events within it.
     """
 
     calls: int = 0
@@ -56,6 +58,7 @@ class Event(Messages):
     work: float = 0.0
     under_way: float = 0.0
     waited: float = 0.0
+    memory: float = 0.0
 
 
 class Spans:
@@ -120,12 +123,15 @@ class Events:
         Where beginnings and ends are kept as well.
     notes : Notes
         What was done in the place of what could not be.
+    peak : callable or None
+        Gives the peak of this rank's memory so far, in bytes; None where events take no note of it.
     """
 
     def __init__(self) -> None:
         self.work = 0.0
         self.spans: Spans | None = None
         self.notes = Notes()
+        self.peak: Callable[[], int] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -134,6 +140,7 @@ class Events:
         self.operations: dict[str, Messages] = defaultdict(Messages)
         self._open = [self.totals[OTHER]]
         self._nested = 0.0
+        self._highest = 0
 
     def timed(self, name: str) -> _Timer:
         """Add the seconds of the block to event ``name``."""
@@ -153,6 +160,12 @@ class Events:
         self.operations[operation].add(size)
         self.present.add(size)
 
+    def note_memory(self, peak: Callable[[], int]) -> None:
+        """Count by how much the peak has risen since the last look as the present event's."""
+        highest = peak()
+        self.present.memory += max(highest - self._highest, 0)
+        self._highest = highest
+
     def count_work(self, samples: int, share: float, cost: float) -> None:
         """Count a pass of ``samples`` samples through ``share`` of the network; ``cost`` is FORWARD or BACKWARD."""
         work = samples * share * cost
@@ -171,6 +184,8 @@ class _Timer:
 
     def __enter__(self) -> None:
         events = self._events
+        if events.peak is not None:
+            events.note_memory(events.peak)
         self._event = events.totals[self._name]
         events._open.append(self._event)
         self._nested_before, events._nested = events._nested, 0.0
@@ -179,6 +194,8 @@ class _Timer:
     def __exit__(self, *_: object) -> None:
         stop = seconds()
         events, event = self._events, self._event
+        if events.peak is not None:
+            events.note_memory(events.peak)
         elapsed = stop - self._start
         event.calls += 1
         event.seconds += elapsed

@@ -1,14 +1,15 @@
-"""How much memory this process may still take."""
+"""How much memory this process has taken, and may still take."""
 
 from __future__ import annotations
 
+import functools
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from apts_mpi.tools.environment import free_memory_of_gpu
+from apts_mpi.tools.environment import free_memory_of_gpu, peak_memory_of_gpu
 
 # Limits of a control group and what is used of them, in its second version and in the first.
 GROUPS = (
@@ -19,12 +20,30 @@ GROUPS = (
 # Limits of a process, and what of its status counts.
 LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
 
+# Bytes by which two counts of the system's of the same memory differ, as threads tell theirs late.
+INACCURACY = 2**22
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that may still be taken on a device: of a GPU those that are free, of the host what all limits leave."""
     if device.type == "cuda":
         return free_memory_of_gpu(device)
     return max(min(_left(), default=2**63 - 1), 0)
+
+
+def peak_of(device: torch.device) -> Callable[[], int] | None:
+    """What gives the most bytes that this process had on a device at a time, of the host in its memory; or None.
+
+    The system tells it fast, but for a process that one with more memory has started: it counts that one's too.
+    """
+    if device.type == "cuda":
+        return functools.partial(peak_memory_of_gpu, device)
+    own = _kilobytes(Path("/proc/self/status")).get("VmHWM", 0)
+    return _peak_of_host if _peak_of_host() <= own + INACCURACY else None
+
+
+def _peak_of_host() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _left() -> Iterator[int]:

@@ -25,6 +25,9 @@ PEERS = ("schedule-free", "muon", "soap", "prodigy")
 # Those of `apts_mpi.train.loggers.KINDS`.
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
+# When the line of a run that is rewritten in its place is shown.
+ProgressName = Literal["auto", "always", "never"]
+
 # The value of --resume that asks for the latest checkpoint in the run directory.
 LATEST_OF_RUN = "latest"
 
@@ -179,6 +182,9 @@ class TrainingOptions:
         Print the composed solver before training.
     monitor
         Print one line an iteration.
+    progress
+        A line below those of the epochs that is rewritten in its place. ``auto``: on a terminal alone. ``always``: also
+        where a launcher passes on what the ranks print, as most do through pipes.
     log_view
         Print at the end what time, messages and work went into which part of the iterations.
     trace
@@ -239,6 +245,7 @@ class TrainingOptions:
     drift_check_every: int = 100
     view: bool = False
     monitor: bool = False
+    progress: ProgressName = "auto"
     log_view: bool = False
     trace: bool = False
     tensorboard: bool = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from apts_mpi.checkpoint.format import Checkpoint
 from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.environment import seconds
 from apts_mpi.tools.schema import allow, anything, instance, mapping, number, record, sequence, text, whole
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.stopping import CHECK_WATCHED
@@ -67,6 +69,40 @@ def share_of_steps(progress: Progress, epochs: int, batches: int) -> float:
     A limit of iterations does not count: it cuts a run off, which may go on with another one to the same end.
     """
     return ((progress.epoch - 1) * batches + progress.batch) / (epochs * batches)
+
+
+def shares_of_limits(options: TrainingOptions, progress: Progress, epochs: int, batches: int) -> tuple[float, ...]:
+    """Of each limit of a run the share that is behind it: its epochs, iterations and seconds; 0 without a limit."""
+    iterations = 0.0 if options.max_iterations is None else progress.iteration / options.max_iterations
+    return share_of_steps(progress, epochs, batches), iterations, share_of_time(options, progress)
+
+
+class Pace:
+    """How much of a run is done, and how long the rest will take if it goes on as it has gone so far.
+
+    What ends a run before its limits is not foreseen.
+
+    Parameters
+    ----------
+    shares
+        Gives the present shares of all limits, see `shares_of_limits`. The run ends with the first that comes to 1.
+    """
+
+    def __init__(self, shares: Callable[[], Sequence[float]]) -> None:
+        self._shares = shares
+        self._first = shares()
+        self._started = seconds()
+
+    def share(self) -> float:
+        """What is done, from 0 to 1."""
+        return min(max(self._shares()), 1.0)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end on the clock, whatever the limits count; None as long as nothing is done."""
+        elapsed = seconds() - self._started
+        pairs = zip(self._first, self._shares(), strict=True)
+        times = [elapsed * (1.0 - now) / (now - first) for first, now in pairs if now > first]
+        return max(min(times), 0.0) if times else None
 
 
 # What a run has to share with one that it goes on with.

@@ -23,6 +23,7 @@ from apts_mpi.parallel.launcher import mpi_version
 from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
+from apts_mpi.tools.memory import peak_of
 from apts_mpi.tools.signals import StopSignals, name_of
 from apts_mpi.tools.status import REQUEUE
 from apts_mpi.train.checkpointing import Survival
@@ -32,8 +33,8 @@ from apts_mpi.train.logger import Logger, LoggerSetting
 from apts_mpi.train.loggers import Loggers, chosen_loggers
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
-from apts_mpi.train.progress import check_metadata
-from apts_mpi.train.reporter import Reporter
+from apts_mpi.train.progress import Pace, check_metadata, shares_of_limits
+from apts_mpi.train.reporter import Reporter, console_for, is_live
 from apts_mpi.train.resume import (
     CHECKPOINTS,
     goes_on_in,
@@ -113,6 +114,7 @@ def run(
     console
         Where to print; quiet on all ranks but rank 0.
     """
+    console = console_for(options.progress, console)
     tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
         checkpoint = open_earlier(options, comm, tell)
@@ -127,7 +129,8 @@ def run(
                 tell(f"note: {note}")
         with comm.shared_errors():
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
-        training = make_training(options, take_device(options, comm), comm, world)
+        device = take_device(options, comm)
+        training = make_training(options, device, comm, world)
         begin(training, checkpoint, options, tell)
         if number := stopped_early(signals, comm):
             tell(f"stopped before its iterations, as {name_of(number)} was received: start it again")
@@ -139,9 +142,12 @@ def run(
         metadata = {"configuration": config, "versions": environment.versions() | {"mpi": mpi_version()}}
         survival = Survival(training, destinations.checkpoints, options, signals, metadata, destinations, tell)
         trace = Trace(training.solver.events, training.comm) if options.trace else None
-        total, done = training.epochs * training.batches, training.progress.accepted
+        if options.log_view:
+            training.solver.events.peak = peak_of(device)
+        pace = Pace(lambda: shares_of_limits(options, training.progress, training.epochs, training.batches))
         records, loggers = destinations.records, destinations.loggers
-        with Reporter(total, done, records, console, options.monitor, loggers) as reporter:
+        live = is_live(options.progress, console)
+        with Reporter(pace, records, console, live, options.monitor, loggers) as reporter:
             metrics = training.run(reporter.record, survival.boundary, tell)
         if trace is not None:
             trace.end()

@@ -1,6 +1,7 @@
 """Between steps the network is the user's: it can be called, saved, loaded and differentiated."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -272,7 +273,9 @@ def test_description_tells_the_subdomains_and_the_options(world):
     solver = make_solver(world, options(subdomains=6, overlap=1, variant="exact", replicas=1))
     text = solver.describe()
     assert str(len(solver.holding.objective.vector.values)) in text and f"{world.size}" in text
-    assert "overlap=1" in text and "exact" in text
+    assert re.search(r"\* overlap +1 \(default: 0\)", text) and re.search(r"\* variant +exact", text)
+    assert re.search(r" {6}eta2 +0.75\n", text) and re.search(r" {6}refresh +5 \(for null\)", text)
+    assert all(len(line) <= 80 for line in text.splitlines())
     for subdomain in solver.holding.decomposition.subdomains:
         assert f"subdomain {subdomain.index}: parameters {subdomain.start} to {subdomain.stop}" in text
 

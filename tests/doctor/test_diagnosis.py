@@ -128,13 +128,16 @@ def test_direct(outcome, words, works):
     ],
 )
 def test_overlap(library, variable):
-    row = judge_overlap(0.1, 0.3, library, [])
-    assert row.status == "warn" and "10% of" in row.found and row.values["variable"] == variable
+    row = judge_overlap([(0.0, 0.3), (0.1, 0.2), (0.8, 0.4)], library, [])
+    assert row.status == "warn" and row.values["variable"] == variable
+    assert "0 to 80% of" in row.found and "20 to 40% with calls of Test" in row.found
+    assert (row.values["plain"], row.values["plain_range"]) == (0.1, [0.0, 0.8])
+    assert (row.values["tested"], row.values["tested_range"]) == (0.3, [0.2, 0.4])
     assert f"try {variable}=1" in row.remedy if variable else "no variable" in row.remedy
-    assert judge_overlap(0.9, 0.9, library, []).status == "ok"
+    assert judge_overlap([(0.2, 0.2), (0.9, 0.9), (0.9, 0.9)], library, []).status == "ok"
     if variable:
-        assert "unset" in judge_overlap(0.1, 0.3, library, [variable]).remedy
-    assert judge_overlap(None, None, library, []).status == "ok"
+        assert "unset" in judge_overlap([(0.1, 0.3)], library, [variable]).remedy
+    assert judge_overlap([], library, []).status == "ok"
 
 
 def test_run_directory():

@@ -1,6 +1,7 @@
 """``python -m apts_mpi.doctor`` and its tries on this machine."""
 
 import functools
+import io
 import json
 import os
 import shutil
@@ -13,9 +14,12 @@ import pytest
 import torch
 from mpi4py import MPI
 from processes import LIMIT, command, find_mpirun, needs_mpirun, start, surroundings
+from rich.console import Console
 
 from apts_mpi.doctor import __main__ as doctor
 from apts_mpi.doctor import probes
+from apts_mpi.doctor.diagnosis import Finding
+from apts_mpi.doctor.examination import show
 from apts_mpi.parallel import gpu_direct as direct
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools import jobs
@@ -101,12 +105,26 @@ def test_with_mpirun(tmp_path):
 def test_table_and_oversubscription(tmp_path):
     """Printed once; more threads than cores are named."""
     cores = len(os.sched_getaffinity(0))
-    run = under_mpirun(tmp_path, arguments=[], OMP_NUM_THREADS=str(cores))
+    run = under_mpirun(tmp_path, arguments=[], OMP_NUM_THREADS=str(cores), COLUMNS="80")
     assert run.returncode == 0 and run.stderr == "", run.stderr
-    assert run.stdout.count("apts_mpi.doctor") == 1 + run.stdout.count("python -m apts_mpi.doctor")
+    printed = " ".join(run.stdout.split())
+    assert printed.count("apts_mpi.doctor") == 1 + printed.count("python -m apts_mpi.doctor")
     for check in CHECKS:
-        assert check in run.stdout
-    assert "oversubscribed" in run.stdout and "OMP_NUM_THREADS=" in run.stdout
+        assert check in printed
+    assert "oversubscribed" in printed and "OMP_NUM_THREADS=" in printed
+    assert all(len(line) <= 80 for line in run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("width", [80, 119, 140])
+def test_report_fits(width):
+    """A table where there is room for one, else a list; what was found is no markup, and nothing is left out."""
+    rows = [Finding("cores", "ok", "cores [0] " * 20), Finding("overlap", "warn", "none", "try this " * 30)]
+    console = Console(file=io.StringIO(), width=width)
+    show(rows, console)
+    printed = console.file.getvalue()
+    assert all(len(line) <= width for line in printed.splitlines()) and "…" not in printed
+    assert (printed.count("[0]"), printed.count("try"), printed.count("this")) == (20, 30, 30)
+    assert ("│" in printed) == (width == 140) and ("→ try this" in printed) == (width < 140)
 
 
 @pytest.mark.processes

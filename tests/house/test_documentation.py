@@ -63,6 +63,7 @@ NOT_RUN = {
     "pip install torch --index-url": "jobs/local_environment.sh, from the same index",
     "pip install --no-binary mpi4py": "jobs/local_environment.sh, where an MPI is active",
     "python docs/look_at_pages.py": ".ci/run",
+    "python docs/take_screens.py": "whoever changes what commands print; see test_screens.py",
     "bash jobs/setup_parallel_hdf5.sh": ".ci/run",
     "source .venv-parallel-hdf5/bin/activate": ".ci/run",
     "bash .ci/run": "whoever changes something",

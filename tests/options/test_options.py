@@ -153,6 +153,7 @@ BAD_VALUES = [
     (TrainingOptions, {"relative_gradient_tolerance": -1.0}, "relative_gradient_tolerance: -1.0 .* give 0 or more"),
     (TrainingOptions, {"target_loss": math.nan}, "target_loss: nan .* give a finite number"),
     (TrainingOptions, {"average": 1.0}, r"average: 1.0 .* give a number in \[0, 1\), or null"),
+    (TrainingOptions, {"progress": "sometimes"}, "progress: .sometimes. .* choose one of auto, always, never"),
     (TrainingOptions, {"logger": "csv,tensorbord"}, "logger: 'tensorbord' .* choose one of csv, tensorboard, mlflow"),
     (TrainingOptions, {"walltime": "1:2"}, "walltime: '1:2' .* give HH:MM:SS"),
     (TrainingOptions, {"stall_timeout": -1.0}, "stall_timeout: -1.0 .* give seconds above 0, or null"),

@@ -1,9 +1,12 @@
 """Events: where time, messages and work go, on one rank and over all."""
 
 import math
+import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mpi4py import MPI
 from networks import classified, classifier, cross_entropy, make_solver, options
 from staged_networks import NETWORKS, built, staged
@@ -15,13 +18,15 @@ from apts_mpi.parallel.communicator import SHORT, Communicator
 from apts_mpi.parallel.transport import HostStreams
 from apts_mpi.staged.solver import StagedAPTS
 from apts_mpi.tools import events as events_module
+from apts_mpi.tools import memory
 from apts_mpi.tools.events import FORWARD, OTHER, Events, Spans
 from apts_mpi.train.baselines import DataParallel
 from apts_mpi.train.log_view import event_table
 from apts_mpi.train.options import BaselineOptions
 
 KEYS = {
-    "calls", "seconds_max", "seconds_min", "ratio", "messages", "bytes", "gradient_evaluations", "share", "overlap",
+    "calls", "seconds_max", "seconds_min", "seconds_inclusive", "ratio", "messages", "bytes", "gradient_evaluations",
+    "memory", "share", "overlap",
 }  # fmt: skip
 
 
@@ -56,6 +61,38 @@ def test_no_second_counts_twice(clock):
         raise KeyError
     found = {name: (e.calls, e.seconds, e.own_seconds) for name, e in events.totals.items() if name != OTHER}
     assert found == {"outer": (1, 21.0, 9.0), "inner": (2, 12.0, 4.0), "wait": (2, 8.0, 8.0)}
+
+
+def test_rises_of_the_peak_of_memory_belong_to_the_innermost_event():
+    """What was there before belongs to the outermost, and all together they are the peak."""
+    events, peak = Events(), [1000]
+    events.peak = lambda: peak[0]
+    with events.timed(OTHER):
+        peak[0] += 1
+        with events.timed("outer"):
+            peak[0] += 2
+            with events.timed("inner"):
+                peak[0] += 4
+            peak[0] -= 7  # a peak that something else has reset
+            with events.timed("inner"):
+                peak[0] += 8
+            peak[0] += 16
+        peak[0] += 32
+    assert {name: event.memory for name, event in events.totals.items()} == {OTHER: 1033, "outer": 18, "inner": 12}
+
+
+def test_peak_of_this_process():
+    """At least what it has now; of a process that a larger one has started it is not known."""
+    peak = memory.peak_of(torch.device("cpu"))
+    if peak is None:
+        pytest.skip("a larger process has started this one")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    assert 2**26 < resident <= peak() + memory.INACCURACY
+
+
+def test_peak_of_a_larger_process(monkeypatch):
+    monkeypatch.setattr(memory, "_peak_of_host", lambda: 2**50)
+    assert memory.peak_of(torch.device("cpu")) is None
 
 
 def test_messages_and_work_belong_to_the_innermost_event():
@@ -160,7 +197,8 @@ def check(table, world):
     """What holds of every table."""
     for name, event in table.items():
         assert set(event) == KEYS
-        assert 0.0 <= event["seconds_min"] <= event["seconds_max"]
+        assert 0.0 <= event["seconds_min"] <= event["seconds_max"] <= event["seconds_inclusive"]
+        assert event["memory"] is None  # nothing takes note of it
         assert event["ratio"] is None or event["ratio"] >= 1.0, name
         assert event["overlap"] is None or -1e-12 <= event["overlap"] <= 1.0
     assert math.fsum(event["share"] for event in table.values()) == pytest.approx(1.0, rel=1e-12)

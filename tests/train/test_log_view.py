@@ -1,5 +1,6 @@
 """``--log-view``, ``--trace`` and ``--tensorboard`` of the command line."""
 
+import io
 import json
 import math
 import signal
@@ -9,10 +10,12 @@ import time
 import pytest
 from networks import classifier
 from processes import PROBLEM, SMALL, Job, needs_mpirun
+from rich.console import Console
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import RunDirectory
 from apts_mpi.train.__main__ import main
+from apts_mpi.train.log_view import COLUMNS, print_events
 
 USAGE, REQUEUE = 2, 75
 
@@ -83,9 +86,16 @@ def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
     assert all(event["ratio"] is None or event["ratio"] >= 1.0 for event in events.values())
     table = printed[printed.index(f"events of {world.size} rank(s)") :]
     for name, event in events.items():
-        (line,) = [line for line in table.splitlines() if line.startswith(f"│ {name} ")]
-        assert line.split("│")[2].strip() == str(event["calls"])
-        assert f"{event['share']:.1%}" in line and "…" not in line
+        lines = [line for line in table.splitlines() if line.startswith(f"│ {name} ")]
+        assert len(lines) == 2 and lines[0].split("│")[2].strip() == str(event["calls"])
+        assert f"{event['share']:.1%}" in lines[0] and "…" not in lines[0] + lines[1]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    # The outermost event has all of the time, and of the memory what was there before the first iteration.
+    others = [event for name, event in events.items() if name != "other"]
+    assert all(event["seconds_inclusive"] >= event["seconds_max"] for event in events.values())
+    assert events["other"]["seconds_inclusive"] > max(event["seconds_inclusive"] for event in others)
+    if events["other"]["memory"] is not None:  # a process of another one's size does not know its own
+        assert events["other"]["memory"] > 10**8 and sum(event["memory"] for event in others) < 10**9
     # Sums of shares of a batch, rounded.
     assert events["global evaluation"]["gradient_evaluations"] >= 2.0 - 1e-12
     assert events["metrics"]["calls"] == events["checkpoint"]["calls"] == events["other"]["calls"] == 1
@@ -101,6 +111,26 @@ def test_table_and_trace(world, tmp_path, monkeypatch, capfd, arguments):
     if arguments is STAGED:
         # Two iterations, and the gradient beside the first point that finds the radius.
         assert calls(spans[0], "backward 0") == calls(spans[0], "backward 1") == 3
+
+
+@pytest.mark.parametrize(("width", "tables"), [(30, 10), (80, 2), (140, 1)])
+def test_tables_fit_where_they_can(width, tables):
+    """Every heading stands in one table, and no cell is cut."""
+    numbers = {"calls": 123456, "seconds_max": 1234.5, "seconds_inclusive": 2345.6, "share": 1.0, "ratio": 12.34}
+    numbers |= {"overlap": 0.99, "messages": 1234567, "bytes": 1, "gradient_evaluations": 98765.43, "memory": 10**12}
+    console = Console(file=io.StringIO(), width=width)
+    print_events({"global evaluation": numbers, "other": numbers | {"ratio": None}}, 4, console)
+    printed = console.file.getvalue()
+    headings = [line.split("┃")[2:-1] for line in printed.splitlines() if line.startswith("┃ event ")]
+    assert len(headings) == tables and [name.strip() for names in headings for name in names] == [
+        heading for heading, _, _ in COLUMNS
+    ]
+    assert all(len(line) <= max(width, 35) for line in printed.splitlines()) and "…" not in printed
+    assert printed.count("events of 4 rank(s)") == 1 and printed.count("1.0 TB") == printed.count("98765.43") == 2
+    # Numbers that there are not have no column.
+    console = Console(file=io.StringIO(), width=width)
+    print_events({"other": numbers | {"memory": None, "overlap": None}}, 1, console)
+    assert "│ memory" not in console.file.getvalue() and "┃ overlap" not in console.file.getvalue()
 
 
 def scalars_of(path):
