@@ -1,0 +1,50 @@
+"""Cuts of a sequence: balanced, with the coupling within the parts; against all cuts there are."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from apts_mpi.network.coupled_cuts import LEAST_GAIN, SLACK, coupled_cuts
+from apts_mpi.network.partition import balanced_cuts
+
+
+def costliest(costs, cuts):
+    return max(sum(costs[start:stop]) for start, stop in itertools.pairwise(cuts))
+
+
+def within(coupling, cuts):
+    pairs = (itertools.combinations(range(*part), 2) for part in itertools.pairwise(cuts))
+    return sum(coupling[pair] for part in pairs for pair in part)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_against_all_cuts(seed):
+    generator = np.random.default_rng(seed)
+    items = int(generator.integers(2, 9))
+    parts = int(generator.integers(1, items + 1))
+    costs = generator.random(items).tolist()
+    coupling = generator.random((items, items))
+    coupling += coupling.T
+    possible = [[0, *inner, items] for inner in itertools.combinations(range(1, items), parts - 1)]
+    present = possible[int(generator.integers(len(possible)))]
+    found = coupled_cuts(costs, coupling, present)
+    most = (1.0 + SLACK) * costliest(costs, balanced_cuts(costs, parts))
+    balanced = [cuts for cuts in possible if costliest(costs, cuts) <= most]
+    best = max(balanced, key=lambda cuts: within(coupling, cuts))
+    gain = within(coupling, best) - within(coupling, present)
+    stays = present in balanced and gain <= LEAST_GAIN * within(coupling, [0, items])
+    assert found == (present if stays else best)
+
+
+def test_without_coupling_cuts_are_balanced():
+    nothing = np.zeros((4, 4))
+    assert coupled_cuts([1.0, 1.0, 1.0, 3.0], nothing, [0, 1, 4]) == [0, 3, 4]
+    assert coupled_cuts([1.0, 1.0, 1.0, 3.0], nothing, [0, 3, 4]) == [0, 3, 4]
+
+
+def test_strong_coupling_joins_and_weak_splits():
+    coupling = np.zeros((4, 4))
+    coupling[1, 2] = coupling[2, 1] = 0.9
+    coupling[0, 1] = coupling[1, 0] = 0.1
+    assert coupled_cuts([1.0] * 4, coupling, [0, 1, 2, 4]) == [0, 1, 3, 4]
