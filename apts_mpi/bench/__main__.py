@@ -1,7 +1,8 @@
-"""``python -m apts_mpi.bench iteration|balance|checkpoint|memory|pipeline|events|faults``: what a part costs, and stands.
+"""``python -m apts_mpi.bench iteration|balance|checkpoint|…``: what a part costs, and stands.
 
-An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes, the timers of the events
-beside the iteration that they time; and a run to which faults are done beside one that was never stopped.
+An iteration is set beside its bare passes, the local solves of the slowest rank beside those of all, a checkpoint
+beside a raw write of the same bytes, the timers of the events beside the iteration that they time; and a run to which
+faults are done beside one that was never stopped.
 """
 
 from __future__ import annotations

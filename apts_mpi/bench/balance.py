@@ -51,8 +51,12 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def solver(partition: PartitionName) -> APTS:
     """One subdomain a rank, cut so."""
     schwarz = SchwarzOptions(partition=partition, repartition_every=EVERY)
-    parts = {"schwarz": schwarz, "local": LocalOptions(solver="kfac"), "coarse": CoarseOptions(model="none")}
-    options = APTSOptions(subdomains=MPI.COMM_WORLD.size, **parts)
+    options = APTSOptions(
+        subdomains=MPI.COMM_WORLD.size,
+        schwarz=schwarz,
+        local=LocalOptions(solver="kfac"),
+        coarse=CoarseOptions(model="none"),
+    )
     return APTS(network(), cross_entropy, comm=MPI.COMM_WORLD, options=options)
 
 
@@ -79,14 +83,14 @@ def balance(rounds: int) -> None:
 
 def _print_table(solvers: Sequence[APTS], seconds: np.ndarray) -> None:
     """``seconds`` are those of each rank, partition and round."""
+    starts = [layer.start for layer in solvers[0].holding.decomposition.layers]
     ratios = seconds.max(axis=0) / seconds.mean(axis=0)
     table = Table(title=f"local solves of {EVERY} iterations, {len(seconds)} ranks")
-    for column in ("partition", "subdomains begin at layer", "slowest / mean", "quartiles", "milliseconds, slowest"):
-        table.add_column(column, justify="left" if column.startswith(("part", "subd")) else "right")
+    for column in ("partition", "begin at layers", "slowest / mean", "quartiles", "slowest, ms"):
+        table.add_column(column, justify="left" if column.startswith(("part", "begin")) else "right")
     for index, (partition, each) in enumerate(zip(PARTITIONS, solvers, strict=True)):
-        own = each.holding.decomposition
-        starts = [layer.start for layer in own.layers]
-        places = ", ".join(str(starts.index(part.owned_start)) for part in own.subdomains)
+        parts = each.holding.decomposition.subdomains
+        places = ", ".join(str(starts.index(part.owned_start)) for part in parts)
         low, middle, high = np.quantile(ratios[index], (0.25, 0.5, 0.75))
         slowest = 1e3 * np.median(seconds[:, index].max(axis=0))
         table.add_row(partition, places, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{slowest:.0f}")

@@ -61,7 +61,8 @@ class AdaptiveCuts:
                 f"{objective.vector.values.device.type} device go on after them; choose adaptive"
             )
         self._is_coupled = True
-        self._seconds = 0.0
+        # At the last look; None before the first one, up to which libraries set themselves up.
+        self._seconds: float | None = None
 
     def is_due(self, iteration: int) -> bool:
         """Whether the iteration of this number, from 1, ends with a look."""
@@ -84,19 +85,20 @@ class AdaptiveCuts:
         layers, parts = decomposition.layers, decomposition.subdomains
         before = self._comm.events.work
         coupling = self._coupling(batch, correction, decomposition)
-        taken, self._seconds = seconds - self._seconds, seconds
-        costs = _modelled_costs(decomposition, self._objective, self._options)
+        earlier, self._seconds = self._seconds, seconds
+        is_measured = self._is_timed and earlier is not None
+        costs = modelled_costs(decomposition, self._objective, self._options)
         begins = [layer.start for layer in layers]
         present = [*(begins.index(part.owned_start) for part in parts), len(layers)]
 
         def decide(table: np.ndarray) -> Sequence[float]:
-            known = _measured_costs(costs, present, decomposition, table[:, 0]) if self._is_timed else costs
+            known = measured_costs(costs, present, decomposition, table[:, 0]) if is_measured else costs
             assert coupling is not None  # on rank 0
             chosen = coupled_cuts(known, coupling, present)[:-1]
             return [table[:, 1].max(), *(begins[item] for item in chosen)]
 
         worked = self._comm.events.work - before
-        work, *cuts = self._comm.agree([taken, worked], decide)
+        work, *cuts = self._comm.agree([seconds - (earlier or 0.0), worked], decide)
         return Look(tuple(map(int, cuts)), work)
 
     def _coupling(self, batch: Batch, correction: torch.Tensor, decomposition: Decomposition) -> np.ndarray | None:
@@ -134,7 +136,7 @@ def relative_coupling(curvature: np.ndarray) -> np.ndarray:
     return np.minimum(found, 1.0).round(DIGITS)
 
 
-def _modelled_costs(decomposition: Decomposition, objective: Objective, options: APTSOptions) -> list[float]:
+def modelled_costs(decomposition: Decomposition, objective: Objective, options: APTSOptions) -> list[float]:
     """What an iteration of a local solve costs in each layer, in multiplications up to a factor.
 
     With factors of whole layers, inverses of side s take s^3 each ``local.refresh`` iterations, and the products with
@@ -153,7 +155,7 @@ def _modelled_costs(decomposition: Decomposition, objective: Objective, options:
     return costs
 
 
-def _measured_costs(
+def measured_costs(
     modelled: Sequence[float], cuts: Sequence[int], decomposition: Decomposition, seconds: np.ndarray
 ) -> list[float]:
     """Seconds of each layer: those of the team that carries it, the slowest rank's, shared by the model."""

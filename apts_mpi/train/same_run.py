@@ -44,7 +44,7 @@ class Asked:
     def other_kind(self) -> bool:
         """Whether subdomains of another kind are asked for."""
         then, now = self.earlier.schwarz, self.options.schwarz
-        return (then.decomposition, then.partition) != (now.decomposition, now.partition)
+        return (then.decomposition, then.unit) != (now.decomposition, now.unit)
 
 
 def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[TrainingOptions, list[str]]:

@@ -141,7 +141,6 @@ def test_what_layout_staged_does_otherwise_is_said(world, directory, trained_on)
     [
         ["--schwarz.overlap=1"],
         ["--schwarz.partition=index", "--schwarz.overlap=7"],
-        ["--schwarz.partition=adaptive", "--schwarz.repartition-every=2"],
         ["--local.solver=gauss-newton", "--schwarz.overlap=3", "--subdomains=2"],
         ["--schwarz.decomposition=data", "--local.iterations=2"],
         ["--schwarz.cuts=[0,207,400]", "--schwarz.overlap=2"],
