@@ -1,4 +1,4 @@
-"""Where to cut a sequence of coupled items: balanced, and between those that are coupled least. Arithmetic only."""
+"""Where to cut a sequence of items: in balance, and with what belongs together in one part. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from apts_mpi.network.partition import balanced_cuts
 # By how much the costliest part may cost more than that of the best balance, as a share.
 SLACK = 0.1
 
-# Coupling within the parts that is to be gained, as a share of all coupling: less of it is noise of a batch.
+# Of all gains, what has to be gained to move cuts that are in balance: less is noise.
 LEAST_GAIN = 0.05
 
 
-def coupled_cuts(costs: Sequence[float], coupling: np.ndarray, present: Sequence[int]) -> list[int]:
-    """Cuts into as many contiguous parts as now, within which the items are coupled most.
+def coupled_cuts(costs: Sequence[float], gains: np.ndarray, present: Sequence[int]) -> list[int]:
+    """Cuts into as many contiguous parts as now: balanced, with the largest sum of gains within the parts.
 
-    Of all cuts whose costliest part costs no more than ``1 + SLACK`` of that of the best balance, those that leave the
-    largest sum of couplings within the parts; found by dynamic programming, O(parts * items^2). The present ones stay
-    where they are balanced so, and others have less than ``LEAST_GAIN`` of all coupling more.
+    The costliest part costs no more than ``1 + SLACK`` of that of the best balance, or the least power of it with
+    which the gains are no less than now. Of such cuts those with the largest gains are found by dynamic programming,
+    O(parts * items^2). Present ones that are balanced so stay, unless ``LEAST_GAIN`` of all gains comes to them.
 
     Parameters
     ----------
     costs
         Of the items.
-    coupling : ndarray, shape (items, items)
-        Between any two of them, 0 or more, symmetric; the diagonal does not count.
+    gains : ndarray, shape (items, items)
+        What it is worth to have two items in one part, below 0 what it costs; symmetric, without the diagonal.
     present
         The cuts now: ``parts + 1`` of them; part p holds items ``present[p]`` to ``present[p + 1] - 1``.
 
@@ -37,18 +37,22 @@ def coupled_cuts(costs: Sequence[float], coupling: np.ndarray, present: Sequence
     list of int
         The same of the cuts to be.
     """
-    parts = len(present) - 1
-    best = balanced_cuts(costs, parts)
-    capacity = (1.0 + SLACK) * _costliest(costs, best)
-    within = _within(coupling)
+    best = balanced_cuts(costs, len(present) - 1)
+    least, costliest = ((1.0 + SLACK) * _costliest(costs, best), _costliest(costs, present))
+    noise = LEAST_GAIN * float(np.abs(np.triu(gains, 1)).sum())
+    if noise == 0.0:
+        return list(present) if costliest <= least else best
+    within, sums = _within(gains), _sums(costs)
     now = _sum(within, present)
-    is_balanced = _costliest(costs, present) <= capacity
-    everything = within[0, -1]
-    if everything <= 0.0:
-        return list(present) if is_balanced else best
-    found = _most_within(np.where(_sums(costs) <= capacity, within, -np.inf), parts)
-    gains = _sum(within, found) - now > LEAST_GAIN * everything
-    return found if gains or not is_balanced else list(present)
+    if costliest <= least:
+        found = _most_within(np.where(sums <= least, within, -np.inf), len(best) - 1)
+        return found if _sum(within, found) > now + noise else list(present)
+    while least < costliest:
+        found = _most_within(np.where(sums <= least, within, -np.inf), len(best) - 1)
+        if _sum(within, found) >= now:
+            return found
+        least *= 1.0 + SLACK
+    return list(present)
 
 
 def _sums(costs: Sequence[float]) -> np.ndarray:
@@ -63,9 +67,9 @@ def _costliest(costs: Sequence[float], cuts: Sequence[int]) -> float:
     return max(sum(costs[start:stop]) for start, stop in itertools.pairwise(cuts))
 
 
-def _within(coupling: np.ndarray) -> np.ndarray:
-    """Coupling between items i to j - 1, each pair once, shape (items + 1, items + 1)."""
-    pairs = np.triu(coupling, 1)
+def _within(gains: np.ndarray) -> np.ndarray:
+    """Gains between items i to j - 1, each pair once, shape (items + 1, items + 1)."""
+    pairs = np.triu(gains, 1)
     table = np.zeros((len(pairs) + 1, len(pairs) + 1))
     table[1:, 1:] = pairs.cumsum(axis=0).cumsum(axis=1)
     edges = np.arange(len(table))
@@ -77,14 +81,14 @@ def _sum(within: np.ndarray, cuts: Sequence[int]) -> float:
     return float(sum(within[start, stop] for start, stop in itertools.pairwise(cuts)))
 
 
-def _most_within(gains: np.ndarray, parts: int) -> list[int]:
-    """The cuts with the largest sum of ``gains[start, stop]`` over the parts; the first of several."""
-    value, starts = gains[0], []
+def _most_within(within: np.ndarray, parts: int) -> list[int]:
+    """The cuts with the largest sum of ``within[start, stop]`` over the parts; the first of several."""
+    value, starts = within[0], []
     for _ in range(parts - 1):
-        table = value[:, None] + gains
+        table = value[:, None] + within
         starts.append(table.argmax(axis=0))
         value = table.max(axis=0)
-    cuts = [len(gains) - 1]
+    cuts = [len(within) - 1]
     for start in reversed(starts):
         cuts.append(int(start[cuts[-1]]))
     return [0, *reversed(cuts)]

@@ -1,8 +1,10 @@
 """Cuts between subdomains that move during training, to where what they divide is coupled least.
 
-The off-diagonal of the reduced Gauss-Newton matrix says how strongly parts of the correction depend on each other. It
-is formed with a column a layer, of which those of a subdomain are its atoms: layers that are coupled strongly join in
-a subdomain, and cuts go to where coupling is weak, among those that balance the local solves.
+The off-diagonal of the reduced Gauss-Newton matrix, formed with a column a layer, says how strongly the corrections of
+layers depend on each other. Where the local solver evaluates its objective, or has the dense matrix of the block, it
+knows the coupling within: layers that are coupled strongly join, and cuts go to where coupling is weak. Others take
+each layer (kfac) or parameter (adam) by itself, and coupling is known to the coarse level alone, between subdomains:
+then cuts go to where it is strong. All among cuts that balance the local solves.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
-from apts_mpi.local.registry import solver_class
+from apts_mpi.local.registry import needs_evaluations, solver_class
 from apts_mpi.network.coupled_cuts import coupled_cuts
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
@@ -25,7 +27,7 @@ from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.schwarz.reduced_curvature import TangentCurvature, share_of_samples
 
-# Digits of couplings, which are shares: ranks sum up in other orders, and cuts are not to depend on their number.
+# Digits of couplings, as shares of the largest: ranks sum up in other orders, and cuts are not to depend on that.
 DIGITS = 4
 
 
@@ -60,7 +62,8 @@ class AdaptiveCuts:
                 "schwarz.partition: 'adaptive-timed' measures seconds of processors, and local solves on a "
                 f"{objective.vector.values.device.type} device go on after them; choose adaptive"
             )
-        self._is_coupled = True
+        self._sign = _worth_of_coupling(options)
+        self._is_coupled = self._sign != 0
         # At the last look; None before the first one, up to which libraries set themselves up.
         self._seconds: float | None = None
 
@@ -94,7 +97,7 @@ class AdaptiveCuts:
         def decide(table: np.ndarray) -> Sequence[float]:
             known = measured_costs(costs, present, decomposition, table[:, 0]) if is_measured else costs
             assert coupling is not None  # on rank 0
-            chosen = coupled_cuts(known, coupling, present)[:-1]
+            chosen = coupled_cuts(known, self._sign * coupling, present)[:-1]
             return [table[:, 1].max(), *(begins[item] for item in chosen)]
 
         worked = self._comm.events.work - before
@@ -102,10 +105,7 @@ class AdaptiveCuts:
         return Look(tuple(map(int, cuts)), work)
 
     def _coupling(self, batch: Batch, correction: torch.Tensor, decomposition: Decomposition) -> np.ndarray | None:
-        """Couplings between layers, each at most 1: on rank 0. Collective.
-
-        ``|c_lm| / sqrt(c_ll c_mm)`` of the Gauss-Newton matrix along the correction's parts in each layer.
-        """
+        """Couplings between layers, by the Gauss-Newton matrix along the correction's parts: on rank 0. Collective."""
         layers = decomposition.layers
         columns = [Column(layer.start, layer.stop, correction[layer.start : layer.stop]) for layer in layers]
         count = len(columns)
@@ -129,11 +129,17 @@ class AdaptiveCuts:
 
 
 def relative_coupling(curvature: np.ndarray) -> np.ndarray:
-    """Coupling between columns by the curvature between them, each from 0 to 1, rounded; 0 for one without any."""
-    scale = np.sqrt(np.clip(np.nan_to_num(np.diag(curvature), posinf=0.0), 0.0, None))
-    scales = np.outer(scale, scale)
-    found = np.divide(np.abs(np.nan_to_num(curvature)), scales, out=np.zeros_like(scales), where=scales > 0.0)
-    return np.minimum(found, 1.0).round(DIGITS)
+    """Sizes of the entries between columns, as shares of the largest, rounded; 0 for what is not finite."""
+    found = np.abs(np.nan_to_num(curvature, posinf=0.0, neginf=0.0))
+    np.fill_diagonal(found, 0.0)
+    return (found / (found.max() or 1.0)).round(DIGITS)
+
+
+def _worth_of_coupling(options: APTSOptions) -> int:
+    """Whether to have coupling within subdomains (1), between them (-1), or wherever it may be (0)."""
+    if needs_evaluations(options.local) or solver_class(options.local.solver).dense:
+        return 1
+    return 0 if options.coarse.model == "none" else -1
 
 
 def modelled_costs(decomposition: Decomposition, objective: Objective, options: APTSOptions) -> list[float]:

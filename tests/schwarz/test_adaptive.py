@@ -18,21 +18,23 @@ from apts_mpi.tools.events import Events
 CUTS = (0, 44, 144, 207)
 EVERY, STEPS = 2, 4
 
-# With and without state of each parameter and of each layer, and layers that two subdomains have.
+# With state of each parameter, of each layer, and layers that two subdomains have, each with its own samples.
 SOLVERS = {
     "adam": {"local": LocalOptions(solver="adam")},
     "kfac": {"local": LocalOptions(solver="kfac", momentum=0.5)},
-    "overlap": {
-        "local": LocalOptions(solver="kfac", iterations=2),
-        "coarse": CoarseOptions(model="none"),
-        "overlap": 1,
-    },
+    "overlap": {"local": LocalOptions(solver="kfac"), "coarse": CoarseOptions(model="none"), "overlap": 1},
 }
 
 
 def make(comm, name, partition="adaptive"):
     parts = dict(SOLVERS[name])
-    schwarz = SchwarzOptions(partition=partition, cuts=CUTS, repartition_every=EVERY, overlap=parts.pop("overlap", 0))
+    schwarz = SchwarzOptions(
+        partition=partition,
+        cuts=CUTS,
+        repartition_every=EVERY,
+        overlap=parts.pop("overlap", 0),
+        local_data="shard" if name == "overlap" else "auto",
+    )
     plain = GlobalStepOptions(model="auto" if name == "kfac" else "none")
     options = APTSOptions(schwarz=schwarz, global_step=plain, **parts)
     return APTS(uneven(), cross_entropy, comm=comm, options=options)
@@ -128,8 +130,9 @@ def test_measured_seconds_balance(world):
 
 
 def test_relative_coupling():
-    curvature = np.array([[4.0, -3.0, 0.0], [-3.0, 9.0, np.nan], [0.0, np.nan, 0.0]])
-    assert relative_coupling(curvature).tolist() == [[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    curvature = np.array([[4.0, -3.0, 1.5], [-3.0, 9.0, np.nan], [1.5, np.nan, 0.0]])
+    assert relative_coupling(curvature).tolist() == [[0.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]
+    assert relative_coupling(np.zeros((2, 2))).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_what_a_network_cannot_tell_is_balanced_and_said():
