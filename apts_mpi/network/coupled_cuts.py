@@ -22,6 +22,7 @@ def coupled_cuts(costs: Sequence[float], gains: np.ndarray, present: Sequence[in
     The costliest part costs no more than ``1 + SLACK`` of that of the best balance, or the least power of it with
     which the gains are no less than now. Of such cuts those with the largest gains are found by dynamic programming,
     O(parts * items^2). Present ones that are balanced so stay, unless ``LEAST_GAIN`` of all gains comes to them.
+    Without gains the costs of the parts are as even as may be, in the mean square.
 
     Parameters
     ----------
@@ -39,10 +40,12 @@ def coupled_cuts(costs: Sequence[float], gains: np.ndarray, present: Sequence[in
     """
     best = balanced_cuts(costs, len(present) - 1)
     least, costliest = ((1.0 + SLACK) * _costliest(costs, best), _costliest(costs, present))
-    noise = LEAST_GAIN * float(np.abs(np.triu(gains, 1)).sum())
+    noise, sums = LEAST_GAIN * float(np.abs(np.triu(gains, 1)).sum()), _sums(costs)
     if noise == 0.0:
-        return list(present) if costliest <= least else best
-    within, sums = _within(gains), _sums(costs)
+        # Not `best`, whose other parts may be as costly as they like below the costliest.
+        even = _most_within(np.where(sums <= least, -(sums**2), -np.inf), len(best) - 1)
+        return list(present) if costliest <= least else even
+    within = _within(gains)
     now = _sum(within, present)
     if costliest <= least:
         found = _most_within(np.where(sums <= least, within, -np.inf), len(best) - 1)
