@@ -55,6 +55,8 @@ def test_without_gains_cuts_are_balanced():
     nothing = np.zeros((4, 4))
     assert coupled_cuts([1.0, 1.0, 1.0, 3.0], nothing, [0, 1, 4]) == [0, 3, 4]
     assert coupled_cuts([1.0, 1.0, 1.0, 3.0], nothing, [0, 3, 4]) == [0, 3, 4]
+    # The others as even as may be, where one is the costliest anyhow.
+    assert coupled_cuts([4.0, 1.0, 1.0, 1.0, 1.0], np.zeros((5, 5)), [0, 2, 3, 5]) == [0, 1, 3, 5]
 
 
 def test_what_is_worth_most_joins():
