@@ -27,10 +27,10 @@ class SchwarzOptions:
         inexact where the network is called for its outputs alone.
     partition
         ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``adaptive`` cuts
-        between layers, and moves the cuts while it trains: to where the layers on either side are coupled least, among
-        cuts that balance what local solves cost by a model. ``adaptive-timed`` balances by the measured seconds of the
-        ranks, so that no two runs are the same to the bit. ``auto``: layer, but for dense Gauss-Newton where layers
-        make blocks of more than 640 parameters.
+        between layers, and moves the cuts while it trains: by the coupling between layers, and so that they balance
+        what local solves cost by a model. ``adaptive-timed`` balances by the measured seconds of the ranks, so that no
+        two runs are the same to the bit. ``auto``: layer, but for dense Gauss-Newton where layers make blocks of more
+        than 640 parameters.
     repartition_every
         Iterations from one look at the cuts to the next, of a partition that moves them.
     cuts
