@@ -1,4 +1,4 @@
-"""Cuts between subdomains that move during training, to where what they divide is coupled least.
+"""Cuts between subdomains that move during training: by the coupling between layers, and in balance.
 
 The off-diagonal of the reduced Gauss-Newton matrix, formed with a column a layer, says how strongly the corrections of
 layers depend on each other. Where the local solver evaluates its objective, or has the dense matrix of the block, it
