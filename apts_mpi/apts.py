@@ -71,8 +71,7 @@ class APTS:
 
     def _begin(self, holding: Holding) -> None:
         """Have done no iteration yet."""
-        self.holding = holding
-        self.network, self.options, self.comm = holding.network, holding.options, holding.comm
+        self.holding, self.network, self.options, self.comm = holding, holding.network, holding.options, holding.comm
         self.events = holding.comm.events
         self._gradient = holding.objective.reduction.total
         self.state = State(radius=self.options.trust_region.initial_radius)
@@ -192,8 +191,9 @@ class APTS:
 
     def _report(self, schwarz: Judged, global_step: Judged | None, started: float) -> StepResult:
         """Count the iteration, and say what it did."""
-        evaluations = self._trials.work * self.comm.size / self.batch.size
+        self._trials.work += self.holding.adapt(self.batch, self.state.iteration + 1, schwarz.accepted, self._forget)
         notes = self._trials.told(self.holding.plateau.follow(schwarz) if self.holding.plateau else ())
+        evaluations = self._trials.work * self.comm.size / self.batch.size
         known = evaluations, seconds() - started, notes, self.state.same.converged
         self.state.count(result := StepResult(self.state.iteration + 1, schwarz, global_step, *known))
         return result

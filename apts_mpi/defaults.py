@@ -12,6 +12,7 @@ import torch
 from apts_mpi.curvature.dense import LARGEST_DENSE
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
+from apts_mpi.local.adaptive import check_adaptive
 from apts_mpi.local.coarse_choice import coarse_model, compose_coarse
 from apts_mpi.local.registry import solver_class
 from apts_mpi.local.solver import LocalSolver, Split
@@ -100,6 +101,7 @@ def compose(
     _check_whole_layers(name, solver, split)
     _check_noise(options)
     solver.check(options, split)
+    check_adaptive(options, name, solver)
     coarse = compose_coarse(options, solver)
     trust_region = _compose_trust_region(options.trust_region, noisy)
     if trust_region.pull and coarse.model != "none":
@@ -283,7 +285,7 @@ def split_parameters(options: APTSOptions, layers: Sequence[Layer], ranks: int, 
     if schwarz.decomposition == "data":
         return whole_subdomains(layers, count)
     if schwarz.cuts is not None:
-        return subdomains_at(layers, schwarz.cuts, schwarz.partition, schwarz.overlap)
+        return subdomains_at(layers, schwarz.cuts, schwarz.unit, schwarz.overlap)
     partition: Literal["layer", "index"] = "index" if schwarz.partition == "index" else "layer"
     if options.subdomains is None:
         count = min(count, most_subdomains(layers, partition))

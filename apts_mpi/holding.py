@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +80,24 @@ class Holding(Protocol):
         """Raise `SharedInvalidInput` for a loss that is not what the method minimises. Collective.
 
         The first batch is looked at, or one where it is ``doubted``: the loss is then evaluated many times.
+        """
+
+    def adapt(self, batch: Batch, iteration: int, accepted: bool, forget: Callable[[], None]) -> float:
+        """Move the cuts between subdomains, at the end of an iteration, where they are adaptive. Collective.
+
+        Parameters
+        ----------
+        batch
+            Of the iteration; it follows.
+        iteration, accepted
+            Its number, from 1, and whether the parameters changed in it.
+        forget
+            Called where the cuts move, so that what is known of the point in the old subdomains is not.
+
+        Returns
+        -------
+        float
+            What it took to measure, of the rank with most, see ``apts_mpi.tools.events.Events.work``.
         """
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from apts_mpi.defaults import compose, describe, may_be_dense, split_parameters
 from apts_mpi.local.registry import needs_evaluations, solver_class
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.network.parameters import FlatParameters
+from apts_mpi.network.partition import subdomains_at
 from apts_mpi.network.segments import Forward, SegmentedNetwork, lower_precision
 from apts_mpi.network.structure import check_same_network, structure
 from apts_mpi.network.teams import Teams
@@ -29,13 +31,15 @@ from apts_mpi.objective.passes import Loss
 from apts_mpi.objective.same_batch import SameBatches
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.guard import guarded
+from apts_mpi.schwarz.adaptive import AdaptiveCuts, move_batch
 from apts_mpi.schwarz.additive import AdditiveSchwarz
-from apts_mpi.schwarz.coarse import make_coarse_level
+from apts_mpi.schwarz.coarse import CoarseLevel, make_coarse_level
 from apts_mpi.schwarz.plateau import make_plateau
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature, RowCurvature, TangentCurvature
 from apts_mpi.schwarz.residual_level import make_residual_level
 from apts_mpi.state.local_solvers import LocalSolvers, other_subdomains
-from apts_mpi.state.solver import SolverParts, load_solver, save_solver
+from apts_mpi.state.moving import Moving, staying
+from apts_mpi.state.solver import SolverParts, check_solver, load_solver, save_solver
 from apts_mpi.state.tensors import replicated_arrays
 from apts_mpi.trust_region.global_step import make_global_step
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -89,16 +93,13 @@ class Replicated:
         self.watch, self._batches = NetworkWatch(vector, self.comm), SameBatches(self.comm)
         team = self.comm.group(teams.team_of(self.comm.rank))
         self.decomposition = Decomposition(subdomains, layers, teams, self.comm, team, len(subdomains))
-        whole_layers = solver_class(options.local.solver).whole_layers
-        shared = options.schwarz.local_data == "shared"
-        recorded = self.decomposition.modules_of(network, shared) if whole_layers else ()
         self.objective = Objective(
             segmented=segmented,
             vector=vector,
             loss=MeanLoss(loss, options.group),
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
-            recorded=recorded,
+            recorded=self._recorded(),
             comm=self.comm,
         )
         self.plateau = make_plateau(self._asked_for, options, vector.values)
@@ -110,6 +111,8 @@ class Replicated:
         ) or make_coarse_level(
             options, self.decomposition, vector.values, self.comm, self._curvature, inner, size, self._is_coarse_asked
         )
+        with self.comm.shared_errors():
+            self._adaptive = AdaptiveCuts(options, self.objective, self.comm) if options.schwarz.is_adaptive else None
         self.last_step = LastStep(vector.values) if options.noise == "batches" else None
         products = functools.partial(PassProducts, self.objective, kind=options.global_step.product)
         self.global_step = make_global_step(
@@ -120,6 +123,12 @@ class Replicated:
             inner=inner,
             products_of_rank=products,
         )
+
+    def _recorded(self) -> Sequence[torch.nn.Module]:
+        """The modules whose calls local solvers look at."""
+        if not solver_class(self.options.local.solver).whole_layers:
+            return ()
+        return self.decomposition.modules_of(self.network, self.options.schwarz.local_data == "shared")
 
     def _curvature(self) -> ReducedCurvature:
         """Of the coarse level: from the rows of the local solvers where those of all ranks have all of its samples."""
@@ -172,28 +181,70 @@ class Replicated:
             self._loss_is_checked = True
         self.micro_batches.fit(batch, self.objective)
 
+    def adapt(self, batch: Batch, iteration: int, accepted: bool, forget: Callable[[], None]) -> float:
+        """See `apts_mpi.holding.Holding`."""
+        adaptive, own = self._adaptive, self.decomposition
+        # A correction that is to be tried again in a smaller ball belongs to its subdomains.
+        if adaptive is None or not (accepted and adaptive.is_due(iteration)):
+            return 0.0
+        with self.comm.events.timed("coarse"):
+            look = adaptive.look(batch, self.schwarz.correction, own, self.schwarz.solving.seconds)
+            if look.cuts != tuple(part.owned_start for part in own.subdomains):
+                old = self._local_solvers()
+                self.decomposition = self._divided(look.cuts)
+                moving = Moving(old, staying(old, self.decomposition))
+                self._divide()
+                moving.give(self._local_solvers())
+                move_batch(batch, self.decomposition)
+                forget()
+        return look.work
+
+    def _divided(self, cuts: Sequence[int]) -> Decomposition:
+        """The same ranks with subdomains that begin there, between layers."""
+        own = self.decomposition
+        return replace(own, subdomains=subdomains_at(own.layers, cuts, "layer", self.options.schwarz.overlap))
+
+    def _divide(self) -> None:
+        """Have all parts follow the present subdomains, with local solvers that know nothing yet."""
+        self.schwarz.divide(self.decomposition)
+        self.objective.record(self._recorded())
+        if isinstance(self.coarse, CoarseLevel):
+            self.coarse.parts = self.decomposition.owned_parts()
+
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`."""
         return save_solver(self._parts(), correction, self._arrays)
 
     def load(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> tuple[torch.Tensor | None, list[str]]:
         """See `apts_mpi.holding.Holding`."""
+        if self._adaptive is not None:
+            self._divide_as_saved(checkpoint, metadata)
         correction, notes = load_solver(self._parts(), checkpoint, metadata)
         others = other_subdomains(self.options, self.decomposition.subdomains, metadata["subdomains"])
         return correction, [*others, *notes]
+
+    def _divide_as_saved(self, checkpoint: Checkpoint, metadata: dict[str, Any]) -> None:
+        """Have the subdomains of a checkpoint, which are where cuts had moved to, if there are as many."""
+        saved = check_solver(self._parts(), checkpoint, metadata)["subdomains"]
+        cuts = [record["owned_start"] for record in saved]
+        if len(cuts) == self.decomposition.count and cuts != [p.owned_start for p in self.decomposition.subdomains]:
+            self.decomposition = self._divided(cuts)
+            self._divide()
 
     def _arrays(self, tensors: Mapping[str, torch.Tensor], vectors: Mapping[str, torch.Tensor]) -> list[Array]:
         return replicated_arrays({**tensors, **vectors}, self.comm)
 
     def _parts(self) -> SolverParts:
-        schwarz, own = self.schwarz, self.decomposition
-        solvers, device = schwarz.solvers, schwarz.correction.device
-        local = LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
         parts = {
             **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
             **{"plateau": self.plateau, "micro_batches": self.micro_batches, "metric": self._metric},
         }
-        return SolverParts(self.network, parts, local, schwarz.assembled)
+        return SolverParts(self.network, parts, self._local_solvers(), self.schwarz.assembled)
+
+    def _local_solvers(self) -> LocalSolvers:
+        schwarz, own = self.schwarz, self.decomposition
+        solvers, device = schwarz.solvers, schwarz.correction.device
+        return LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
 
     def describe(self) -> str:
         """See `apts_mpi.holding.Holding`."""

@@ -1,7 +1,8 @@
-"""``python -m apts_mpi.bench iteration|checkpoint|memory|pipeline|events|faults``: what a part costs, and stands.
+"""``python -m apts_mpi.bench iteration|balance|checkpoint|…``: what a part costs, and stands.
 
-An iteration is set beside its bare passes, a checkpoint beside a raw write of the same bytes, the timers of the events
-beside the iteration that they time; and a run to which faults are done beside one that was never stopped.
+An iteration is set beside its bare passes, the local solves of the slowest rank beside those of all, a checkpoint
+beside a raw write of the same bytes, the timers of the events beside the iteration that they time; and a run to which
+faults are done beside one that was never stopped.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=PROBLEMS,
         help=f"beside AdamW, with commas between: {', '.join(PROBLEMS)}; or none (default: all of them)",
     )
+    balance = subparsers.add_parser("balance", help="local solves of the slowest rank; for mpirun -n 2 or 4")
+    balance.add_argument("--rounds", type=positive, default=5, help="of five iterations that are timed (default: 5)")
     saving = "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4"
     checkpoint = subparsers.add_parser("checkpoint", help=saving)
     _add_repetitions(checkpoint, 10, "timed calls of each kind")
@@ -90,6 +93,7 @@ def _add_repetitions(parser: argparse.ArgumentParser, default: int, words: str) 
 
 def measurements() -> dict[str, Callable[..., int | None]]:
     """By their names on the command line; imported here, as they need MPI. They may return an exit status."""
+    from apts_mpi.bench.balance import balance
     from apts_mpi.bench.checkpoint import checkpoint
     from apts_mpi.bench.events import events
     from apts_mpi.bench.faults import faults
@@ -99,6 +103,7 @@ def measurements() -> dict[str, Callable[..., int | None]]:
 
     return {
         "iteration": iteration,
+        "balance": balance,
         "checkpoint": checkpoint,
         "memory": memory,
         "pipeline": pipeline,

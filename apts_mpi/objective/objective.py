@@ -92,7 +92,7 @@ class Objective:
         self.summaries: Summaries | None = None
         self.observes: Callable[[], bool] = lambda: True
         self._is_observed = True
-        self._recorder = LayerRecorder(recorded)
+        self.record(recorded)
         self.events = comm.events
         self._comm = comm
         self._device = vector.values.device
@@ -101,6 +101,10 @@ class Objective:
     def epsilon(self) -> float:
         """Of the arithmetic in which the network is evaluated."""
         return torch.finfo(self.segmented.autocast or self.vector.values.dtype).eps
+
+    def record(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Record inputs and output gradients of these layers from now on, and of no others."""
+        self._recorder = LayerRecorder(modules)
 
     def begin(self, passes: Sequence[Pass]) -> None:
         """The passes are those of a new batch. Collective."""

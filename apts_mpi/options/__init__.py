@@ -10,6 +10,7 @@ from apts_mpi.options.levels import (
     CoarseOptions,
     LocalData,
     LocalOptions,
+    PartitionName,
     SchwarzOptions,
 )
 from apts_mpi.options.solver import APTSOptions, PipelineOptions
@@ -25,6 +26,7 @@ __all__ = [
     "GlobalStepOptions",
     "LocalData",
     "LocalOptions",
+    "PartitionName",
     "PipelineOptions",
     "SchwarzOptions",
     "TrustRegionOptions",

@@ -9,6 +9,7 @@ from apts_mpi.errors import require, require_choice, require_fields, require_nam
 from apts_mpi.options.trust_region import require_krylov
 
 LocalData = Literal["auto", "shared", "shard", "full"]
+PartitionName = Literal["auto", "layer", "index", "adaptive", "adaptive-timed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,13 @@ class SchwarzOptions:
         subdomain's own layers only, against the cached gradient of the loss with respect to their output. ``auto``:
         inexact where the network is called for its outputs alone.
     partition
-        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``auto``: layer,
-        but for dense Gauss-Newton where layers make blocks of more than 640 parameters.
+        ``layer`` cuts between layers, ``index`` cuts the flat parameter vector into equal ranges. ``adaptive`` cuts
+        between layers, and moves the cuts while it trains: by the coupling between layers, and so that they balance
+        what local solves cost by a model. ``adaptive-timed`` balances by the measured seconds of the ranks, so that no
+        two runs are the same to the bit. ``auto``: layer, but for dense Gauss-Newton where layers make blocks of more
+        than 640 parameters.
+    repartition_every
+        Iterations from one look at the cuts to the next, of a partition that moves them.
     cuts
         Where in the flat vector of the parameters the subdomains begin, the first one at 0. null: by the partition,
         or as saved where a run is resumed.
@@ -54,7 +60,8 @@ class SchwarzOptions:
 
     decomposition: Literal["parameters", "data"] = "parameters"
     variant: Literal["auto", "exact", "inexact"] = "auto"
-    partition: Literal["auto", "layer", "index"] = "auto"
+    partition: PartitionName = "auto"
+    repartition_every: int = 20
     cuts: tuple[int, ...] | None = None
     overlap: int = 0
     type: Literal["basic", "restrict"] = "restrict"
@@ -72,6 +79,21 @@ class SchwarzOptions:
         require(0.0 < self.damping <= 1.0, "schwarz.damping", self.damping, "give a number in (0, 1]")
         of_data = self.decomposition == "data" or self.assembly == "mean"
         require(of_data, "schwarz.assembly", self.assembly, "it is for schwarz.decomposition data; choose mean")
+        every, remedy = self.repartition_every, "it is for schwarz.decomposition parameters; choose layer"
+        require(every >= 1, "schwarz.repartition_every", every, "give 1 or more")
+        of_parameters = self.decomposition == "parameters" or not self.is_adaptive
+        require(of_parameters, "schwarz.partition", self.partition, remedy)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether cuts move while it trains."""
+        return self.partition in ("adaptive", "adaptive-timed")
+
+    @property
+    def unit(self) -> Literal["auto", "layer", "index"]:
+        """Between what the partition cuts."""
+        partition = self.partition
+        return "layer" if partition == "adaptive" or partition == "adaptive-timed" else partition
 
 
 # Names of local solvers, and of the coarse space of the package; besides them there are those of the user's.

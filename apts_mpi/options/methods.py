@@ -148,7 +148,8 @@ def of_method(name: MethodName, changes: Mapping[str, Any] | None = None) -> APT
 def check_method(name: str, options: Any) -> None:
     """Raise `InvalidInput` for options that contradict a method, naming both."""
     for option, fixed in METHODS[name].fixed.items():
-        value = value_of(options, option)
+        # Cuts between layers may move.
+        value = options.schwarz.unit if option == "schwarz.partition" else value_of(options, option)
         if value != fixed:
             raise InvalidInput(
                 f"{option}: {value!r} contradicts --method {name}, which has {fixed!r}; leave out one of the two"

@@ -1,7 +1,8 @@
 """Additive Schwarz over the parameters, and the coarse level that recombines its corrections.
 
 It may import `local` and what that may. Read `additive` first, then `coarse`; `coarse_space` has the columns,
-`reduced_curvature` the curvature between them, `reduced_model` the small problem that is solved.
+`reduced_curvature` the curvature between them, `reduced_model` the small problem that is solved; `adaptive` moves the
+cuts.
 """
 
 from apts_mpi.curvature.linearisation import Column

@@ -26,6 +26,7 @@ from apts_mpi.schwarz.local_reductions import LocalReductions
 from apts_mpi.schwarz.plateau import Plateau
 from apts_mpi.schwarz.shares import led_range, led_rows, weights_of
 from apts_mpi.schwarz.whole_layers import whole_layers
+from apts_mpi.tools.events import Stopwatch
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.norms import subdomain_radius
 from apts_mpi.trust_region.same_function import NEW, SameFunction
@@ -62,6 +63,8 @@ class AdditiveSchwarz:
         The assembled correction, once the pending operation has completed.
     solvers : dict of int to LocalSolver
         Local solvers of the subdomains that this rank carries, with their state.
+    solving : Stopwatch
+        Seconds of the local solves of this rank, without statistics that all ranks measure together.
     rows : list of GaussNewtonRows
         Those of each pass at the point of the last correction; computed if a local solver has asked for them.
     reach : float
@@ -78,45 +81,35 @@ class AdditiveSchwarz:
         plateau: Plateau | None = None,
     ) -> None:
         schwarz = options.schwarz
-        self._inner = inner
-        self.decomposition = decomposition
+        self._inner, self._options = inner, options
         self.local_solver = options.local.solver
         self._objective = objective
         self._comm, self._team, self._events = decomposition.comm, decomposition.team, objective.events
         self._kind = solver_class(options.local.solver)
-        self._damping = schwarz.damping
-        self._norm = options.trust_region.norm
+        self._damping, self._norm = schwarz.damping, options.trust_region.norm
         self._data = data = schwarz.decomposition == "data"
         # A mean of steps within a ball lies in it.
         self._is_mean = data and schwarz.assembly == "mean"
         self._count = 1 if self._is_mean else decomposition.count
         # In the space of the residuals the coarse level finds each subdomain's correction, from the rows alone.
         self._solves = options.coarse.model != "residual"
-        is_sum = data and not self._is_mean
-        of_ball = 1.0 / decomposition.count if is_sum else subdomain_radius(1.0, decomposition.count, self._norm)
+        self._is_sum = data and not self._is_mean
+        of_ball = 1.0 / decomposition.count if self._is_sum else subdomain_radius(1.0, decomposition.count, self._norm)
         self.reach = schwarz.damping * of_ball
         each = 1.0 / decomposition.count if self._is_mean else 1.0
-        predicts = schwarz.prediction == "local"
-        self._reductions = LocalReductions(decomposition, each) if predicts else None
+        self._reductions = LocalReductions(decomposition, each) if schwarz.prediction == "local" else None
         self._values = objective.vector.values
         self._is_noisy = options.noise == "batches"
+        self.solving = Stopwatch(objective.events)
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
         self._shared = schwarz.local_data == "shared" and self._kind.whole_layers
-        measured = decomposition.subdomains if self._shared else decomposition.carried
-        self._measuring = {part.index: self._make_solver(options, part) for part in measured}
-        self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
-        if self._kind.takes_sums:
-            objective.summaries = LayerSums(self._measuring, next(iter(self.solvers.values())))
-        # Those that only measure never count an iteration.
-        objective.observes = lambda: any(self._measuring[part.index].observes for part in decomposition.carried)
         self._make_rows, self.plateau = make_rows, plateau
         self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
         self._disjoint = not data and (schwarz.overlap == 0 or schwarz.type == "restrict")
-        self._weights = {} if self._disjoint else weights_of(decomposition, self._values, data and not self._is_mean)
-        self._ranges = [led_range(decomposition, rank) for rank in range(self._comm.size)]
+        self.divide(decomposition)
         self._stack: torch.Tensor | None = None
         if data and options.coarse.model != "none":
             # Columns over all parameters cannot share one vector: every rank holds all of them.
@@ -125,11 +118,24 @@ class AdditiveSchwarz:
             self._mirror = Mirror(self._stack)
             self._ranges = [led_rows(decomposition, size, rank) for rank in range(self._comm.size)]
 
-    def _make_solver(self, options: APTSOptions, subdomain: Subdomain) -> LocalSolver:
+    def divide(self, decomposition: Decomposition) -> None:
+        """Have these subdomains, with local solvers that know nothing yet; as many on the same ranks as before."""
+        self.decomposition, objective = decomposition, self._objective
+        measured = decomposition.subdomains if self._shared else decomposition.carried
+        self._measuring = {part.index: self._make_solver(part) for part in measured}
+        self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
+        if self._kind.takes_sums:
+            objective.summaries = LayerSums(self._measuring, next(iter(self.solvers.values())))
+        # Those that only measure never count an iteration.
+        objective.observes = lambda: any(solver.observes for solver in self.solvers.values())
+        self._weights = {} if self._disjoint else weights_of(decomposition, self._values, self._is_sum)
+        self._ranges = [led_range(decomposition, rank) for rank in range(self._comm.size)]
+
+    def _make_solver(self, subdomain: Subdomain) -> LocalSolver:
         block = self._values[subdomain.start : subdomain.stop]
         layers = whole_layers(self.decomposition, self._objective.network, subdomain) if self._kind.whole_layers else []
         team = self._comm if self._shared else self._team
-        return self._kind(LocalSetting(options.local, options.trust_region, block, layers, team))
+        return self._kind(LocalSetting(self._options.local, self._options.trust_region, block, layers, team))
 
     def start_correction(
         self,
@@ -187,7 +193,8 @@ class AdditiveSchwarz:
                     self._measure(of_pass, weight, gradient)
                 for cache in of_pass if useful else ():
                     if cache.subdomain.index in self.solvers:
-                        self._solve(cache, rows, weight, gradient, local_radius)
+                        with self.solving:
+                            self._solve(cache, rows, weight, gradient, local_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
 
@@ -217,7 +224,8 @@ class AdditiveSchwarz:
             local = LocalObjective(self._objective, cache, gradient[part.start : part.stop], self._comm, weight)
             fresh = self._measuring[part.index].measure(local, key)
             if part.index in self.solvers:
-                self.solvers[part.index].take_in(fresh)
+                with self.solving:
+                    self.solvers[part.index].take_in(fresh)
 
     def _is_of_use(self, gradient: torch.Tensor) -> bool:
         """Whether the batch can teach the local solvers anything, whose state lasts. Collective."""

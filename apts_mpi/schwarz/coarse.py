@@ -62,6 +62,8 @@ class CoarseLevel:
 
     Attributes
     ----------
+    parts
+        As given.
     is_asked : bool
         Whether the model was asked for: where it cannot be formed, that is an error, and else the plain sum is taken.
     step : Tensor, shape (n,)
@@ -95,7 +97,7 @@ class CoarseLevel:
         self._norm: Literal["2", "scaled"] = options.norm
         with comm.shared_errors():  # a class of the user's may not be there
             self._space = make_coarse_space(options)
-        self._parts = parts
+        self.parts = parts
         self._comm = comm
         self.curvature = curvature
         self._inner = inner
@@ -127,7 +129,7 @@ class CoarseLevel:
             The first time, where the network or the loss cannot be differentiated so, and that was asked for.
         """
         with self._comm.events.timed("coarse"):
-            self._state = CoarseState(self._parts, corrections, gradient, self.last_step, self.last_correction)
+            self._state = CoarseState(self.parts, corrections, gradient, self.last_step, self.last_correction)
             if not self._has_model:
                 return
             self._columns = self._make_columns(self._state)

@@ -87,6 +87,8 @@ def check_staged(options: APTSOptions) -> None:
         refuse("schwarz.variant", "exact", "where a rank cannot run the layers behind its own; choose inexact")
     if schwarz.partition == "index":
         refuse("schwarz.partition", "index", "which cuts between layers; choose layer")
+    if schwarz.is_adaptive:
+        refuse("schwarz.partition", schwarz.partition, "where layers stay on their stage; choose layer")
     if schwarz.overlap:
         refuse("schwarz.overlap", schwarz.overlap, "where a rank has no layers of its neighbours; give 0")
     if schwarz.local_data == "shard":

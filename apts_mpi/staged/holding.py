@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -240,6 +240,10 @@ class Staged:
         given = batch.size if whole else sum(part.samples for part in batch.passes)
         check_staged_objective(self.objective, batch, given, self.decomposition.team.rank, self.comm, whole, doubted)
         self._loss_is_checked = True
+
+    def adapt(self, batch: Batch, iteration: int, accepted: bool, forget: Callable[[], None]) -> float:
+        """See `apts_mpi.holding.Holding`: layers stay on their stage."""
+        return 0.0
 
     def save(self, correction: torch.Tensor | None) -> tuple[list[Array], dict[str, Any]]:
         """See `apts_mpi.holding.Holding`: the same arrays as of the other layout, which either can load."""

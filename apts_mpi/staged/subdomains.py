@@ -32,7 +32,7 @@ def subdomains_asked_for(options: APTSOptions, layers: Sequence[Layer], stages: 
     """
     number, cuts = options.subdomains, options.schwarz.cuts
     if cuts is not None:
-        return subdomains_at(layers, cuts, options.schwarz.partition, 0)
+        return subdomains_at(layers, cuts, options.schwarz.unit, 0)
     if number is None:
         return None
     if number < stages:

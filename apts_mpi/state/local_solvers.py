@@ -120,12 +120,12 @@ def _layer_arrays(states: Mapping[int, LocalState], records: Sequence[dict[str, 
                 for row, (index, place, _) in enumerate(carried)
                 if index in states
             ]
-            yield Array(_place(name, number), (len(carried), *shape), np.dtype(dtype), slabs)
+            yield Array(f"{place_of_layer(name)}/{number}", (len(carried), *shape), np.dtype(dtype), slabs)
 
 
-def _place(layer: str, number: int) -> str:
-    """Name of the array of a layer's tensor; the network's own parameters belong to a layer without a name."""
-    return f"{LAYERS}{layer or '(network)'}/{number}"
+def place_of_layer(layer: str) -> str:
+    """Folder of the arrays of a layer's tensors; the network's own parameters belong to a layer without a name."""
+    return f"{LAYERS}{layer or '(network)'}"
 
 
 def check_local_solvers(local: LocalSolvers, source: Source, metadata: Mapping[str, Any], place: str) -> None:
@@ -206,7 +206,7 @@ def _check_arrays(source: Source, records: Sequence[dict[str, Any]], place: str)
         allow(alike, f"{place}: layers", name, "a layer with the same tensors in all subdomains")
         for number, tensor in enumerate(tensors[0]):
             expected = SavedTensor((len(tensors), *tensor.shape), tensor.dtype)
-            _check_array(source, _place(name, number), expected, place)
+            _check_array(source, f"{place_of_layer(name)}/{number}", expected, place)
 
 
 def _check_array(source: Source, name: str, expected: SavedTensor, place: str) -> None:
@@ -309,7 +309,8 @@ class _Reader:
         if found is None:
             return []
         row, kept = found
-        tensors = [self._tensor(_place(layer.name, number), row, 1)[0] for number in range(len(kept["tensors"]))]
+        place, count = place_of_layer(layer.name), len(kept["tensors"])
+        tensors = [self._tensor(f"{place}/{number}", row, 1)[0] for number in range(count)]
         return [LayerState(kept["kind"], tensors)]
 
     def _kept(self, layer: Layer) -> tuple[int, dict[str, Any]] | None:

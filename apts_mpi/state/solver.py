@@ -101,8 +101,7 @@ def load_solver(solver: SolverParts, source: Source, metadata: dict[str, Any]) -
         If the network is another one, or the file has not what `save_solver` saves; network and solver are then as
         before, unless a class of the user's cannot take over its state.
     """
-    check_network(solver.network, source)
-    metadata = _check_metadata(solver, source, metadata)
+    metadata = check_solver(solver, source, metadata)
     load_network(solver.network, source)
     saved = {name: part for name, part in metadata.items() if name in solver.parts or name == "correction"}
     saved = put_tensors(saved, reader(source, solver.assembled.device))
@@ -122,8 +121,15 @@ def load_solver(solver: SolverParts, source: Source, metadata: dict[str, Any]) -
         return correction, notices + load_local_solvers(solver.local, source, metadata["subdomains"])
 
 
-def _check_metadata(solver: SolverParts, source: Source, metadata: Any) -> dict[str, Any]:
-    """The metadata, once they are known to be what `save_solver` makes of such a network."""
+def check_solver(solver: SolverParts, source: Source, metadata: Any) -> dict[str, Any]:
+    """The metadata, once file and metadata are known to be what `save_solver` makes of such a network.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the first difference.
+    """
+    check_network(solver.network, source)
     size, dtype = solver.local.size, to_numpy(solver.assembled[:0]).dtype
     vector, vector_or_empty = (array(source, *shapes, dtype=dtype) for shapes in (((size,),), ((size,), (0,))))
     parts = {

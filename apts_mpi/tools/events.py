@@ -173,6 +173,31 @@ class Events:
         self.present.work += work
 
 
+class Stopwatch:
+    """Seconds of blocks on this rank, without those in which it waited for others.
+
+    Parameters
+    ----------
+    events
+        Of the rank.
+
+    Attributes
+    ----------
+    seconds : float
+        Of all blocks so far.
+    """
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = seconds() - self._events.totals["wait"].seconds
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += seconds() - self._events.totals["wait"].seconds - self._start
+
+
 class _Timer:
     """One timed block; a class, as a generator takes twice as long, and small networks have short iterations."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from apts_mpi.checkpoint import Checkpoint
-from apts_mpi.options import PipelineOptions, SchwarzOptions
+from apts_mpi.options import PartitionName, PipelineOptions, SchwarzOptions
 from apts_mpi.tools.schema import among, nothing_or, sequence, text, whole
 from apts_mpi.train.options import TrainingOptions
 
@@ -44,7 +44,7 @@ class Asked:
     def other_kind(self) -> bool:
         """Whether subdomains of another kind are asked for."""
         then, now = self.earlier.schwarz, self.options.schwarz
-        return (then.decomposition, then.partition) != (now.decomposition, now.partition)
+        return (then.decomposition, then.unit) != (now.decomposition, now.unit)
 
 
 def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[TrainingOptions, list[str]]:
@@ -113,7 +113,7 @@ def _subdomains(
     return saved, replace(schwarz, cuts=cuts, partition=_partition(asked, records)), []
 
 
-def _partition(asked: Asked, records: Sequence[Mapping[str, Any]]) -> Literal["auto", "layer", "index"]:
+def _partition(asked: Asked, records: Sequence[Mapping[str, Any]]) -> PartitionName:
     """The partition: in the units of which the saved overlap was counted, where ``auto`` leaves that open."""
     schwarz, overlap = asked.options.schwarz, asked.earlier.schwarz.overlap
     if schwarz.partition != "auto" or overlap == 0:

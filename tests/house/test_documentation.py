@@ -40,6 +40,7 @@ COMMANDS = {
     "python -m apts_mpi.compare poisson-1d": "--equal-seconds 0.1 --seeds 1 --methods spring,broyden",
     "python -m apts_mpi.compare continual": "--epochs 1 --train-samples 120",
     "python -m apts_mpi.compare": "--epochs 2 --seeds 1",
+    "python -m apts_mpi.bench balance": "--rounds 1",
     "python -m apts_mpi.bench events": "--repetitions 1",
     "python -m apts_mpi.bench memory": "--width 16",
     "python -m apts_mpi.bench pipeline": "--width 16 --samples 64 --repetitions 1",

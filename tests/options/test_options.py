@@ -33,6 +33,12 @@ BAD_VALUES = [
     (SchwarzOptions, {"decomposition": "both"}, "schwarz.decomposition: 'both' .* choose one of parameters, data"),
     (SchwarzOptions, {"variant": "both"}, "schwarz.variant: 'both' .* choose one of .*exact, inexact"),
     (SchwarzOptions, {"partition": "row"}, "schwarz.partition: 'row' .* choose one of auto, layer, index"),
+    (
+        SchwarzOptions,
+        {"partition": "adaptive", "decomposition": "data"},
+        "schwarz.partition: 'adaptive' .* choose layer",
+    ),
+    (SchwarzOptions, {"repartition_every": 0}, "schwarz.repartition_every: 0 .* give 1 or more"),
     (SchwarzOptions, {"overlap": -1}, "schwarz.overlap: -1 .* give 0 or more"),
     (SchwarzOptions, {"type": "additive"}, "schwarz.type: 'additive' .* choose one of basic, restrict"),
     (SchwarzOptions, {"local_data": "half"}, "schwarz.local_data: 'half' .* choose one of .*shard, full"),

@@ -247,6 +247,7 @@ REFUSED = [
     ({"schwarz": {"decomposition": "data"}}, "schwarz.decomposition: 'data' is not for layout staged"),
     ({"schwarz": {"variant": "exact"}}, "schwarz.variant: 'exact'"),
     ({"schwarz": {"partition": "index"}}, "schwarz.partition: 'index'"),
+    ({"schwarz": {"partition": "adaptive"}}, "schwarz.partition: 'adaptive' .* choose layer"),
     ({"schwarz": {"overlap": 1}}, "schwarz.overlap: 1"),
     ({"schwarz": {"local_data": "shard"}}, "schwarz.local_data: 'shard'"),
     ({"local": {"solver": "gauss-newton", "iterations": 2}}, "local.iterations: 2 is not for layout staged"),
