@@ -210,13 +210,13 @@ def _compose_local(
 
 
 def _check_noise(options: APTSOptions) -> None:
-    """Refuse what the next batch cannot judge: its slope belongs to one step, the sum of kfac's corrections."""
+    """Refuse what the next batch cannot judge: its slope belongs to one step, the sum of averaged corrections."""
     if options.noise == "none":
         return
     name, data = options.local.solver, options.schwarz.decomposition == "data"
-    if name != "kfac" or options.local.iterations > 1 or data:
+    if not solver_class(name).averages or options.local.iterations > 1 or data:
         raise InvalidInput(
-            f"noise: 'batches' needs local.solver kfac with one local iteration on subdomains of parameters, not "
+            f"noise: 'batches' needs local.solver kfac or muon with one local iteration on subdomains of parameters, not "
             f"{name!r} with {options.local.iterations} on {options.schwarz.decomposition}; choose none"
         )
     models = {"coarse.model": options.coarse.model, "global_step.model": options.global_step.model}

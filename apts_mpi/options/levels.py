@@ -75,7 +75,7 @@ class SchwarzOptions:
 
 
 # Names of local solvers, and of the coarse space of the package; besides them there are those of the user's.
-LOCAL_SOLVERS = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
+LOCAL_SOLVERS = ("auto", "kfac", "muon", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
 SUBDOMAINS = "subdomains"
 
 
@@ -86,7 +86,8 @@ class LocalOptions:
     Parameters
     ----------
     solver
-        ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``gauss-newton``: dense
+        ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``muon``: orthogonal factors of
+        mean gradients of each matrix. ``gauss-newton``: dense
         Gauss-Newton matrix of the block. ``tr``: first-order trust region. ``lsr1``: trust region with a
         limited-memory SR1 model, whose pairs last from one iteration to the next. ``steihaug``: trust region with
         conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
@@ -108,7 +109,7 @@ class LocalOptions:
         Iterations between updates of kfac's running means and factorisations; more at the start. null: 5, or 20 with
         noise batches.
     momentum
-        Of kfac: its direction is that of a running mean of gradients which keeps so much of itself. null: 0, or 0.9
+        Of kfac and muon: the direction is that of a running mean of gradients which keeps so much of itself. null: 0, or 0.9
         with noise batches.
     product
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
