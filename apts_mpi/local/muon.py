@@ -21,10 +21,10 @@ class Muon(LocalSolver):
     """Steps along orthogonal factors (Jordan et al., kellerjordan.github.io/posts/muon; arXiv 2502.16982).
 
     With M the running mean of the gradients of a weight, ``local.momentum`` of M and the rest of the present one, the
-    weight of m times n numbers goes along ``-sqrt(max(m, n)) U V^T`` with ``M = U S V^T``: as far in all directions that
-    M has, and by 1 in the root mean square of its elements. Convolutions have a row an output channel. What is no
-    matrix, and embeddings, whose rows few samples reach, go along M over the root of the running mean of its squares, of
-    about that length too; so no factor stands between the two. It costs no evaluation, and knows no damping.
+    weight of m times n numbers goes along ``-sqrt(max(m, n)) U V^T`` with ``M = U S V^T``: as far in all directions
+    that M has, and by 1 in the root mean square of its elements. Convolutions have a row an output channel. What is no
+    matrix, and embeddings, whose rows few samples reach, go along M over the root of the running mean of its squares,
+    of about that length too; so no factor stands between the two. It costs no evaluation, and knows no damping.
 
     Attributes
     ----------
