@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from apts_mpi.curvature.dense import LARGEST_DENSE
+from apts_mpi.curvature.kinds import is_unknown
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.adaptive import check_adaptive
@@ -86,12 +87,14 @@ def compose(
     name = options.local.solver
     if name == "auto" and options.coarse.model == "residual":
         name = "gauss-newton"
+    noisy = options.noise == "batches"
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
         dense = dense and options.group == 1
-        name = "gauss-newton" if dense else "kfac" if split.whole else "adam"
+        sizes = ((network.get_submodule(layer.name), layer.stop - layer.start) for layer in layers)
+        whole = "muon" if noisy and any(is_unknown(*layer) for layer in sizes) else "kfac"
+        name = "gauss-newton" if dense else whole if split.whole else "adam"
     solver = solver_class(name)
-    noisy = options.noise == "batches"
     quadratic = is_quadratic(MeanLoss(loss))
     model = coarse_model(options, solver, may_be_squares=quadratic is not False)
     options = replace(options, coarse=replace(options.coarse, model=model))
@@ -213,14 +216,14 @@ def _compose_local(
 
 
 def _check_noise(options: APTSOptions) -> None:
-    """Refuse what the next batch cannot judge: its slope belongs to one step, the sum of kfac's corrections."""
+    """Refuse what the next batch cannot judge: its slope belongs to one step, the sum of averaged corrections."""
     if options.noise == "none":
         return
     name, data = options.local.solver, options.schwarz.decomposition == "data"
-    if name != "kfac" or options.local.iterations > 1 or data:
+    if not solver_class(name).averages or options.local.iterations > 1 or data:
         raise InvalidInput(
-            f"noise: 'batches' needs local.solver kfac with one local iteration on subdomains of parameters, not "
-            f"{name!r} with {options.local.iterations} on {options.schwarz.decomposition}; choose none"
+            f"noise: 'batches' needs local.solver kfac or muon with one local iteration on subdomains of parameters, "
+            f"not {name!r} with {options.local.iterations} on {options.schwarz.decomposition}; choose none"
         )
     models = {"coarse.model": options.coarse.model, "global_step.model": options.global_step.model}
     for option, model in models.items():

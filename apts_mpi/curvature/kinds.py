@@ -230,6 +230,11 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     return kind(module)
 
 
+def is_unknown(module: nn.Module, size: int) -> bool:
+    """Whether such a layer has factors from gradients with random signs alone."""
+    return make_curvature(module, size).signed
+
+
 def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:
     """Whether a layer has nothing but a weight and perhaps a bias, all trained, and uses them as its type does."""
     parameters = dict(module.named_parameters(recurse=False))

@@ -44,6 +44,7 @@ class KFAC(LocalSolver):
     takes_sums = True
     local_data = "shared"
     preconditions = True
+    averages = True
     damping = 0.3
     # The curvature of such a loss does not change along a step: on three problems, noisy data among them, squared
     # errors fell lower with it than with 0.3, and with a tenth of it those of other data rose.

@@ -10,6 +10,7 @@ from apts_mpi.tools.user_code import class_of
 
 SOLVERS = {
     "kfac": "apts_mpi.local.kfac:KFAC",
+    "muon": "apts_mpi.local.muon:Muon",
     "gauss-newton": "apts_mpi.local.gauss_newton:GaussNewton",
     "tr": "apts_mpi.local.gradient:FirstOrderTrustRegion",
     "lsr1": "apts_mpi.local.trust_region:LSR1TrustRegion",

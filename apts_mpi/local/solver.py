@@ -153,6 +153,8 @@ class LocalSolver(ABC):
         Whether ``LocalObjective.sums`` of `sums` may take the place of the records, which then need not be kept.
     preconditions : bool
         Whether `direction` knows the curvature.
+    averages : bool
+        Whether `unbounded` is along a running mean of gradients by ``local.momentum``, as ``noise batches`` wants it.
     damping, quadratic_damping : float or None
         What ``local.damping`` is unless the user says otherwise, and what it is for a loss that is quadratic in the
         outputs; None: the same.
@@ -170,6 +172,7 @@ class LocalSolver(ABC):
     divisible: ClassVar[bool] = True
     takes_sums: ClassVar[bool] = False
     preconditions: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     damping: ClassVar[float | None] = None
     quadratic_damping: ClassVar[float | None] = None
     local_data: ClassVar[Literal["shared", "shard", "full"]] = "shard"

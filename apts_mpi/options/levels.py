@@ -97,7 +97,7 @@ class SchwarzOptions:
 
 
 # Names of local solvers, and of the coarse space of the package; besides them there are those of the user's.
-LOCAL_SOLVERS = ("auto", "kfac", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
+LOCAL_SOLVERS = ("auto", "kfac", "muon", "gauss-newton", "tr", "lsr1", "steihaug", "sgd", "adam")
 SUBDOMAINS = "subdomains"
 
 
@@ -108,14 +108,15 @@ class LocalOptions:
     Parameters
     ----------
     solver
-        ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``gauss-newton``: dense
+        ``kfac``: natural gradient by the Kronecker-factored curvature of each layer. ``muon``: orthogonal factors of
+        mean gradients of each matrix. ``gauss-newton``: dense
         Gauss-Newton matrix of the block. ``tr``: first-order trust region. ``lsr1``: trust region with a
         limited-memory SR1 model, whose pairs last from one iteration to the next. ``steihaug``: trust region with
         conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
         moments last from one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
         ``auto``: gauss-newton where the network is called by a function and the blocks are small, kfac where subdomains
-        are whole layers, else adam. MODULE:CLASS: one of your own, see
-        `apts_mpi.local.LocalSolver`.
+        are whole layers (muon with noise batches where kfac does not know some of them), else adam. MODULE:CLASS: one
+        of your own, see `apts_mpi.local.LocalSolver`.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping
@@ -130,8 +131,8 @@ class LocalOptions:
         Iterations between updates of kfac's running means and factorisations; more at the start. null: 5, or 20 with
         noise batches.
     momentum
-        Of kfac: its direction is that of a running mean of gradients which keeps so much of itself. null: 0, or 0.9
-        with noise batches.
+        Of kfac and muon: the direction is that of a running mean of gradients which keeps so much of itself. null: 0,
+        or 0.9 with noise batches.
     product
         Curvature of steihaug: ``gauss-newton``, which needs the exact local objective, or ``hessian``.
     krylov_tolerance

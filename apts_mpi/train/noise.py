@@ -38,16 +38,16 @@ def _has_noisy_batches(options: TrainingOptions, problem: Problem) -> bool:
     batch_size = min(options.batch_size or problem.batch_size or samples, samples)
     batches = samples // batch_size
     steps = (options.epochs or problem.epochs) * batches
-    return batches >= MANY_BATCHES and steps >= MANY_STEPS and _may_have_kfac(options, problem)
+    return batches >= MANY_BATCHES and steps >= MANY_STEPS and _may_average(options, problem)
 
 
-def _may_have_kfac(options: TrainingOptions, problem: Problem) -> bool:
+def _may_average(options: TrainingOptions, problem: Problem) -> bool:
     """Whether nothing that was asked for speaks against the parts that noisy batches need."""
     local, schwarz = options.local, options.schwarz
     return (
         problem.forward is None
         and options.method == "two-level"
-        and local.solver in ("auto", "kfac")
+        and local.solver in ("auto", "kfac", "muon")
         and local.iterations == 1
         and schwarz.decomposition == "parameters"
         and schwarz.partition != "index"

@@ -75,7 +75,7 @@ def test_copies_are_in_pinned_memory_beside_the_computation(device):
     assert (mirror.tensor[:3] * 2.0).tolist() == pytest.approx([4.0] * 3, rel=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["kfac", "adam", "tr", "lsr1"])
+@pytest.mark.parametrize("solver", ["kfac", "muon", "adam", "tr", "lsr1"])
 def test_iterates_are_those_of_the_cpu(device, solver):
     """float64: the same sums in another order."""
     options = APTSOptions(subdomains=3, local=LocalOptions(solver=solver, iterations=2))

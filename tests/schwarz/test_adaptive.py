@@ -22,6 +22,7 @@ EVERY, STEPS = 2, 4
 SOLVERS = {
     "adam": {"local": LocalOptions(solver="adam")},
     "kfac": {"local": LocalOptions(solver="kfac", momentum=0.5)},
+    "muon": {"local": LocalOptions(solver="muon", momentum=0.5)},
     "overlap": {"local": LocalOptions(solver="kfac"), "coarse": CoarseOptions(model="none"), "overlap": 1},
 }
 
@@ -67,7 +68,7 @@ def known(solver):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", ["adam", "kfac"])
+@pytest.mark.parametrize("name", ["adam", "kfac", "muon"])
 def test_moved_cuts_leave_loss_parameters_and_what_was_learnt_to_the_bit(world, name):
     moved, fixed = make(world, name), make(world, name, "layer")
     assert go_on(moved, EVERY) == go_on(fixed, EVERY)

@@ -109,6 +109,7 @@ CHOICES = [
     {"solver": "sgd", "iterations": 3, "window": 3, "damping": 0.5, "initial_radius": 30.0},
     {"solver": "adam", "iterations": 2, "recompute": True},
     {"solver": "kfac", "recompute": True, "schedule": "gpipe"},
+    {"solver": "muon"},
     {"solver": "tr", "cache_dtype": "float64"},
 ]
 

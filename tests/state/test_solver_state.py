@@ -110,7 +110,7 @@ def last_batch(steps, cut, whole):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("whole", [False, True], ids=["batches", "whole"])
-@pytest.mark.parametrize("solver", ["gauss-newton", "adam", "sgd", "tr", "lsr1", "steihaug"])
+@pytest.mark.parametrize("solver", ["gauss-newton", "adam", "muon", "sgd", "tr", "lsr1", "steihaug"])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(world, directory, solver, whole):
     """In the middle of the tries on a batch, with dropout and running statistics."""
     network = classifier if solver == "gauss-newton" else noisy_classifier  # which takes neither

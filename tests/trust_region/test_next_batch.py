@@ -218,7 +218,7 @@ def test_step_that_memory_leads_uphill_is_skipped():
     ],
 )
 def test_what_does_not_go_with_it(changes):
-    with pytest.raises(InvalidInput, match="noise: 'batches' needs local.solver kfac .* choose none"):
+    with pytest.raises(InvalidInput, match="noise: 'batches' needs local.solver kfac or muon .* choose none"):
         make(**changes)
 
 
