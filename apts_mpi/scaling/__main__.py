@@ -43,7 +43,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
         ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
         ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
-        ("subdomains", subdomains, "iterations to a loss as deep networks are cut into more subdomains, on one process"),
+        (
+            "subdomains",
+            subdomains,
+            "iterations to a loss as deep networks are cut into more subdomains, on one process",
+        ),
         ("root", root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
         ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
@@ -109,10 +113,8 @@ def _add_subdomains(parser: argparse.ArgumentParser) -> None:
     )
     for name, default, words in lists:
         shown = " ".join(map(str, default)) or "none"
-        parser.add_argument(
-            name, type=int, nargs="+", default=default, metavar="N", help=f"{words} (default: {shown})"
-        )
-    parser.add_argument("--width", type=int, default=32, metavar="N", help="of the networks (default: 32)")
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{words} (default: {shown})")
+    parser.add_argument("--width", type=int, default=64, metavar="N", help="of the networks (default: 64)")
     parser.add_argument("--loss", type=float, default=0.1, help="of all training samples (default: 0.1)")
     parser.add_argument("--most", type=int, default=300, metavar="N", help="iterations, at most (default: 300)")
 

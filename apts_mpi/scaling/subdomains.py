@@ -42,7 +42,9 @@ class Series:
         return None if first is None or last is None else last / max(first, 1)
 
 
-def iterations_to(loss: float, layers: int, width: int, coarse: CoarseOptions, subdomains: int, most: int) -> int | None:
+def iterations_to(
+    loss: float, layers: int, width: int, coarse: CoarseOptions, subdomains: int, most: int
+) -> int | None:
     """Iterations until the loss of all training digits is ``loss`` or less; None: more than ``most``.
 
     The batch is all of them. There is no global step, which would make up for what the coarse level lacks.

@@ -58,8 +58,7 @@ def most_groups(most: int, subdomains: int, total: Callable[[int], int], columns
     stages, everywhere = total(1), total(subdomains)
 
     def own(groups: int) -> int:
-        # One a stage, and of the others a share.
-        return 1 + (groups - stages) * (subdomains - 1) // max(everywhere - stages, 1)
+        return share_of_groups(groups, subdomains, everywhere, stages)
 
     def of_all(groups: int) -> int:
         return total(columns(own(groups)))
@@ -68,6 +67,14 @@ def most_groups(most: int, subdomains: int, total: Callable[[int], int], columns
     if of_all(everywhere) > most:
         found = stages + max(bisect_right(range(stages, everywhere), most, key=of_all) - 1, 0)
     return Groups(own(found), of_all(found))
+
+
+def share_of_groups(groups: int, subdomains: int, everywhere: int, stages: int) -> int:
+    """How many of the groups a stage of some of all subdomains has: one, and of those beyond one a stage its share.
+
+    The shares of all stages are no more than ``groups`` together.
+    """
+    return 1 + (groups - stages) * (subdomains - 1) // max(everywhere - stages, 1)
 
 
 def _even(items: Sequence, groups: int) -> list[Sequence]:
