@@ -147,6 +147,9 @@ class LocalOptions:
 # over three seeds the test accuracy fell by 0.001 to 0.009. The cost model of scaling studies, too, reckons with them.
 ENOUGH_TARGETS = 512
 
+# Columns of the coarse level where nothing is said: 64 subdomains have one of each kind.
+USUAL_LARGEST = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseOptions:

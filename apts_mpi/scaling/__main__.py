@@ -111,6 +111,8 @@ def _add_subdomains(parser: argparse.ArgumentParser) -> None:
         ("--subdomains", [2, 4, 8, 16, 32, 64], "of those that have as many layers"),
         ("--largest", [], "values of coarse.largest, besides null"),
     )
+    kinds = ("plain", "residual")
+    parser.add_argument("--networks", nargs="+", choices=kinds, default=["residual"], help="(default: residual)")
     for name, default, words in lists:
         shown = " ".join(map(str, default)) or "none"
         parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{words} (default: {shown})")
@@ -220,7 +222,7 @@ def subdomains(options: argparse.Namespace, console: Console) -> int:
     """Train deep networks with more and more subdomains."""
     from apts_mpi.scaling.subdomains import as_json, measure, print_series
 
-    for name, least in (("layers", 2), ("subdomains", 1), ("largest", 2)):
+    for name, least in (("layers", 3), ("subdomains", 1), ("largest", 2)):
         given = getattr(options, name)
         require(all(number >= least for number in given), name, given, f"give numbers of {least} or more")
     for name in ("width", "most"):
@@ -232,9 +234,7 @@ def subdomains(options: argparse.Namespace, console: Console) -> int:
         options.subdomains,
         f"give one at least of {min(options.layers)} or less, the layers of a network",
     )
-    found = measure(
-        options.layers, options.subdomains, options.largest, loss=options.loss, width=options.width, most=options.most
-    )
+    found = list(measure(options))
     print_series(found, options.loss, console)
     write_json(options.json, as_json(found))
     return 0

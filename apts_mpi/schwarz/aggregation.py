@@ -15,9 +15,6 @@ from itertools import pairwise
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.schwarz.coarse_space import CoarseState
 
-# Columns where nothing is said: 64 subdomains have one of each kind.
-USUAL_LARGEST = 128
-
 
 @dataclass(frozen=True)
 class Groups:

@@ -13,10 +13,10 @@ from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import SharedInvalidInput, shortened
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
-from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
+from apts_mpi.options import SUBDOMAINS, USUAL_LARGEST, APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
-from apts_mpi.schwarz.aggregation import USUAL_LARGEST, Groups, most_groups
+from apts_mpi.schwarz.aggregation import Groups, most_groups
 from apts_mpi.schwarz.coarse_space import CoarseState, check_columns, make_coarse_space
 from apts_mpi.schwarz.column_products import inner_products
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature
