@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from apts_mpi.curvature.linearisation import Column
-from apts_mpi.schwarz.coarse_space import CoarseState
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,12 @@ class Groups:
     own: int
     columns: int
 
-    def of(self, state: CoarseState) -> CoarseState:
-        """The state with a correction and a part for each group; itself where there are as many groups as those."""
-        corrections = [_sum(group) for group in _even(state.corrections, self.own)]
-        parts = [(group[0][0], group[-1][1]) for group in _even(state.parts, self.own)]
-        return replace(state, parts=parts, corrections=corrections)
+    def of(
+        self, corrections: Sequence[Column], parts: Sequence[tuple[int, int]]
+    ) -> tuple[list[Column], list[tuple[int, int]]]:
+        """A correction and a part for each group; those given where there are as many groups."""
+        sums = [_sum(group) for group in _even(corrections, self.own)]
+        return sums, [(group[0][0], group[-1][1]) for group in _even(parts, self.own)]
 
 
 def most_groups(most: int, subdomains: int, total: Callable[[int], int], columns: Callable[[int], int]) -> Groups:

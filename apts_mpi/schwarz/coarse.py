@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -138,7 +139,7 @@ class CoarseLevel:
                 return
             if self._groups is None:
                 self._groups = self._group(self._state)
-            self._state = self._groups.of(self._state)
+            self._state = _grouped(self._state, self._groups)
             self._columns = self._make_columns(self._state)
             products = torch.cat([inner_products(self._columns), self._slope(gradient)[None]])
             try:
@@ -154,7 +155,7 @@ class CoarseLevel:
         subdomains, asked = len(state.corrections), self._options.largest
 
         def columns(groups: int) -> int:
-            return len(self._make_columns(Groups(groups, 0).of(state)))
+            return len(self._make_columns(_grouped(state, Groups(groups, 0))))
 
         with preserved_random_state(self.step.device):  # a space of the user's may draw
             groups = most_groups(asked or USUAL_LARGEST, subdomains, self.curvature.total, columns)
@@ -284,6 +285,11 @@ class CoarseLevel:
             return [f"the state of coarse space {shortened(space['name'])} is of no use to another"]
         self._space.restore(space["state"])
         return []
+
+
+def _grouped(state: CoarseState, groups: Groups) -> CoarseState:
+    corrections, parts = groups.of(state.corrections, state.parts)
+    return replace(state, corrections=corrections, parts=parts)
 
 
 def make_coarse_level(
