@@ -1,8 +1,8 @@
 """``python -m apts_mpi.bench iteration|balance|checkpoint|…``: what a part costs, and stands.
 
-An iteration is set beside its bare passes, the local solves of the slowest rank beside those of all, a checkpoint
-beside a raw write of the same bytes, the timers of the events beside the iteration that they time; and a run to which
-faults are done beside one that was never stopped.
+An iteration is set beside its bare passes and, on a GPU, the time of its kernels, the local solves of the slowest
+rank beside those of all, a checkpoint beside a raw write of the same bytes, the timers of the events beside the
+iteration that they time; and a run to which faults are done beside one that was never stopped.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=PROBLEMS,
         help=f"beside AdamW, with commas between: {', '.join(PROBLEMS)}; or none (default: all of them)",
     )
+    iteration.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of network and batch (default: auto)"
+    )
+    iteration.add_argument("--json", type=Path, metavar="FILE", help="also write what is beside passes to FILE")
     balance = subparsers.add_parser("balance", help="local solves of the slowest rank; for mpirun -n 2 or 4")
     balance.add_argument("--rounds", type=positive, default=5, help="of five iterations that are timed (default: 5)")
     saving = "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4"

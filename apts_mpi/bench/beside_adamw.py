@@ -21,14 +21,14 @@ from apts_mpi.apts import APTS
 from apts_mpi.network.parameters import FlatParameters
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.options import APTSOptions
-from apts_mpi.parallel.timing import Timing, time_in_turn
+from apts_mpi.parallel.timing import Timing, clock_of, time_in_turn
 from apts_mpi.problems import Wanted, build
 from apts_mpi.problems.images import PIXELS
 from apts_mpi.problems.layers import mlp
 from apts_mpi.problems.losses import token_cross_entropy
 from apts_mpi.problems.text import CONTEXT, character_gpt
 from apts_mpi.tools.command import FILE_WIDTH
-from apts_mpi.tools.environment import cpu_seconds, seconds
+from apts_mpi.tools.environment import cpu_seconds
 from apts_mpi.trust_region.next_batch import TRIALS
 
 Noise = Literal["none", "batches"]
@@ -49,6 +49,8 @@ NOISE: tuple[Noise, ...] = ("none", "batches")
 # Events of an iteration that the table has, in their order there; all others are together.
 PARTS = ("global evaluation", "local solves", "assembly", "coarse", "judge")
 
+HOST = torch.device("cpu")
+
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,15 +64,16 @@ class Case:
     loss: Loss = cross_entropy
     sample: Callable[[int], Batch] = lambda count: (torch.randn(count, PIXELS), torch.randint(CLASSES, (count,)))
 
-    def make(self) -> nn.Module:
+    def make(self, device: torch.device = HOST) -> nn.Module:
         """The network, the same on every call."""
         torch.manual_seed(0)
-        return self.network()
+        return self.network().to(device)
 
-    def batches(self) -> list[Batch]:
+    def batches(self, device: torch.device = HOST) -> list[Batch]:
         """Random ones, the same on every call."""
         torch.manual_seed(1)
-        return [self.sample(self.batch_size) for _ in range(BATCHES)]
+        drawn = [self.sample(self.batch_size) for _ in range(BATCHES)]
+        return [(inputs.to(device), targets.to(device)) for inputs, targets in drawn]
 
     def subdomains(self) -> list[int]:
         """Those of `SUBDOMAINS` for which the network has layers."""
@@ -102,9 +105,9 @@ CASES: Mapping[str, Case] = {
 class AdamW:
     """Steps of AdamW on a network, with nothing of this package."""
 
-    def __init__(self, case: Case) -> None:
-        self._network, self._loss = case.make(), case.loss
-        self._batches = itertools.cycle(case.batches())
+    def __init__(self, case: Case, device: torch.device = HOST) -> None:
+        self._network, self._loss = case.make(device), case.loss
+        self._batches = itertools.cycle(case.batches(device))
         self._optimizer = torch.optim.AdamW(self._network.parameters())
 
     def __call__(self) -> None:
@@ -118,20 +121,21 @@ class AdamW:
 class Iterations:
     """Iterations of the solver at its defaults with a number of subdomains, on one rank."""
 
-    def __init__(self, case: Case, subdomains: int, noise: Noise = "none") -> None:
+    def __init__(self, case: Case, subdomains: int, noise: Noise = "none", device: torch.device = HOST) -> None:
         options = APTSOptions(subdomains=subdomains, noise=noise)
-        self._solver = APTS(case.make(), case.loss, comm=MPI.COMM_SELF, options=options)
+        self._solver = APTS(case.make(device), case.loss, comm=MPI.COMM_SELF, options=options)
         # Beyond the start, whose steps are tried.
         self._solver.state.starting, self._solver.state.tried = False, TRIALS
-        self._batches = itertools.cycle(case.batches())
+        self._batches = itertools.cycle(case.batches(device))
+        self._clock = clock_of(device)
         self._seconds = 0.0
 
     def __call__(self) -> None:
         """As many as are timed together."""
-        started = seconds()
+        started = self._clock()
         for batch in itertools.islice(self._batches, TOGETHER):
             self._solver.step(batch)
-        self._seconds += seconds() - started
+        self._seconds += self._clock() - started
 
     def forget(self) -> None:
         """Begin to count anew."""
@@ -144,28 +148,34 @@ class Iterations:
         return found | {"rest": 1.0 - sum(found.values())}
 
 
-def beside_adamw(names: Sequence[str], rounds: int) -> None:
-    """Time iterations beside steps of AdamW, in turn, and print a table for each case. For one rank alone."""
+def beside_adamw(names: Sequence[str], rounds: int, device: torch.device = HOST) -> None:
+    """Time iterations beside steps of AdamW, in turn, and print a table for each case. For one rank alone.
+
+    On a CPU its seconds count, which others do not disturb; on a GPU those of a clock.
+    """
+    clock, unit = (cpu_seconds, "CPU ms") if device.type == "cpu" else (clock_of(device), "ms")
     for name in names:
         case = CASES[name]
         kinds = list(itertools.product(NOISE, case.subdomains()))
-        solvers = [Iterations(case, number, noise) for noise, number in kinds]
-        calls: list[Callable[[], None]] = [AdamW(case), *solvers]
+        solvers = [Iterations(case, number, noise, device) for noise, number in kinds]
+        calls: list[Callable[[], None]] = [AdamW(case, device), *solvers]
         for call in calls:
             call()
         for solver in solvers:
             solver.forget()
-        adamw, *timings = time_in_turn(calls, rounds, warm_up=0, clock=cpu_seconds)
+        adamw, *timings = time_in_turn(calls, rounds, warm_up=0, clock=clock)
         shares = [solver.shares() for solver in solvers]
-        _print(name, adamw, dict(zip(kinds, zip(timings, shares, strict=True), strict=True)))
+        _print(name, adamw, dict(zip(kinds, zip(timings, shares, strict=True), strict=True)), unit)
 
 
-def _print(name: str, adamw: Timing, found: Mapping[tuple[Noise, int], tuple[Timing, dict[str, float]]]) -> None:
+def _print(
+    name: str, adamw: Timing, found: Mapping[tuple[Noise, int], tuple[Timing, dict[str, float]]], unit: str
+) -> None:
     table = Table(
         title=f"{name}, {torch.get_num_threads()} thread(s): an iteration in steps of AdamW",
-        caption=f"a step of AdamW: {1e3 * adamw.median / TOGETHER:.2f} ms of processor time",
+        caption=f"a step of AdamW: {1e3 * adamw.median / TOGETHER:.2f} {unit}",
     )
-    for heading in ("noise", "subdomains", "CPU ms", "all", *PARTS, "rest"):
+    for heading in ("noise", "subdomains", unit, "all", *PARTS, "rest"):
         table.add_column(heading, justify="right")
     for (noise, number), (timing, shares) in found.items():
         ratio = timing.median / adamw.median

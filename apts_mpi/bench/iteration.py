@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
@@ -13,11 +15,20 @@ from torch.nn.functional import cross_entropy
 
 from apts_mpi.apts import APTS
 from apts_mpi.bench.beside_adamw import beside_adamw
+from apts_mpi.bench.launches import as_json, launches_of, print_launches
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
-from apts_mpi.parallel.timing import Timing, time_in_turn, wait_for_all
+from apts_mpi.parallel.communicator import Communicator
+from apts_mpi.parallel.timing import Timing, clock_of, time_in_turn, wait_for_all
+from apts_mpi.parallel.transport import choose_device
+from apts_mpi.tools.events import Events
 
 BATCH = 2000
 WIDTHS = (784, 128, 128, 128, 128, 128, 10)
+
+BARE = "bare passes"
+
+# Iterations whose launches are counted: two updates of curvature are among them.
+COUNTED = 10
 
 PLAIN = APTSOptions(local=LocalOptions(solver="sgd"), coarse=CoarseOptions(model="none"))
 
@@ -31,21 +42,19 @@ def network() -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers[:-1])
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images and labels, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(BATCH, WIDTHS[0], generator=generator),
-        torch.randint(0, WIDTHS[-1], (BATCH,), generator=generator),
-    )
+    images = torch.randn(BATCH, WIDTHS[0], generator=generator)
+    return images.to(device), torch.randint(0, WIDTHS[-1], (BATCH,), generator=generator).to(device)
 
 
 class BarePasses:
     """A plain torch loop: ``gradients`` times forward and backward, ``losses`` times forward alone."""
 
-    def __init__(self, gradients: int, losses: int) -> None:
-        self._network = network()
-        self._batch = batch()
+    def __init__(self, gradients: int, losses: int, device: torch.device) -> None:
+        self._network = network().to(device)
+        self._batch = batch(device)
         self._gradients = gradients
         self._losses = losses
 
@@ -63,47 +72,73 @@ class BarePasses:
 class Iteration:
     """Iterations of a solver on one batch."""
 
-    def __init__(self, comm: MPI.Intracomm, options: APTSOptions) -> None:
-        self._solver = APTS(network(), cross_entropy, comm=comm, options=options)
-        self._batch = batch()
+    def __init__(self, comm: MPI.Intracomm, options: APTSOptions, device: torch.device) -> None:
+        self._solver = APTS(network().to(device), cross_entropy, comm=comm, options=options)
+        self._batch = batch(device)
 
     def __call__(self) -> None:
         """One iteration."""
         self._solver.step(self._batch)
 
 
-def iteration(repetitions: int, rounds: int, problems: Sequence[str]) -> None:
+def iteration(repetitions: int, rounds: int, problems: Sequence[str], device: str, json: Path | None) -> None:
     """Time iterations on one rank beside their passes, on all ranks beside one, and beside AdamW. Collective."""
-    beside_passes(repetitions)
-    if MPI.COMM_WORLD.rank == 0:
-        beside_adamw(problems, rounds)
+    world = Communicator(MPI.COMM_WORLD, Events())
+    with world.shared_errors():
+        chosen = choose_device(device, world.local_rank())
+    beside_passes(repetitions, chosen, json)
+    if world.rank == 0:
+        beside_adamw(problems, rounds, chosen)
     wait_for_all(MPI.COMM_WORLD, 0.01)
 
 
-def beside_passes(repetitions: int) -> None:
-    """Time iterations on one rank beside their passes, and on all ranks beside one rank. Collective."""
-    world = MPI.COMM_WORLD
-    subdomains = APTSOptions(subdomains=world.size)
-    plain = APTSOptions(subdomains=world.size, local=PLAIN.local, coarse=PLAIN.coarse)
-    alone: list[Timing] = []
+def beside_passes(repetitions: int, device: torch.device, file: Path | None = None) -> None:
+    """Time iterations on one rank beside their passes, and on all ranks beside one rank. Collective.
+
+    Of those on one rank the launches are counted too; ``file`` gets all figures as JSON.
+    """
+    world, clock = MPI.COMM_WORLD, clock_of(device)
+    split = APTSOptions(subdomains=world.size)
+    plain_split = APTSOptions(subdomains=world.size, local=PLAIN.local, coarse=PLAIN.coarse)
+    alone: dict[str, Timing] = {}
+    calls: dict[str, Callable[[], None]] = {}
     if world.rank == 0:
-        calls: list[Callable[[], None]] = [
-            BarePasses(gradients=1, losses=1),
-            Iteration(MPI.COMM_SELF, PLAIN),
-            Iteration(MPI.COMM_SELF, APTSOptions()),
-            Iteration(MPI.COMM_SELF, plain),
-            Iteration(MPI.COMM_SELF, subdomains),
-        ]
-        alone = time_in_turn(calls, repetitions)
+        # On one rank the last two are the two before them.
+        options = {
+            plain_sum(1): PLAIN,
+            default_solver(1): APTSOptions(),
+            plain_sum(world.size): plain_split,
+            default_solver(world.size): split,
+        }
+        iterations = {name: Iteration(MPI.COMM_SELF, chosen, device) for name, chosen in options.items()}
+        calls = {BARE: BarePasses(1, 1, device), **iterations}
+        alone = dict(zip(calls, time_in_turn(list(calls.values()), repetitions, clock=clock), strict=True))
     wait_for_all(world, 0.01)
-    together = time_in_turn([Iteration(world, plain), Iteration(world, subdomains)], repetitions)
+    ours = [Iteration(world, options, device) for options in (plain_split, split)]
+    together = time_in_turn(ours, repetitions, clock=clock)
     if world.rank == 0:
         print_table(alone, together, world.size)
+        counted = {name: (alone[name], launches_of(call, COUNTED, device)) for name, call in calls.items()}
+        print_launches(counted, device)
+        if file is not None:
+            seconds = {"plain sum": together[0].median, "default solver": together[1].median}
+            found = {"device": str(device), "ranks": world.size, "one_rank": as_json(counted), "all_ranks": seconds}
+            file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def print_table(alone: list[Timing], together: list[Timing], ranks: int) -> None:
+def plain_sum(subdomains: int) -> str:
+    """Name of such iterations."""
+    return f"plain sum, {subdomains} subdomain{'s' if subdomains > 1 else ''}"
+
+
+def default_solver(subdomains: int) -> str:
+    """Name of such iterations."""
+    return f"default solver, {subdomains} subdomain{'s' if subdomains > 1 else ''}"
+
+
+def print_table(alone: Mapping[str, Timing], together: Sequence[Timing], ranks: int) -> None:
     """Print the medians with their quartiles and the ratios."""
-    bare, plain, default, plain_split, default_split = alone
+    bare = alone[BARE]
     table = Table(title=f"784-128^5-10, batch {BATCH}, {torch.get_num_threads()} thread(s) a rank")
     for column in ("iteration", "milliseconds", "quartiles", "ratio to", "ratio"):
         table.add_column(column, justify="left" if column in ("iteration", "ratio to") else "right")
@@ -113,12 +148,11 @@ def print_table(alone: list[Timing], together: list[Timing], ranks: int) -> None
         spread = f"{1e3 * timing.low:.2f} to {1e3 * timing.high:.2f}"
         table.add_row(name, f"{1e3 * timing.median:.2f}", spread, base_name, ratio)
 
-    row("bare passes: forward, backward, forward", bare)
-    row("plain sum, 1 subdomain, 1 rank", plain, bare, "bare passes")
-    row("default solver, 1 subdomain, 1 rank", default, bare, "bare passes")
+    row(f"{BARE}: forward, backward, forward", bare)
+    for name in (plain_sum(1), default_solver(1)):
+        row(f"{name}, 1 rank", alone[name], bare, BARE)
     if ranks > 1:
-        row(f"plain sum, {ranks} subdomains, 1 rank", plain_split, bare, "bare passes")
-        row(f"plain sum, {ranks} subdomains, {ranks} ranks", together[0], plain_split, "1 rank")
-        row(f"default solver, {ranks} subdomains, 1 rank", default_split, bare, "bare passes")
-        row(f"default solver, {ranks} subdomains, {ranks} ranks", together[1], default_split, "1 rank")
+        for name, timing in zip((plain_sum(ranks), default_solver(ranks)), together, strict=True):
+            row(f"{name}, 1 rank", alone[name], bare, BARE)
+            row(f"{name}, {ranks} ranks", timing, alone[name], "1 rank")
     Console().print(table)

@@ -170,6 +170,9 @@ class LocalOptions:
 # over three seeds the test accuracy fell by 0.001 to 0.009. The cost model of scaling studies, too, reckons with them.
 ENOUGH_TARGETS = 512
 
+# Columns of the coarse level where nothing is said: 64 subdomains have one of each kind.
+USUAL_LARGEST = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseOptions:
@@ -190,6 +193,9 @@ class CoarseOptions:
     columns
         What each subdomain gives to the span: its ``correction``, its part of the ``last_step`` that was accepted,
         of the ``gradient``, of the ``last_correction`` before recombination.
+    largest
+        Number of columns, at most: neighbouring subdomains are grouped, so that a group gives as many as a subdomain
+        else does. null: 128, or one group a stage where that is more.
     samples
         Share of the batch on which the curvature is measured, in (0, 1]. null: all with local solver gauss-newton,
         else as many as hold 512 targets.
@@ -213,6 +219,7 @@ class CoarseOptions:
         "correction",
         "last_step",
     )
+    largest: int | None = None
     samples: float | None = None
     damping: float = 0.1
     norm: Literal["auto", "2", "scaled"] = "auto"
@@ -230,6 +237,7 @@ class CoarseOptions:
         twice = len(set(self.columns)) < len(self.columns)
         require(not twice, "coarse.columns", self.columns, "give each once")
         require("correction" in self.columns, "coarse.columns", self.columns, "include correction")
-        share = self.samples
+        largest, share = self.largest, self.samples
+        require(largest is None or largest >= 1, "coarse.largest", largest, "give 1 or more, or null")
         require(share is None or 0.0 < share <= 1.0, "coarse.samples", share, "give a number in (0, 1], or null")
         require(self.damping >= 0.0, "coarse.damping", self.damping, "give 0 or more")

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from mpi4py import MPI
 
+from apts_mpi.parallel.transport import wait_for_device
 from apts_mpi.tools.environment import pause, seconds
 
 
@@ -43,6 +45,16 @@ def time_in_turn(
     # One time is its own quartiles; before Python 3.13 there have to be two.
     quartiles = [statistics.quantiles(times if len(times) > 1 else 2 * times, n=4) for times in kept]
     return [Timing(middle, low, high) for low, middle, high in quartiles]
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock that is read when a device has done all that it was given."""
+
+    def clock() -> float:
+        wait_for_device(device)
+        return seconds()
+
+    return clock
 
 
 def wait_for_all(comm: MPI.Intracomm, interval: float) -> None:

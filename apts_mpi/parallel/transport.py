@@ -255,6 +255,12 @@ def choose_device(kind: str, local_rank: int) -> torch.device:
     return device
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def identity_of(device: torch.device) -> str:
     """What tells a GPU from all others of its host, also where processes see them under other numbers; "" for a CPU."""
     if device.type == "cpu":

@@ -43,6 +43,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
         ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
         ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
+        (
+            "subdomains",
+            subdomains,
+            "iterations to a loss as deep networks are cut into more subdomains, on one process",
+        ),
         ("root", root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
         ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
     )
@@ -78,10 +83,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     made["root"].add_argument(
         "--ranks", type=int, nargs="+", default=TABLES, metavar="N", help=f"(default: {' '.join(map(str, TABLES))})"
     )
+    _add_subdomains(made["subdomains"])
     made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
     for name in ("predict", "simulate"):
         _add_machine(made[name], several=name == "simulate")
-    for name in ("report", "predict", "simulate"):
+    for name in ("report", "predict", "simulate", "subdomains"):
         made[name].add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     for name in ("report", "predict"):
         made[name].add_argument("--plot", type=Path, metavar="NAME", help="also draw NAME.png and NAME.svg")
@@ -97,6 +103,22 @@ def _add_machine(parser: argparse.ArgumentParser, several: bool) -> None:
         "--measured-on", metavar="NETWORK", help="of the machine of the studies (default: the first of --network)"
     )
     parser.add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="whose algorithms (default: mpich)")
+
+
+def _add_subdomains(parser: argparse.ArgumentParser) -> None:
+    lists: tuple[tuple[str, list[int], str], ...] = (
+        ("--layers", [32, 64], "layers of the networks"),
+        ("--subdomains", [2, 4, 8, 16, 32, 64], "of those that have as many layers"),
+        ("--largest", [], "values of coarse.largest, besides null"),
+    )
+    kinds = ("plain", "residual")
+    parser.add_argument("--networks", nargs="+", choices=kinds, default=["residual"], help="(default: residual)")
+    for name, default, words in lists:
+        shown = " ".join(map(str, default)) or "none"
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{words} (default: {shown})")
+    parser.add_argument("--width", type=int, default=64, metavar="N", help="of the networks (default: 64)")
+    parser.add_argument("--loss", type=float, default=0.1, help="of all training samples (default: 0.1)")
+    parser.add_argument("--most", type=int, default=300, metavar="N", help="iterations, at most (default: 300)")
 
 
 def _machines(options: argparse.Namespace) -> tuple[list[Machine], Machine]:
@@ -193,6 +215,28 @@ def gpt(options: argparse.Namespace, console: Console) -> int:
     if options.simulate:
         shapes = {layout: [shape_of(model, layout, ranks) for ranks in options.simulate] for layout in LAYOUTS}
         print_compared(compare(shapes, values_of(model, gpu), machines), console)
+    return 0
+
+
+def subdomains(options: argparse.Namespace, console: Console) -> int:
+    """Train deep networks with more and more subdomains."""
+    from apts_mpi.scaling.subdomains import as_json, measure, print_series
+
+    for name, least in (("layers", 3), ("subdomains", 1), ("largest", 2)):
+        given = getattr(options, name)
+        require(all(number >= least for number in given), name, given, f"give numbers of {least} or more")
+    for name in ("width", "most"):
+        require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
+    require(options.loss > 0.0, "loss", options.loss, "give a number above 0")
+    require(
+        min(options.subdomains) <= min(options.layers),
+        "subdomains",
+        options.subdomains,
+        f"give one at least of {min(options.layers)} or less, the layers of a network",
+    )
+    found = list(measure(options))
+    print_series(found, options.loss, console)
+    write_json(options.json, as_json(found))
     return 0
 
 

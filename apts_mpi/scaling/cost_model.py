@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from apts_mpi.options import ENOUGH_TARGETS
+from apts_mpi.options import ENOUGH_TARGETS, USUAL_LARGEST
 from apts_mpi.scaling.calls import NETWORK, NUMBER, RECORD, SCALAR, SEND, Amounts, Call, Exchanges, Machine, Term
 
 # Bytes of a bucket of gradients.
@@ -51,8 +51,8 @@ class Shape:
         Samples, over all ranks.
     parameters, element_size
         Their number, and the bytes of one.
-    columns
-        Columns of the coarse level that a subdomain gives; 0 without one.
+    columns, largest
+        Columns of the coarse level that a subdomain gives, 0 without one; and the most of all.
     coarse_share
         Share of the batch on which its curvature is measured; None: `ENOUGH_TARGETS` of its targets.
     targets
@@ -74,6 +74,7 @@ class Shape:
     parameters: int
     element_size: int = 4
     columns: int = 2
+    largest: int = USUAL_LARGEST
     coarse_share: float | None = None
     targets: int = 1
     micro_batches: int = 4
@@ -105,8 +106,11 @@ class Shape:
 
     @property
     def all_columns(self) -> int:
-        """m, the columns of the coarse level."""
-        return self.columns * self.subdomains
+        """m, the columns of the coarse level, where neighbouring subdomains are grouped below its bound."""
+        if not self.columns:
+            return 0
+        groups = min(self.subdomains, self.largest // self.columns)
+        return self.columns * max(groups, self.stages if self.layout == "staged" else 1)
 
 
 def _times(factor: float, amounts: Mapping[str, float]) -> Amounts:

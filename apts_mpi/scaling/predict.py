@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apts_mpi.errors import InvalidInput
+from apts_mpi.options import USUAL_LARGEST
 from apts_mpi.scaling.calls import Exchanges, Machine
 from apts_mpi.scaling.cost_fit import (
     Limit,
@@ -85,6 +86,7 @@ def point_of(run: MeasuredRun) -> Point:
         parameters=summary["parameters"],
         element_size=ELEMENT_SIZES[options["dtype"]],
         columns=len(coarse["columns"]) if coarse["model"] != "none" else 0,
+        largest=coarse.get("largest") or USUAL_LARGEST,
         coarse_share=coarse.get("samples"),
         targets=summary.get("targets_per_sample", 1),
         micro_batches=options["pipeline"]["micro_batches"],

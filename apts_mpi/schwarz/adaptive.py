@@ -149,7 +149,7 @@ def modelled_costs(decomposition: Decomposition, objective: Objective, options: 
     them twice the parameters times s; else as much as there are parameters.
     """
     costs = []
-    factored = solver_class(options.local.solver).whole_layers
+    factored = solver_class(options.local.solver).preconditions
     for layer in decomposition.layers:
         size = layer.stop - layer.start
         sides: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +14,15 @@ from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import SharedInvalidInput, shortened
 from apts_mpi.network.decomposition import Decomposition
 from apts_mpi.objective.batch import Batch
-from apts_mpi.options import SUBDOMAINS, APTSOptions, CoarseOptions
+from apts_mpi.options import SUBDOMAINS, USUAL_LARGEST, APTSOptions, CoarseOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.result import State
+from apts_mpi.schwarz.aggregation import Groups, most_groups
 from apts_mpi.schwarz.coarse_space import CoarseState, check_columns, make_coarse_space
 from apts_mpi.schwarz.column_products import inner_products
 from apts_mpi.schwarz.reduced_curvature import ReducedCurvature
 from apts_mpi.schwarz.reduced_model import ReducedModel
+from apts_mpi.tools.environment import preserved_random_state
 from apts_mpi.tools.schema import Check, line, mapping, number, record
 from apts_mpi.trust_region.acceptance import Judged
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -107,6 +110,8 @@ class CoarseLevel:
         self.last_correction = torch.zeros_like(like[: len(like) if self._space.needs_last_correction else 0])
         self.raised = 1.0
         self.model: ReducedModel | None = None
+        self._groups: Groups | None = None
+        self._corrections: Sequence[Column] = []
         self._state: CoarseState | None = None
         self._columns: Sequence[Column] = []
         self._coefficients = np.zeros(0)
@@ -126,12 +131,17 @@ class CoarseLevel:
         Raises
         ------
         SharedInvalidInput
-            The first time, where the network or the loss cannot be differentiated so, and that was asked for.
+            The first time, where the network or the loss cannot be differentiated so, and that was asked for; or where
+            there are more columns than are allowed, however the subdomains are grouped.
         """
         with self._comm.events.timed("coarse"):
+            self._corrections = corrections
             self._state = CoarseState(self.parts, corrections, gradient, self.last_step, self.last_correction)
             if not self._has_model:
                 return
+            if self._groups is None:
+                self._groups = self._group(self._state)
+            self._state = _grouped(self._state, self._groups)
             self._columns = self._make_columns(self._state)
             products = torch.cat([inner_products(self._columns), self._slope(gradient)[None]])
             try:
@@ -141,6 +151,22 @@ class CoarseLevel:
                     raise
                 self._has_model = False
                 self._comm.events.notes.add(f"coarse.model auto: corrections are summed up from now on ({error})")
+
+    def _group(self, state: CoarseState) -> Groups:
+        """How the subdomains are grouped, in all iterations. Collective."""
+        subdomains, asked = len(state.corrections), self._options.largest
+
+        def columns(groups: int) -> int:
+            return len(self._make_columns(_grouped(state, Groups(groups, 0))))
+
+        with preserved_random_state(self.step.device):  # a space of the user's may draw
+            groups = most_groups(asked or USUAL_LARGEST, subdomains, self.curvature.total, columns)
+        if asked is not None and groups.columns > asked:
+            raise SharedInvalidInput(
+                f"coarse.largest: {asked} is too few, as one group of subdomains a stage gives {groups.columns} "
+                f"columns; give {groups.columns} or more"
+            )
+        return groups
 
     def _make_columns(self, state: CoarseState) -> Sequence[Column]:
         if self._options.space == SUBDOMAINS:
@@ -186,11 +212,9 @@ class CoarseLevel:
 
     def _sum_up(self, radius: float) -> None:
         """Put the sum of the corrections, cut to the ball, into `step`: of subdomains of data their mean."""
-        assert self._state is not None  # prepared
-        corrections = self._state.corrections
         self.step.zero_()
-        for column in corrections:
-            alike = sum((other.start, other.stop) == (column.start, column.stop) for other in corrections)
+        for column in self._corrections:
+            alike = sum((other.start, other.stop) == (column.start, column.stop) for other in self._corrections)
             self.step[column.start : column.stop].add_(column.values, alpha=1.0 / alike)
         self._inner.clip(self.step, radius)
 
@@ -236,7 +260,7 @@ class CoarseLevel:
             self.last_step.copy_(self.step)
             if self.last_correction.numel():
                 self.last_correction.zero_()
-                for column in self._state.corrections:
+                for column in self._corrections:
                     self.last_correction[column.start : column.stop] += column.values
 
     def state(self) -> dict[str, Any]:
@@ -263,6 +287,11 @@ class CoarseLevel:
             return [f"the state of coarse space {shortened(space['name'])} is of no use to another"]
         self._space.restore(space["state"])
         return []
+
+
+def _grouped(state: CoarseState, groups: Groups) -> CoarseState:
+    corrections, parts = groups.of(state.corrections, state.parts)
+    return replace(state, corrections=corrections, parts=parts)
 
 
 def make_coarse_level(

@@ -32,6 +32,9 @@ class ReducedCurvature(Protocol):
 
     own: slice
 
+    def total(self, own: int) -> int:
+        """The sum over the ranks that have columns of their own; ``own`` where each has all of them. Collective."""
+
     def form(self, batch: Batch, columns: Sequence[Column], products: torch.Tensor) -> ReducedModel | None:
         """The model, on rank 0 alone. Collective.
 
@@ -89,6 +92,10 @@ class TangentCurvature:
         self._samples = samples
         self._tried = False
 
+    def total(self, own: int) -> int:
+        """See `ReducedCurvature`."""
+        return own
+
     def form(self, batch: Batch, columns: Sequence[Column], products: torch.Tensor) -> ReducedModel | None:
         """See `ReducedCurvature`.
 
@@ -144,6 +151,10 @@ class RowCurvature:
     def __init__(self, rows: Callable[[], Sequence[GaussNewtonRows]], comm: Communicator) -> None:
         self._rows = rows
         self._comm = comm
+
+    def total(self, own: int) -> int:
+        """See `ReducedCurvature`."""
+        return own
 
     def form(self, batch: Batch, columns: Sequence[Column], products: torch.Tensor) -> ReducedModel | None:
         """See `ReducedCurvature`."""

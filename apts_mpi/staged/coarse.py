@@ -54,6 +54,10 @@ class StageCurvature:
         self._leads = leads
         self._samples = samples
 
+    def total(self, own: int) -> int:
+        """See `apts_mpi.schwarz.reduced_curvature.ReducedCurvature`."""
+        return sum(self._pipeline.comm.numbers(own))
+
     def form(self, batch: Batch, columns: Sequence[Column], products: torch.Tensor) -> ReducedModel | None:
         """See `apts_mpi.schwarz.reduced_curvature.ReducedCurvature`."""
         counts = self._pipeline.comm.numbers(len(columns))

@@ -50,11 +50,13 @@ COMMANDS = {
     "python -m apts_mpi.checkpoint": "",
     "python -m apts_mpi.doctor": "",
     "python -m apts_mpi.plot": "",
+    "python -m apts_mpi.scaling subdomains": "--layers 4 --subdomains 2 --largest 2 --loss 2.0 --width 8",
     "python -m apts_mpi.scaling run": "--max-iterations 3",  # the last options there are those of the runs
     "python -m apts_mpi.scaling": "",
     "python program.py": "",
     "python docs/examples/": "",
     "pip install": "--dry-run --no-deps --quiet",
+    "bash jobs/gpu_check.sh": "",
     # With a stand-in for the scheduler.
     "bash jobs/submit_": "",
 }

@@ -60,6 +60,7 @@ BAD_VALUES = [
     (CoarseOptions, {"columns": ("last_step",)}, "coarse.columns: .*include correction"),
     (CoarseOptions, {"columns": ("correction", "noise")}, "coarse.columns: 'noise'"),
     (CoarseOptions, {"columns": ("correction", "correction")}, "coarse.columns: .*give each once"),
+    (CoarseOptions, {"largest": 0}, "coarse.largest: 0"),
     (CoarseOptions, {"samples": 0.0}, "coarse.samples: 0.0"),
     (CoarseOptions, {"damping": -0.1}, "coarse.damping: -0.1"),
     (CoarseOptions, {"acceleration": -0.1}, "coarse.acceleration: -0.1"),

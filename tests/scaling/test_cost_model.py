@@ -177,6 +177,15 @@ def test_the_coarse_level_measures_the_batch_that_is_predicted(how, samples):
     assert terms(shape, MACHINE)["Jacobian products"]["tangent"] == pytest.approx(samples * (1 + (16 + 2) / 2) / 3)
 
 
+@pytest.mark.parametrize(
+    ("layout", "ranks", "largest", "columns"),
+    [("replicated", 32, 128, 64), ("replicated", 100, 128, 128), ("replicated", 100, 7, 6), ("staged", 100, 7, 200)],
+)
+def test_columns_are_bounded(layout, ranks, largest, columns):
+    """But for two a stage."""
+    assert replace(shape_of(layout, "weak", ranks), largest=largest).all_columns == columns
+
+
 def test_a_small_measured_batch_does_not_stay_small():
     """100 samples a rank are all measured on one rank, and 512 of 800 on eight."""
     shape = extrapolate(shape_of("replicated", "weak", 1, batch_size=100), "weak", 8)[-1]
