@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say on a line what is wrong, and end the process."""
-        self.exit(USAGE, f"{self.prog}: error: {in_words(message, self.names())}\n")
+        self.exit(USAGE, f"{self.prog}: error: {refusal(message, self.names())}\n")
 
 
 def refused_choice(value: object, choices: Sequence[str]) -> str:
@@ -63,7 +63,7 @@ def refused_choice(value: object, choices: Sequence[str]) -> str:
     return f"{shown(value)} is not allowed; choose one of {', '.join(choices)}{nearest(value, choices)}"
 
 
-def in_words(message: str, names: Iterable[str]) -> str:
+def refusal(message: str, names: Iterable[str]) -> str:
     """What a parser says, on one line, with the beginnings of long values, and with what to do.
 
     Parameters
@@ -75,7 +75,7 @@ def in_words(message: str, names: Iterable[str]) -> str:
     """
     line = short_message(message)
     if unknown := re.match(r"unrecognized arguments: (--[\w.-]+)", line):
-        return f"{line}{nearest(unknown[1], names)}; {HELP}"
+        return f"{line}{nearest(unknown[1].replace('_', '-'), names)}; {HELP}"
     if missing := re.match(r"argument (\S+): expected .*argument", line):
         return f"{missing[1]}: a value is missing; {HELP}"
     if unasked := re.match(r"argument (\S+): ignored explicit argument (.*)", line):

@@ -8,10 +8,8 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from apts_mpi.errors import InvalidInput, nearest, require, require_choice, shortened, shown
-
-# Characters of what the parser says.
-LONGEST_MESSAGE = 600
+from apts_mpi.errors import InvalidInput, require, require_choice
+from apts_mpi.tools.parser import refusal
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -33,17 +31,8 @@ def refuse(error: Exception, options: type, names: Iterable[str]) -> InvalidInpu
     InvalidInput
         For a value of an option whose choices are known.
     """
-    message = str(error)
-    _refuse_value(message, options)
-    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-    hint = nearest(f"--{unknown[1]}", [f"--{name}" for name in names]).replace("_", "-") if unknown else ""
-    return InvalidInput(f"{short_message(error)}{hint}; --help lists the options and their values")
-
-
-def short_message(error: Exception) -> str:
-    """What the parser says on one line, with the beginnings of long values."""
-    words = (shortened(word) if word.isprintable() else shown(word) for word in str(error).split())
-    return shortened(" ".join(words), LONGEST_MESSAGE)
+    _refuse_value(str(error), options)
+    return InvalidInput(refusal(str(error), [f"--{name}".replace("_", "-") for name in names]))
 
 
 def _refuse_value(message: str, options: type) -> None:
