@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apts_mpi.tools.command import said_once
-from apts_mpi.tools.parser import Parser, names_of, whole
+from apts_mpi.tools.parser import Parser, directory, names_of, whole
 from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_count(checkpoint, "--megabytes", 200, "size of the parameters")
     checkpoint.add_argument(
         "--directory",
-        type=Path,
+        type=directory,
         default=Path.cwd(),
         help="on the disk to measure (default: the current directory)",
     )
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     faults.add_argument("--seed", type=whole(0), default=0, help="of what is drawn (default: 0)")
     _add_count(faults, "--ranks", 4, "at most, of a job")
     faults.add_argument(
-        "--directory", type=Path, default=Path("runs"), help="for the record, in faults-SEED (default: runs)"
+        "--directory", type=directory, default=Path("runs"), help="for the record, in faults-SEED (default: runs)"
     )
     return parser.parse_args(arguments)
 

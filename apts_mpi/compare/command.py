@@ -8,7 +8,9 @@ from typing import Any, TypeVar, get_type_hints
 
 import jsonargparse
 
+from apts_mpi.errors import require
 from apts_mpi.tools.command import add_version
+from apts_mpi.tools.parser import remedy_for_directory
 from apts_mpi.train.refusals import refuse
 
 Options = TypeVar("Options")
@@ -40,7 +42,7 @@ def read_values(parser: jsonargparse.ArgumentParser, arguments: Sequence[str], k
 
 
 def read_options(parser: jsonargparse.ArgumentParser, arguments: Sequence[str], kind: type[Options]) -> Options:
-    """Options of a dataclass with ``problems``, which the parser has as its positional arguments.
+    """Options of a dataclass with ``problems``, which the parser has as its positional arguments, and ``out``.
 
     Raises
     ------
@@ -48,4 +50,6 @@ def read_options(parser: jsonargparse.ArgumentParser, arguments: Sequence[str], 
         For an option or a value that is not known.
     """
     values = read_values(parser, arguments, kind)
+    remedy = remedy_for_directory(values["out"])
+    require(not remedy, "out", values["out"], remedy)
     return kind(**values | {"problems": tuple(values["problems"])})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from apts_mpi.errors import LARGEST, nearest, shortened, shown
@@ -52,6 +54,12 @@ class Parser(argparse.ArgumentParser):
         """As argparse asks for each value, whose words would name no other one."""
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, refused_choice(value, [*action.choices]))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        """As argparse reads the values of an option, of which it would drop a bare ``--``."""
+        if action.option_strings and "--" in arg_strings:
+            raise argparse.ArgumentError(action, f"a value is missing; {HELP}")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         """Say on a line what is wrong, and end the process."""
@@ -121,6 +129,24 @@ def names_of(choices: Sequence[str], nothing: str = "") -> Callable[[str], tuple
         return names
 
     return read
+
+
+def directory(text: str) -> Path:
+    """A directory that is there or can be made, for the ``type`` of an option."""
+    if remedy := remedy_for_directory(text):
+        raise refused(text, remedy)
+    return Path(text)
+
+
+def remedy_for_directory(text: str) -> str:
+    """What to do about a directory that is not there and cannot be made, or not be written; else nothing."""
+    place = Path(text).absolute()
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+    except OSError as error:  # such as a name that is too long
+        return f"give another directory ({error.strerror})"
+    writable = text and there.is_dir() and os.access(there, os.W_OK)
+    return "" if writable else "give a directory that can be written"
 
 
 def refused(text: str, remedy: str) -> argparse.ArgumentTypeError:

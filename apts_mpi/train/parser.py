@@ -146,7 +146,7 @@ def _pairs(text: str) -> dict[str, str] | None:
     """Names and values in a list of NAME=VALUE; None for another text, which the parser refuses."""
     try:
         given = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # also for numbers of thousands of digits
         return None
     if not isinstance(given, list) or not all(isinstance(each, str) and "=" in each for each in given):
         return None

@@ -10,7 +10,7 @@ from statistics import mean
 
 from apts_mpi.compare.continual.methods import METHODS, Score, Sequence, learnt
 from apts_mpi.errors import InvalidInput
-from apts_mpi.tools.parser import Parser, names_of, whole
+from apts_mpi.tools.parser import Parser, directory, names_of, whole
 from apts_mpi.tools.status import USAGE
 
 PROGRAM = "apts_mpi.compare continual"
@@ -31,7 +31,7 @@ def parse(arguments: Items[str]) -> argparse.Namespace:
     parser.add_argument("--replay", type=whole(1), default=50, help="Stored samples of each earlier task.")
     parser.add_argument("--epochs", type=whole(1), help="Of each task; else the problem's own.")
     parser.add_argument("--train-samples", type=whole(1), help="Of each task; else all.")
-    parser.add_argument("--out", type=Path, default=Path("continual"), help="Directory of runs and tables.")
+    parser.add_argument("--out", type=directory, default=Path("continual"), help="Directory of runs and tables.")
     return parser.parse_args(arguments)
 
 

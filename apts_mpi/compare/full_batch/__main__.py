@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> tuple[FullBatchOptions, Path]:
     """
     parser = make_parser(PROGRAM, "A run of a method of full batches, as apts_mpi.compare starts it.")
     parser.add_class_arguments(FullBatchOptions, as_group=False)
-    parser.add_argument("--run_dir", required=True, help="Directory of the run; records in it are replaced.")
+    parser.add_argument("--run_dir", type=str, required=True, help="Directory of the run; records in it are replaced.")
     values = read_values(parser, spell(arguments), FullBatchOptions)
     path = Path(values.pop("run_dir"))
     return FullBatchOptions(**values), path
