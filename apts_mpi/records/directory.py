@@ -176,7 +176,8 @@ def finite(value: Any) -> Any:
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the table at the end of a run."""
-    table = Table(title=f"{summary['problem']}, {summary['optimizer']}, {summary['ranks']} ranks")
+    ranks = "1 rank" if summary["ranks"] == 1 else f"{summary['ranks']} ranks"
+    table = Table(title=f"{summary['problem']}, {summary['optimizer']}, {ranks}")
     table.add_column("result")
     table.add_column("value", justify="right")
     for name, value in summary.items():

@@ -49,6 +49,7 @@ from apts_mpi.train.sequence import print_tasks
 from apts_mpi.train.stopping import CONVERGED, Reason
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
+from apts_mpi.train.unused import refuse_unused
 
 # Shows a message, on rank 0.
 Tell = Callable[[str], None]
@@ -115,17 +116,18 @@ def run(
     """
     tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
-        checkpoint = open_earlier(options, comm, tell)
+        checkpoint, given = open_earlier(options, comm, tell), options
         if checkpoint is not None:
             stack.enter_context(checkpoint)
             with comm.shared_errors():
                 check_metadata(checkpoint)
-                given, saved = options, saved_arguments(checkpoint, arguments)
+                saved = saved_arguments(checkpoint, arguments)
                 options, config = parse(arguments, saved)
                 options, notes = same_run(Asked(given, parse(saved)[0], options), checkpoint, comm.size)
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
+            refuse_unused(given, options)
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
         training = make_training(options, take_device(options, comm), comm, world)
         begin(training, checkpoint, options, tell)
