@@ -49,7 +49,7 @@ from apts_mpi.train.sequence import print_tasks
 from apts_mpi.train.stopping import CONVERGED, Reason
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
-from apts_mpi.train.unused import refuse_unused
+from apts_mpi.train.unused import check_unused
 
 # Shows a message, on rank 0.
 Tell = Callable[[str], None]
@@ -127,8 +127,10 @@ def run(
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
-            refuse_unused(given, options)
+            unused = check_unused(given, options)
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
+        for note in unused:
+            tell(f"note: {note}")
         training = make_training(options, take_device(options, comm), comm, world)
         begin(training, checkpoint, options, tell)
         if number := stopped_early(signals, comm):

@@ -1,4 +1,4 @@
-"""Options that a run would not look at are refused where they are given, so that nobody believes in their effect."""
+"""Options that a run would not look at are refused or told where they are given, so that nobody trusts in them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ class Use:
         Whether a run with these options looks at them.
     remedy : str
         What they are for.
+    told : bool
+        Whether that is said and no more: the same command line with another optimizer makes what it is compared with.
     """
 
     names: tuple[str, ...]
     asked: Callable[[TrainingOptions], bool]
     remedy: str
+    told: bool = False
 
 
 def _of(group: str, *names: str) -> tuple[str, ...]:
@@ -43,12 +46,14 @@ USES = (
     Use(
         ("schwarz", "local", "coarse", "trust_region", "global_step"),
         lambda run: run.optimizer == "apts",
-        f"it is for optimizer apts, not another one; choose that, {LEAVE_OUT}",
+        "it is for optimizer apts, and does nothing here",
+        told=True,
     ),
     Use(
         ("learning_rate",),
         lambda run: run.optimizer != "apts",
-        f"optimizer apts has no learning rate; choose another one, {LEAVE_OUT}",
+        "optimizer apts has no learning rate, and it does nothing here",
+        told=True,
     ),
     Use(("patience",), lambda run: run.stop_on is not None, f"it is for --stop-on; give that, too, {LEAVE_OUT}"),
     Use(
@@ -84,8 +89,8 @@ USES = (
 )
 
 
-def refuse_unused(given: TrainingOptions, options: TrainingOptions) -> None:
-    """Raise `InvalidInput` for an option of the command line that does nothing.
+def check_unused(given: TrainingOptions, options: TrainingOptions) -> list[str]:
+    """What to say of options of the command line that do nothing, one sentence each.
 
     Parameters
     ----------
@@ -93,12 +98,21 @@ def refuse_unused(given: TrainingOptions, options: TrainingOptions) -> None:
         Of the command line alone: what a resumed run has from its checkpoint is no concern of the user's here.
     options
         Of the run.
+
+    Raises
+    ------
+    InvalidInput
+        For one that is no part of what was asked for.
     """
-    usual = TrainingOptions()
+    usual, notes = TrainingOptions(), []
     for use in USES:
         for name in () if use.asked(options) else use.names:
             for option, value in _leaves(name, value_of(given, name)):
-                require(value == value_of(usual, option), option, value, use.remedy)
+                unused = value != value_of(usual, option)
+                if unused and use.told:
+                    notes.append(f"{option}: {use.remedy}")
+                require(use.told or not unused, option, value, use.remedy)
+    return notes
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
