@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("run_dir", "overwrite", "resume", "checkpoint_every", "walltime"),
         ("checkpoint_keep_last", "checkpoint_keep_every", "checkpoint_in_background"),
     ),
-    "what is shown": (("monitor", "view", "log_view"), ("trace", "tensorboard", "logger")),
+    "what is shown": (("monitor", "view", "log_view"), ("trace", "torch_profiler", "tensorboard", "logger")),
 }
 
 USAGE = "%(prog)s [--OPTION VALUE]...\n       mpirun -n 4 python -m %(prog)s [--OPTION VALUE]..."

@@ -20,7 +20,7 @@ from apts_mpi.errors import InvalidInput, SharedFailure
 from apts_mpi.options.methods import describe_method
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
-from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
+from apts_mpi.records.directory import TORCH_PROFILE, TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
 from apts_mpi.tools.signals import StopSignals, name_of
@@ -32,6 +32,7 @@ from apts_mpi.train.logger import Logger, LoggerSetting
 from apts_mpi.train.loggers import Loggers, chosen_loggers
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
+from apts_mpi.train.profiler import TorchProfiler
 from apts_mpi.train.progress import check_metadata
 from apts_mpi.train.reporter import Reporter
 from apts_mpi.train.resume import (
@@ -145,13 +146,16 @@ def run(
         trace = Trace(training.solver.events, training.comm) if options.trace else None
         total, done = training.epochs * training.batches, training.progress.accepted
         records, loggers = destinations.records, destinations.loggers
-        with Reporter(total, done, records, console, options.monitor, loggers) as reporter:
-            metrics = training.run(reporter.record, survival.boundary, tell)
+        profiler = TorchProfiler(options.torch_profiler)
+        with Reporter(total, done, records, console, options.monitor, loggers) as reporter, profiler:
+            metrics = training.run(reporter.record, profiler.counting(survival.boundary), tell)
         if trace is not None:
             trace.end()
     failure = report(training, metrics, destinations, options.log_view, console)
     if trace is not None:
         write_trace(trace, destinations, training.comm, tell)
+    if options.torch_profiler:
+        write_profile(profiler, destinations, training.comm, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
         stopped = f"{Reason.INTERRUPTED.value}: stopped after iteration {iteration}, as {survival.stopped_by}"
@@ -310,3 +314,17 @@ def write_trace(trace: Trace, destinations: Destinations, comm: Communicator, te
         return
     if dropped:
         tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
+
+
+def write_profile(profiler: TorchProfiler, destinations: Destinations, comm: Communicator, tell: Tell) -> None:
+    """Write what torch's profiler recorded, as `write_trace` does. Collective."""
+    if comm.decide(lambda: [destinations.is_gone()])[0]:
+        tell(f"warning: torch_profiler: {str(destinations.path)!r} is gone, or somebody else's, and gets no profile")
+        return
+    try:
+        lacking = profiler.write(destinations.path / TORCH_PROFILE, comm)
+    except InvalidInput as error:
+        tell(f"warning: {error}")
+        return
+    if lacking:
+        tell(f"note: {lacking} of {comm.size} ranks have no profile of torch's; it begins with the third iteration")
