@@ -70,7 +70,7 @@ class TorchProfiler:
         InvalidInput
             On rank 0 alone, if they cannot be written.
         """
-        lacking = comm.total(not self._content)
+        lacking = comm.total(int(not self._content))
         failure: OSError | None = None
         # To the end, whatever happens: the other ranks wait until theirs is taken.
         for rank, content in enumerate(comm.in_turn(self._content)):

@@ -73,7 +73,8 @@ def test_profile_of_torch(world, directory, trained):
         assert sorted(file.name for file in folder.iterdir()) == [f"rank-{rank}.json.gz" for rank in range(world.size)]
         for file in folder.iterdir():
             names = [event["name"] for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
-            assert sum(name.startswith("ProfilerStep#") for name in names) == 1 and "aten::addmm" in names
+            assert sum(name.startswith("ProfilerStep#") for name in names) == 1
+            assert any(name.startswith("aten::") for name in names)
     world.Barrier()
     # Too short for one, and what is there is another run's.
     output = trained(*SMALL, "--run-dir=run", "--overwrite", "--max-iterations=1", "--torch-profiler=1")
