@@ -120,7 +120,7 @@ def require_fields(options: object, prefix: str = "") -> None:
     """Raise `InvalidInput` for what no option may be.
 
     That is a value which is none of those that the type of its field names, a number that is not finite or too large,
-    and a text that is longer than any path.
+    and a text that is empty or longer than any path.
     """
     for name, kind in get_type_hints(type(options)).items():
         value = getattr(options, name)
@@ -131,6 +131,7 @@ def require_fields(options: object, prefix: str = "") -> None:
         if isinstance(value, int):
             require(-LARGEST <= value <= LARGEST, prefix + name, value, "give a number of 64 bits")
         if isinstance(value, str):
+            require(bool(value), prefix + name, value, "give a text that is not empty, or leave it out")
             require(len(value) <= LONGEST, prefix + name, value, f"give at most {LONGEST} characters")
 
 

@@ -13,42 +13,35 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apts_mpi.tools.command import add_version, said_once
+from apts_mpi.tools.command import said_once
+from apts_mpi.tools.parser import Parser, directory, names_of, whole
 from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
 # Networks with the numbers of samples of their batches, which `apts_mpi.bench.beside_adamw` has.
 PROBLEMS = ("mlp-256", "mlp-2000", "cnn-250", "resnet-500", "text-64", "wide-1024")
 
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def problems(text: str) -> tuple[str, ...]:
-    """Names in `PROBLEMS`, with commas between, or none."""
-    names = () if text == "none" else tuple(text.split(","))
-    for name in names:
-        if name not in PROBLEMS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; choose of {', '.join(PROBLEMS)}, or none")
-    return names
+COMMANDS = {
+    "iteration": "an iteration beside its bare passes, and beside AdamW",
+    "balance": "local solves of the slowest rank beside those of all; for mpirun -n 2 or 4",
+    "checkpoint": "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4",
+    "memory": "a rank's memory in both layouts; for mpirun -n 8",
+    "pipeline": "a pipeline beside one rank and torch's own; for mpirun -n 2",
+    "events": "the timers of --log-view and --trace beside an iteration",
+    "faults": "random faults done to training jobs, which are resumed; starts mpirun",
+}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(prog="apts_mpi.bench", description="Timings as ratios within one run, and faults.")
-    add_version(parser)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    iteration = subparsers.add_parser("iteration", help="an iteration beside its bare passes, and beside AdamW")
-    _add_repetitions(iteration, 30, "timed calls of each kind, beside passes")
-    iteration.add_argument("--rounds", type=positive, default=5, help="of twenty iterations, beside AdamW (default: 5)")
+    parser = Parser("apts_mpi.bench", "Timings as ratios within one run, and faults.")
+    made = parser.add_commands(COMMANDS)
+    iteration, checkpoint, faults = made["iteration"], made["checkpoint"], made["faults"]
+    _add_count(iteration, "--repetitions", 30, "timed calls of each kind, beside passes")
+    _add_count(iteration, "--rounds", 5, "of twenty iterations, beside AdamW")
     iteration.add_argument(
         "--problems",
-        type=problems,
+        type=names_of(PROBLEMS, nothing="none"),
         default=PROBLEMS,
         help=f"beside AdamW, with commas between: {', '.join(PROBLEMS)}; or none (default: all of them)",
     )
@@ -56,43 +49,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of network and batch (default: auto)"
     )
     iteration.add_argument("--json", type=Path, metavar="FILE", help="also write what is beside passes to FILE")
-    balance = subparsers.add_parser("balance", help="local solves of the slowest rank; for mpirun -n 2 or 4")
-    balance.add_argument("--rounds", type=positive, default=5, help="of five iterations that are timed (default: 5)")
-    saving = "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4"
-    checkpoint = subparsers.add_parser("checkpoint", help=saving)
-    _add_repetitions(checkpoint, 10, "timed calls of each kind")
-    checkpoint.add_argument("--megabytes", type=int, default=200, help="size of the parameters (default: 200)")
+    _add_count(made["balance"], "--rounds", 5, "of five iterations that are timed")
+    _add_count(checkpoint, "--repetitions", 10, "timed calls of each kind")
+    _add_count(checkpoint, "--megabytes", 200, "size of the parameters")
     checkpoint.add_argument(
         "--directory",
-        type=Path,
+        type=directory,
         default=Path.cwd(),
         help="on the disk to measure (default: the current directory)",
     )
-    memory = subparsers.add_parser("memory", help="a rank's memory in both layouts; for mpirun -n 8")
-    memory.add_argument("--layers", type=int, default=8, help="equal layers, one stage each at 8 ranks (default: 8)")
-    memory.add_argument("--width", type=int, default=512, help="their width (default: 512)")
-    pipeline = subparsers.add_parser("pipeline", help="a pipeline beside one rank and torch's own; for mpirun -n 2")
-    pipeline.add_argument("--layers", type=int, default=8, help="equal layers (default: 8)")
-    pipeline.add_argument("--width", type=int, default=1024, help="their width (default: 1024)")
-    pipeline.add_argument("--samples", type=int, default=1024, help="samples of the batch (default: 1024)")
-    pipeline.add_argument("--micro-batches", type=int, default=8, help="parts of it (default: 8)")
-    _add_repetitions(pipeline, 10, "timed calls of each kind")
-    events = subparsers.add_parser("events", help="the timers of --log-view and --trace beside an iteration")
-    _add_repetitions(events, 100, "timed iterations of each kind")
-    faults = subparsers.add_parser(
-        "faults", help="random faults done to training jobs, which are resumed; starts mpirun"
-    )
-    faults.add_argument("--seconds", type=positive, default=600, help="after which no other one begins (default: 600)")
-    faults.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    faults.add_argument("--ranks", type=positive, default=4, help="at most, of a job (default: 4)")
+    _add_count(made["memory"], "--layers", 8, "equal layers, one stage each at 8 ranks")
+    _add_count(made["memory"], "--width", 512, "their width")
+    _add_count(made["pipeline"], "--layers", 8, "equal layers")
+    _add_count(made["pipeline"], "--width", 1024, "their width")
+    _add_count(made["pipeline"], "--samples", 1024, "samples of the batch")
+    _add_count(made["pipeline"], "--micro-batches", 8, "parts of it")
+    _add_count(made["pipeline"], "--repetitions", 10, "timed calls of each kind")
+    _add_count(made["events"], "--repetitions", 100, "timed iterations of each kind")
+    _add_count(faults, "--seconds", 600, "after which no other one begins")
+    faults.add_argument("--seed", type=whole(0), default=0, help="of what is drawn (default: 0)")
+    _add_count(faults, "--ranks", 4, "at most, of a job")
     faults.add_argument(
-        "--directory", type=Path, default=Path("runs"), help="for the record, in faults-SEED (default: runs)"
+        "--directory", type=directory, default=Path("runs"), help="for the record, in faults-SEED (default: runs)"
     )
     return parser.parse_args(arguments)
 
 
-def _add_repetitions(parser: argparse.ArgumentParser, default: int, words: str) -> None:
-    parser.add_argument("--repetitions", type=positive, default=default, help=f"{words} (default: {default})")
+def _add_count(parser: Parser, name: str, default: int, words: str) -> None:
+    """An option that is a number of 1 or more."""
+    parser.add_argument(name, type=whole(1), default=default, help=f"{words} (default: {default})")
 
 
 def measurements() -> dict[str, Callable[..., int | None]]:

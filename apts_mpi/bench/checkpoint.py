@@ -97,6 +97,8 @@ def checkpoint(repetitions: int, megabytes: int, directory: Path) -> None:
     """Time the ways to save at 1, 2 and 4 ranks, as far as there are. Collective."""
     world = MPI.COMM_WORLD
     arrays = parameters(megabytes)
+    if world.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
     place = Path(world.bcast(tempfile.mkdtemp(dir=directory) if world.rank == 0 else None))
     with ExitStack() as stack:
         cases = [case for size in SIZES if size <= world.size for case in cases_of(size, arrays, place, stack)]

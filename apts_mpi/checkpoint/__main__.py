@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from apts_mpi.checkpoint.saving import explained
 from apts_mpi.checkpoint.values import check_finite
 from apts_mpi.checkpoint.writers import write_file
 from apts_mpi.errors import InvalidInput, shortened
-from apts_mpi.tools.command import FILE_WIDTH, add_version, say
+from apts_mpi.tools.command import FILE_WIDTH, say
+from apts_mpi.tools.parser import Parser
 from apts_mpi.tools.streams import end_with_reader
 
 # Exit statuses: files are damaged or differ; the command cannot be carried out.
@@ -42,32 +43,12 @@ SHOWN = 60
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its files; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(
-        prog="apts_mpi.checkpoint", description="A FILE may be a directory of checkpoints: its latest is meant."
-    )
-    add_version(parser)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands: tuple[tuple[str, Callable[..., int], str | int, Any, str], ...] = (
-        ("info", info, "+", "FILE", "Show the arrays and the metadata."),
-        ("verify", verify, "+", "FILE", "Compare all checksums; exit status 1 if a file is damaged."),
-        ("diff", diff, 2, "FILE", "Compare the arrays of two checkpoints; exit status 1 if they differ."),
-        ("to-torch", to_torch, 2, ("FILE", "OUT.pt"), "Save parameters and buffers as a state_dict for torch.load."),
-        ("from-torch", from_torch, 2, ("IN.pt", "FILE"), "Save all tensors of a state_dict as parameters."),
-        (
-            "to-safetensors",
-            to_safetensors,
-            2,
-            ("FILE", "OUT.safetensors"),
-            "Save parameters and buffers, as HuggingFace.",
-        ),
-        ("from-safetensors", from_safetensors, 2, ("IN.safetensors", "FILE"), "Save all tensors of it as parameters."),
-    )
-    for name, command, number, metavar, description in commands:
-        subparser = subparsers.add_parser(name, help=description, description=description)
-        subparser.add_argument("files", nargs=number, metavar=metavar, type=Path)
-        subparser.set_defaults(command=command)
-        if command in (to_torch, to_safetensors):
-            subparser.add_argument("--average", action="store_true", help="Those of the average of the iterates.")
+    parser = Parser("apts_mpi.checkpoint", "A FILE may be a directory of checkpoints: its latest is meant.")
+    made = parser.add_commands({name: command.description for name, command in COMMANDS.items()})
+    for name, command in COMMANDS.items():
+        made[name].add_argument("files", nargs=command.files, metavar=command.metavar, type=Path)
+        if name in ("to-torch", "to-safetensors"):
+            made[name].add_argument("--average", action="store_true", help="Those of the average of the iterates.")
     return parser.parse_args(arguments)
 
 
@@ -244,6 +225,30 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+class Command(NamedTuple):
+    """What a command does, how many files it takes, what they are called, and what it is for."""
+
+    carry_out: Callable[..., int]
+    files: str | int
+    metavar: Any
+    description: str
+
+
+COMMANDS = {
+    "info": Command(info, "+", "FILE", "Show the arrays and the metadata."),
+    "verify": Command(verify, "+", "FILE", "Compare all checksums; exit status 1 if a file is damaged."),
+    "diff": Command(diff, 2, "FILE", "Compare the arrays of two checkpoints; exit status 1 if they differ."),
+    "to-torch": Command(to_torch, 2, ("FILE", "OUT.pt"), "Save parameters and buffers as a state_dict for torch.load."),
+    "from-torch": Command(from_torch, 2, ("IN.pt", "FILE"), "Save all tensors of a state_dict as parameters."),
+    "to-safetensors": Command(
+        to_safetensors, 2, ("FILE", "OUT.safetensors"), "Save parameters and buffers, as HuggingFace."
+    ),
+    "from-safetensors": Command(
+        from_safetensors, 2, ("IN.safetensors", "FILE"), "Save all tensors of it as parameters."
+    ),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carry out the command; the process ends with a status that says how it went."""
     end_with_reader()
@@ -251,7 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         width = None if sys.stdout.isatty() else FILE_WIDTH
         chosen = {"average": True} if getattr(options, "average", False) else {}
-        status = options.command(Console(width=width, markup=False, highlight=False), options.files, **chosen)
+        status = COMMANDS[options.command].carry_out(
+            Console(width=width, markup=False, highlight=False), options.files, **chosen
+        )
     except InvalidInput as error:
         sys.stderr.write(f"apts_mpi.checkpoint: error: {error}\n")
         status = ERROR

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from apts_mpi.compare.command import make_parser, read_options
+from apts_mpi.compare.command import KEPT, make_parser, read_options
 from apts_mpi.compare.equal import comparison_of
 from apts_mpi.compare.options import GRIDS, ComparisonOptions, Grids
 from apts_mpi.compare.runs import Plan, PlannedRun, execute, missing
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
         For an option or a value that is not known.
     """
     about = "Compare APTS, in its one default configuration, with other optimizers over grids of step sizes."
-    parser = make_parser(PROGRAM, about)
+    parser = make_parser(PROGRAM, f"{about} {KEPT}")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})

@@ -101,7 +101,7 @@ class ComparisonOptions:
         require_fields(self)
         for name in ("seeds", "baseline_epochs_factor", "ranks", "jobs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("epochs", "subdomains"):
+        for name in ("epochs", "subdomains", "batch_size", "train_samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
         limit = self.max_seconds

@@ -11,19 +11,19 @@ from pathlib import Path
 
 from apts_mpi.doctor.shared_memory import SHARED_MEMORY, amount, describe_shortage, is_short, remove, survey
 from apts_mpi.tools import environment
-from apts_mpi.tools.command import add_version, said_once
+from apts_mpi.tools.command import said_once
+from apts_mpi.tools.parser import Parser
 from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(
-        prog="apts_mpi.doctor",
-        description="Check MPI, cores, GPUs, reductions, their overlap with computation, and the run directory. Start "
+    parser = Parser(
+        "apts_mpi.doctor",
+        "Check MPI, cores, GPUs, reductions, their overlap with computation, and the run directory. Start "
         "it as a run will be started. The exit status is 1 if a check fails, 0 if all are ok or warnings.",
     )
-    add_version(parser)
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs"), help="where runs will write (default: runs, as for training)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from apts_mpi.errors import InvalidInput
 from apts_mpi.plot.files import files_of
 from apts_mpi.records.reading import group, read_run
-from apts_mpi.tools.command import add_version
+from apts_mpi.tools.parser import Parser
 from apts_mpi.tools.status import USAGE
 from apts_mpi.tools.streams import end_with_reader
 
@@ -20,12 +20,11 @@ ROW_NAMES = ("loss", "accuracy", "error", "rho", "radius")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The runs and where the plot goes; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(
-        prog="apts_mpi.plot",
-        description="Plot loss, accuracy, rho and radius of runs, with rejected steps marked, against iterations, "
+    parser = Parser(
+        "apts_mpi.plot",
+        "Plot loss, accuracy, rho and radius of runs, with rejected steps marked, against iterations, "
         "gradient evaluations and seconds. Runs that differ in their seed alone become one line with a band.",
     )
-    add_version(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="directory of a run of apts_mpi.train")
     parser.add_argument(
         "--out",

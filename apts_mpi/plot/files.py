@@ -17,6 +17,8 @@ def files_of(out: Path) -> list[Path]:
     InvalidInput
         For a format that is not known.
     """
+    if not out.name:
+        raise InvalidInput(f"out: {str(out)!r} names no file; give a name, such as plot.png")
     if out.suffix in FORMATS:
         return [out]
     # What follows a dot is a format if it could be one, and part of a name such as run-0.01 if not.

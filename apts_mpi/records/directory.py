@@ -20,8 +20,8 @@ from apts_mpi.records.lasting import LastingFile, make_file
 
 CONFIG, HISTORY, SUMMARY = "config.yaml", "history.jsonl", "summary.json"
 
-# What a run writes that was asked to: a file, and a directory.
-TRACE, TENSORBOARD = "trace.json", "tensorboard"
+# What a run writes that was asked to: a file, and directories.
+TRACE, TENSORBOARD, TORCH_PROFILE = "trace.json", "tensorboard", "torch-profile"
 
 
 def make_directory(path: Path) -> Path:
@@ -112,6 +112,7 @@ class RunDirectory:
             for name in earlier:
                 (path / name).unlink()
             (path / TRACE).unlink(missing_ok=True)
+            shutil.rmtree(path / TORCH_PROFILE, ignore_errors=True)
             if not in_place and (path / TENSORBOARD).exists():
                 shutil.rmtree(path / TENSORBOARD)
             self._history = LastingFile(path / HISTORY, tell, history)
@@ -176,7 +177,8 @@ def finite(value: Any) -> Any:
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the table at the end of a run."""
-    table = Table(title=f"{summary['problem']}, {summary['optimizer']}, {summary['ranks']} ranks")
+    ranks = "1 rank" if summary["ranks"] == 1 else f"{summary['ranks']} ranks"
+    table = Table(title=f"{summary['problem']}, {summary['optimizer']}, {ranks}")
     table.add_column("result")
     table.add_column("value", justify="right")
     for name, value in summary.items():

@@ -18,7 +18,18 @@ Records = tuple[dict[str, Any], ...]
 
 # Options that change nothing of what a run does in its iterations, and the seed.
 APART = {
-    *("seed", "overwrite", "view", "monitor", "log_view", "trace", "tensorboard", "logger", "walltime"),
+    *(
+        "seed",
+        "overwrite",
+        "view",
+        "monitor",
+        "log_view",
+        "trace",
+        "torch_profiler",
+        "tensorboard",
+        "logger",
+        "walltime",
+    ),
     *("drift_check_every", "keep_best"),
     *(f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")),
 }

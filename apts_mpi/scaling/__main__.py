@@ -20,7 +20,8 @@ from apts_mpi.scaling.collectives import LIBRARIES
 from apts_mpi.scaling.network import Network, read_network
 from apts_mpi.scaling.report import measurement, print_shares, print_table, read_sources, rows, studies_of
 from apts_mpi.scaling.studies import read_studies
-from apts_mpi.tools.command import FILE_WIDTH, add_version, said_once, say
+from apts_mpi.tools.command import FILE_WIDTH, said_once, say
+from apts_mpi.tools.parser import Parser, above_zero, whole
 from apts_mpi.tools.status import FAILED, USAGE
 from apts_mpi.tools.streams import end_with_reader
 
@@ -34,32 +35,13 @@ GPUS = [64, 128, 256, 512, 1024, 2048, 4096]
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command and its options; ends the process for ``--help`` and for arguments that are not known."""
-    parser = argparse.ArgumentParser(prog="apts_mpi.scaling", description="Scaling studies.")
-    add_version(parser)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
-        ("run", run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
-        ("report", report, "speed-up, efficiency and the share of each event of finished runs"),
-        ("predict", predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
-        ("simulate", simulate, "what is predicted beside a simulation by SimGrid"),
-        ("gpt", gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
-        (
-            "subdomains",
-            subdomains,
-            "iterations to a loss as deep networks are cut into more subdomains, on one process",
-        ),
-        ("root", root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
-        ("network", network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
-    )
-    made = {}
-    for name, command, description in commands:
-        made[name] = subparsers.add_parser(name, help=description, description=description)
-        made[name].set_defaults(command=command)
+    parser = Parser("apts_mpi.scaling", "Scaling studies.")
+    made = parser.add_commands({name: description for name, (_, description) in COMMANDS.items()})
     made["run"].add_argument("kind", choices=("strong", "weak"), help="one batch at all sizes, or one that grows")
     made["run"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file, made if it does not exist")
-    made["run"].add_argument("--ranks", type=int, nargs="+", required=True, metavar="N", help="sizes to measure")
-    made["run"].add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each size (default: 1)")
-    made["run"].add_argument("--samples-per-rank", type=int, metavar="N", help="of a batch, in a weak study")
+    made["run"].add_argument("--ranks", type=whole(1), nargs="+", required=True, metavar="N", help="sizes to measure")
+    made["run"].add_argument("--repeats", type=whole(1), default=1, metavar="N", help="runs of each size (default: 1)")
+    made["run"].add_argument("--samples-per-rank", type=whole(1), metavar="N", help="of a batch, in a weak study")
     made["report"].add_argument(
         "sources", nargs="+", type=Path, metavar="FILE|RUN", help="one HDF5 file, or directories of runs"
     )
@@ -69,20 +51,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     made["report"].add_argument("--hdf5", type=Path, metavar="FILE", help="also put the runs into an HDF5 file")
     made["predict"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
     made["simulate"].add_argument("file", type=Path, metavar="FILE", help="HDF5 file of studies")
-    made["simulate"].add_argument(
-        "--ranks", type=int, nargs="+", default=[64, 256, 1024], metavar="N", help="sizes (default: 64 256 1024)"
-    )
+    _add_ranks(made["simulate"], [64, 256, 1024], "sizes", least=2)
+    _add_ranks(made["gpt"], GPUS, "GPUs")
     made["gpt"].add_argument(
-        "--ranks", type=int, nargs="+", default=GPUS, metavar="N", help=f"GPUs (default: {' '.join(map(str, GPUS))})"
+        "--simulate", type=whole(1), nargs="+", default=[], metavar="N", help="GPUs to simulate, too"
     )
-    made["gpt"].add_argument("--simulate", type=int, nargs="+", default=[], metavar="N", help="GPUs to simulate, too")
     made["gpt"].add_argument(
         "--network", nargs="+", default=FAST, metavar="NETWORK", help=f"(default: {' '.join(FAST)})"
     )
     made["gpt"].add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="(default: mpich)")
-    made["root"].add_argument(
-        "--ranks", type=int, nargs="+", default=TABLES, metavar="N", help=f"(default: {' '.join(map(str, TABLES))})"
-    )
+    _add_ranks(made["root"], TABLES, "sizes")
     _add_subdomains(made["subdomains"])
     made["network"].add_argument("file", type=Path, metavar="FILE", help="machine file to write, JSON")
     for name in ("predict", "simulate"):
@@ -94,7 +72,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_machine(parser: argparse.ArgumentParser, several: bool) -> None:
+def _add_ranks(parser: Parser, default: list[int], words: str, least: int = 1) -> None:
+    words = f"{words} (default: {' '.join(map(str, default))})"
+    parser.add_argument("--ranks", type=whole(least), nargs="+", default=default, metavar="N", help=words)
+
+
+def _add_machine(parser: Parser, several: bool) -> None:
     words = "TOPOLOGY:BANDWIDTH,LATENCY (flat, fat-tree, dragonfly), or a machine file"
     default = NETWORKS if several else NETWORKS[:1]
     given = {"nargs": "+", "default": default} if several else {"nargs": 1, "default": default}
@@ -105,20 +88,20 @@ def _add_machine(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument("--mpi", choices=tuple(LIBRARIES), default="mpich", help="whose algorithms (default: mpich)")
 
 
-def _add_subdomains(parser: argparse.ArgumentParser) -> None:
-    lists: tuple[tuple[str, list[int], str], ...] = (
-        ("--layers", [32, 64], "layers of the networks"),
-        ("--subdomains", [2, 4, 8, 16, 32, 64], "of those that have as many layers"),
-        ("--largest", [], "values of coarse.largest, besides null"),
+def _add_subdomains(parser: Parser) -> None:
+    lists: tuple[tuple[str, list[int], int, str], ...] = (
+        ("--layers", [32, 64], 3, "layers of the networks"),
+        ("--subdomains", [2, 4, 8, 16, 32, 64], 1, "of those that have as many layers"),
+        ("--largest", [], 2, "values of coarse.largest, besides null"),
     )
     kinds = ("plain", "residual")
     parser.add_argument("--networks", nargs="+", choices=kinds, default=["residual"], help="(default: residual)")
-    for name, default, words in lists:
-        shown = " ".join(map(str, default)) or "none"
-        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{words} (default: {shown})")
-    parser.add_argument("--width", type=int, default=64, metavar="N", help="of the networks (default: 64)")
-    parser.add_argument("--loss", type=float, default=0.1, help="of all training samples (default: 0.1)")
-    parser.add_argument("--most", type=int, default=300, metavar="N", help="iterations, at most (default: 300)")
+    for name, default, least, words in lists:
+        words = f"{words} (default: {' '.join(map(str, default)) or 'none'})"
+        parser.add_argument(name, type=whole(least), nargs="+", default=default, metavar="N", help=words)
+    parser.add_argument("--width", type=whole(1), default=64, metavar="N", help="of the networks (default: 64)")
+    parser.add_argument("--loss", type=above_zero, default=0.1, help="of all training samples (default: 0.1)")
+    parser.add_argument("--most", type=whole(1), default=300, metavar="N", help="iterations, at most (default: 300)")
 
 
 def _machines(options: argparse.Namespace) -> tuple[list[Machine], Machine]:
@@ -190,7 +173,6 @@ def simulate(options: argparse.Namespace, console: Console) -> int:
     from apts_mpi.scaling.predict import predict as predict_studies
     from apts_mpi.scaling.simulate import compare, print_compared
 
-    require(all(ranks >= 2 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 2 or more")
     machines, measured_on = _machines(options)
     prediction = predict_studies(read_studies(options.file), machines[0], measured_on)
     studies = {
@@ -208,7 +190,6 @@ def gpt(options: argparse.Namespace, console: Console) -> int:
     from apts_mpi.scaling.gpt import GPT, GPU, LAYOUTS, print_paper, shape_of, values_of
     from apts_mpi.scaling.simulate import compare, print_compared
 
-    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
     machines = [Machine(read_network(given), options.mpi) for given in options.network]
     model, gpu = GPT(), GPU()
     print_paper(model, gpu, sorted(options.ranks), machines[0], console)
@@ -222,12 +203,6 @@ def subdomains(options: argparse.Namespace, console: Console) -> int:
     """Train deep networks with more and more subdomains."""
     from apts_mpi.scaling.subdomains import as_json, measure, print_series
 
-    for name, least in (("layers", 3), ("subdomains", 1), ("largest", 2)):
-        given = getattr(options, name)
-        require(all(number >= least for number in given), name, given, f"give numbers of {least} or more")
-    for name in ("width", "most"):
-        require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
-    require(options.loss > 0.0, "loss", options.loss, "give a number above 0")
     require(
         min(options.subdomains) <= min(options.layers),
         "subdomains",
@@ -244,7 +219,6 @@ def root(options: argparse.Namespace, console: Console) -> int:
     """Time operations on tables of many ranks."""
     from apts_mpi.scaling.root import print_operations
 
-    require(all(ranks >= 1 for ranks in options.ranks), "ranks", options.ranks, "give numbers of 1 or more")
     print_operations(options.ranks, console)
     return 0
 
@@ -272,19 +246,33 @@ def write_json(path: Path | None, values: Any) -> None:
         raise InvalidInput(f"json: {str(path)!r} cannot be written ({error}); give another file") from error
 
 
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Console], int], str]] = {
+    "run": (run, "measure on this machine what FILE has not yet; what follows -- goes to apts_mpi.train"),
+    "report": (report, "speed-up, efficiency and the share of each event of finished runs"),
+    "predict": (predict, "fit a cost model and say what limits first on the way to 10,000 ranks"),
+    "simulate": (simulate, "what is predicted beside a simulation by SimGrid"),
+    "gpt": (gpt, "memory, seconds and messages of a GPT of a billion parameters on 64 to 4,096 GPUs, on paper"),
+    "subdomains": (subdomains, "iterations to a loss as deep networks are cut into more subdomains, on one process"),
+    "root": (root, "time what one rank does with the tables of all in an iteration, beside a budget of 1 ms"),
+    "network": (network, "measure the network of a job, for predict --measured-on; start it with mpirun"),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exit status 1 if a run did not come to its end, 2 for input that cannot be used."""
     end_with_reader()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What follows belongs to another program, whatever it looks like.
     end = given.index("--") if "--" in given else len(given)
-    options = parse(given[:end])
+    with said_once():
+        options = parse(given[:end])
     options.arguments = given[end + 1 :]
     try:
-        if options.arguments and options.command is not run:
+        if options.arguments and options.command != "run":
             raise InvalidInput("arguments after -- are for run alone; leave them out")
         console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-        status = options.command(options, console)
+        carry_out, _ = COMMANDS[options.command]
+        status = carry_out(options, console)
     except InvalidInput as error:
         with said_once():
             print(f"apts_mpi.scaling: error: {error}", file=sys.stderr)

@@ -25,7 +25,18 @@ NEEDED = (
 )
 
 # Options that do not change what is measured.
-PLACES = ("run_dir", "overwrite", "resume", "view", "monitor", "log_view", "trace", "tensorboard", "logger")
+PLACES = (
+    "run_dir",
+    "overwrite",
+    "resume",
+    "view",
+    "monitor",
+    "log_view",
+    "trace",
+    "torch_profiler",
+    "tensorboard",
+    "logger",
+)
 
 
 @dataclass(frozen=True)

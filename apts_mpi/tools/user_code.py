@@ -134,7 +134,7 @@ def _value(option: str, text: str, hint: Any, parameter: inspect.Parameter | Non
         return None if text == "null" and type(None) in kinds else text
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # also for numbers of thousands of digits
         value = text
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         try:

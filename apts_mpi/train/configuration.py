@@ -97,7 +97,7 @@ def read_text(text: str, place: str) -> list[str]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{place}: it is no YAML ({shortened(' '.join(str(error).split()), 200)})") from error
+        raise InvalidInput(f"{place}: it is no YAML ({_reason(error)}); give lines such as 'epochs: 5'") from error
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise InvalidInput(f"{place}: it names no options; give lines such as 'epochs: 5'")
     options: dict[str, str] = {}
@@ -106,6 +106,14 @@ def read_text(text: str, place: str) -> list[str]:
             raise InvalidInput(f"{place}: {shown(name)} is given twice; leave one of them out")
         options[name] = value
     return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _reason(error: Exception) -> str:
+    """What of a text is no YAML, and where."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return shortened(" ".join(str(error).split()), 200)
+    mark = error.problem_mark
+    return f"{shortened(error.problem or '', 200)}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _leaves(mapping: yaml.MappingNode, prefix: str, place: str) -> Iterator[tuple[str, str]]:

@@ -189,6 +189,9 @@ class TrainingOptions:
         Print at the end what time, messages and work went into which part of the iterations.
     trace
         Write what each rank did when to ``run_dir``/trace.json, for ui.perfetto.dev.
+    torch_profiler
+        Iterations, after the first two, of which each rank's torch.profiler writes what torch did to
+        ``run_dir``/torch-profile, for ui.perfetto.dev; 0: none.
     tensorboard
         Write event files for TensorBoard to ``run_dir``/tensorboard while training: a logger, as those that follow.
     logger
@@ -248,6 +251,7 @@ class TrainingOptions:
     progress: ProgressName = "auto"
     log_view: bool = False
     trace: bool = False
+    torch_profiler: int = 0
     tensorboard: bool = False
     logger: str | None = None
     schwarz: SchwarzOptions = field(default_factory=SchwarzOptions)
@@ -312,7 +316,7 @@ class TrainingOptions:
         remedy = "give a number of iterations above 0, a time such as 10min or 01:30:00, or null"
         require(valid, "checkpoint_every", every, remedy)
         require(self.checkpoint_keep_last >= 1, "checkpoint_keep_last", self.checkpoint_keep_last, "give 1 or more")
-        for name in ("checkpoint_keep_every", "drift_check_every", "replay"):
+        for name in ("checkpoint_keep_every", "drift_check_every", "replay", "torch_profiler"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         time = self.walltime
         require(time is None or bool(as_seconds(time)), "walltime", time, "give HH:MM:SS, such as 01:30:00")

@@ -16,6 +16,7 @@ from apts_mpi import problems
 from apts_mpi.options.methods import METHODS, options_of
 from apts_mpi.tools.command import add_version
 from apts_mpi.train.configuration import NAMES, expand
+from apts_mpi.train.help import AFTER_COMMON, USAGE, CommonHelp, HelpAll
 from apts_mpi.train.options import LATEST_OF_RUN, TrainingOptions
 from apts_mpi.train.refusals import refuse
 
@@ -46,15 +47,24 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="apts_mpi.train",
         description="Train a network over MPI ranks. Hyphens in names of options may be written for underscores.",
-        epilog=f"Arguments of problems, --problem.args.NAME VALUE: {'; '.join(map(_arguments, problems.names()))}.",
+        usage=USAGE,
+        formatter_class=CommonHelp,
+        epilog=AFTER_COMMON,
         exit_on_error=False,
         # A beginning of a name would pass by what `spell` and `expand` do.
         allow_abbrev=False,
     )
+    of_problems = f"Arguments of problems, --problem.args.NAME VALUE: {'; '.join(map(_arguments, problems.names()))}."
+    parser.add_argument("--help_all", action=HelpAll, const=of_problems, help="Show all options, and exit.")
     add_version(parser)
     parser.add_argument("--config", action="config", help="Read options from a YAML file.")
     parser.add_class_arguments(TrainingOptions, as_group=False)
     return parser
+
+
+def _names() -> list[str]:
+    """Of all that the command line takes."""
+    return [*NAMES, "config", *(form.removeprefix("--") for form in SHORT_FORMS)]
 
 
 def _arguments(name: str) -> str:
@@ -136,7 +146,7 @@ def _pairs(text: str) -> dict[str, str] | None:
     """Names and values in a list of NAME=VALUE; None for another text, which the parser refuses."""
     try:
         given = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # also for numbers of thousands of digits
         return None
     if not isinstance(given, list) or not all(isinstance(each, str) and "=" in each for each in given):
         return None
@@ -167,7 +177,7 @@ def parse(arguments: Sequence[str], earlier: Sequence[str] = ()) -> tuple[Traini
         given = [*expand(files), *of_method(others), *others]
         parsed = parser.parse_args(gather([*earlier, *given]))
     except (argparse.ArgumentError, TypeError) as error:
-        raise refuse(error, TrainingOptions, NAMES) from error
+        raise refuse(error, TrainingOptions, _names()) from error
     values = dict(vars(parser.instantiate(parsed)))
     del values["config"]
     parsed.run_dir, parsed.resume, parsed.overwrite = None, None, False

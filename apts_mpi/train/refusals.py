@@ -8,10 +8,8 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from apts_mpi.errors import InvalidInput, nearest, require, require_choice, shortened, shown
-
-# Characters of what the parser says.
-LONGEST_MESSAGE = 600
+from apts_mpi.errors import InvalidInput, require, require_choice
+from apts_mpi.tools.parser import HELP, refusal
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -33,39 +31,39 @@ def refuse(error: Exception, options: type, names: Iterable[str]) -> InvalidInpu
     InvalidInput
         For a value of an option whose choices are known.
     """
-    message = str(error)
-    _refuse_value(message, options)
-    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
-    hint = nearest(f"--{unknown[1]}", [f"--{name}" for name in names]).replace("_", "-") if unknown else ""
-    return InvalidInput(f"{short_message(error)}{hint}; --help lists the options and their values")
-
-
-def short_message(error: Exception) -> str:
-    """What the parser says on one line, with the beginnings of long values."""
-    words = (shortened(word) if word.isprintable() else shown(word) for word in str(error).split())
-    return shortened(" ".join(words), LONGEST_MESSAGE)
+    _refuse_value(str(error), options)
+    return InvalidInput(refusal(str(error), [f"--{name}".replace("_", "-") for name in names]))
 
 
 def _refuse_value(message: str, options: type) -> None:
-    """Raise `InvalidInput` for the parser's message on a value, unless its type has no words."""
-    found = re.match(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    """Raise `InvalidInput` for the parser's message, if it is on a value."""
+    found = re.match(r'Parser key "([\w.]+)":(?:.*(?:Got|Given) value: (.*))?', message, re.DOTALL)
     if found is None:
         return
     option, value = found.groups()
     kind: Any = options
     for name in option.split("."):
         kind = get_type_hints(kind).get(name, object) if is_dataclass(kind) else object
+    remedy = _remedy(option, kind)
+    if value is None:
+        # Not even its text could be read.
+        raise InvalidInput(f"{option}: this value cannot be read; {remedy}")
     if get_origin(kind) is Literal:
         require_choice(option, value, get_args(kind))
+    require(False, option, value, remedy)
+
+
+def _remedy(option: str, kind: Any) -> str:
+    """What to give for an option of a type."""
     if option == "micro_batch_size":
-        require(False, option, value, "give a whole number of 1 or more, or auto")
-    if get_origin(kind) is tuple:
+        return "give a whole number of 1 or more, or auto"
+    if option in ("problem_args", "network_args"):
+        return "give a list of NAME=VALUE, such as [width=20]"
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
         names = get_args(get_args(kind)[0])
-        remedy = f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
-        require(False, option, value, remedy)
+        return f"give a list of {', '.join(names)}, such as [{','.join(names[:2])}]"
     words = in_words(kind)
-    if words:
-        require(False, option, value, f"give {words}")
+    return f"give {words}" if words else HELP
 
 
 def in_words(kind: Any) -> str:

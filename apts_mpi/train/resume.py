@@ -26,7 +26,8 @@ LONGEST_NAME = 100
 OF_THE_CALL = (
     *("run_dir", "overwrite", "resume"),
     *("device", "transport"),
-    *("view", "monitor", "progress", "log_view", "trace", "tensorboard", "logger", "walltime", "stall_timeout"),
+    *("view", "monitor", "progress", "log_view", "trace", "torch_profiler", "tensorboard", "logger"),
+    *("walltime", "stall_timeout"),
 )
 
 # Options that may name a program of the user's, MODULE:NAME, which a checkpoint cannot start.

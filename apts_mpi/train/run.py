@@ -20,7 +20,7 @@ from apts_mpi.errors import InvalidInput, SharedFailure
 from apts_mpi.options.methods import describe_method
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.launcher import mpi_version
-from apts_mpi.records.directory import TRACE, RunDirectory, print_summary
+from apts_mpi.records.directory import TORCH_PROFILE, TRACE, RunDirectory, print_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.command import say
 from apts_mpi.tools.memory import peak_of
@@ -33,6 +33,7 @@ from apts_mpi.train.logger import Logger, LoggerSetting
 from apts_mpi.train.loggers import Loggers, chosen_loggers
 from apts_mpi.train.options import TrainingOptions
 from apts_mpi.train.parser import parse
+from apts_mpi.train.profiler import TorchProfiler
 from apts_mpi.train.progress import Pace, check_metadata, shares_of_limits
 from apts_mpi.train.reporter import Reporter, console_for, is_live
 from apts_mpi.train.resume import (
@@ -50,6 +51,7 @@ from apts_mpi.train.sequence import print_tasks
 from apts_mpi.train.stopping import CONVERGED, Reason
 from apts_mpi.train.trace import Trace
 from apts_mpi.train.training import Training
+from apts_mpi.train.unused import check_unused
 
 # Shows a message, on rank 0.
 Tell = Callable[[str], None]
@@ -117,18 +119,21 @@ def run(
     console = console_for(options.progress, console)
     tell = functools.partial(say, console)
     with contextlib.ExitStack() as stack:
-        checkpoint = open_earlier(options, comm, tell)
+        checkpoint, given = open_earlier(options, comm, tell), options
         if checkpoint is not None:
             stack.enter_context(checkpoint)
             with comm.shared_errors():
                 check_metadata(checkpoint)
-                given, saved = options, saved_arguments(checkpoint, arguments)
+                saved = saved_arguments(checkpoint, arguments)
                 options, config = parse(arguments, saved)
                 options, notes = same_run(Asked(given, parse(saved)[0], options), checkpoint, comm.size)
             for note in notes:
                 tell(f"note: {note}")
         with comm.shared_errors():
+            unused = check_unused(given, options)
             kinds = chosen_loggers(options) if comm.rank == 0 else {}
+        for note in unused:
+            tell(f"note: {note}")
         device = take_device(options, comm)
         training = make_training(options, device, comm, world)
         begin(training, checkpoint, options, tell)
@@ -146,14 +151,16 @@ def run(
             training.solver.events.peak = peak_of(device)
         pace = Pace(lambda: shares_of_limits(options, training.progress, training.epochs, training.batches))
         records, loggers = destinations.records, destinations.loggers
-        live = is_live(options.progress, console)
-        with Reporter(pace, records, console, live, options.monitor, loggers) as reporter:
-            metrics = training.run(reporter.record, survival.boundary, tell)
+        live, profiler = is_live(options.progress, console), TorchProfiler(options.torch_profiler)
+        with Reporter(pace, records, console, live, options.monitor, loggers) as reporter, profiler:
+            metrics = training.run(reporter.record, profiler.counting(survival.boundary), tell)
         if trace is not None:
             trace.end()
     failure = report(training, metrics, destinations, options.log_view, console)
     if trace is not None:
         write_trace(trace, destinations, training.comm, tell)
+    if options.torch_profiler:
+        write_profile(profiler, destinations, training.comm, tell)
     if metrics is None:
         iteration, path = training.progress.iteration, destinations.path
         stopped = f"{Reason.INTERRUPTED.value}: stopped after iteration {iteration}, as {survival.stopped_by}"
@@ -312,3 +319,17 @@ def write_trace(trace: Trace, destinations: Destinations, comm: Communicator, te
         return
     if dropped:
         tell(f"note: {TRACE} is full and lacks the last {dropped} events; give fewer --max-iterations")
+
+
+def write_profile(profiler: TorchProfiler, destinations: Destinations, comm: Communicator, tell: Tell) -> None:
+    """Write what torch's profiler recorded, as `write_trace` does. Collective."""
+    if comm.decide(lambda: [destinations.is_gone()])[0]:
+        tell(f"warning: torch_profiler: {str(destinations.path)!r} is gone, or somebody else's, and gets no profile")
+        return
+    try:
+        lacking = profiler.write(destinations.path / TORCH_PROFILE, comm)
+    except InvalidInput as error:
+        tell(f"warning: {error}")
+        return
+    if lacking:
+        tell(f"note: {lacking} of {comm.size} ranks have no profile of torch's; it begins with the third iteration")

@@ -85,7 +85,7 @@ def test_the_table_and_what_is_finished_is_kept(tmp_path, capsys, monkeypatch):
     ("argument", "words"),
     [
         ("--methods=none", "--methods: 'none' is not allowed"),
-        ("--seeds=0", "--seeds: 0 is not allowed; give 1 or more"),
+        ("--seeds=0", "--seeds: '0' is not allowed; give a whole number of 1 or more"),
         ("digits", "digits has no tasks; choose permuted-digits"),
     ],
 )

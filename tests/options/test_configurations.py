@@ -190,7 +190,7 @@ def test_values_of_all_kinds_in_a_file(tmp_path):
 
 def test_the_names_are_those_of_the_parser():
     known = {action.dest for action in make_parser()._actions}
-    assert known - {"help", "version", "config", "print_config"} == NAMES | GROUPS
+    assert known - {"help", "help_all", "version", "config", "print_config"} == NAMES | GROUPS
 
 
 @pytest.mark.parametrize("argument", ["--probl=digits", "--conf=x.yaml", "--schwarz.over=1"])

@@ -159,6 +159,7 @@ BAD_VALUES = [
     (TrainingOptions, {"gradient_tolerance": -1.0}, "gradient_tolerance: -1.0 .* give 0 or more, or null"),
     (TrainingOptions, {"relative_gradient_tolerance": -1.0}, "relative_gradient_tolerance: -1.0 .* give 0 or more"),
     (TrainingOptions, {"target_loss": math.nan}, "target_loss: nan .* give a finite number"),
+    (TrainingOptions, {"torch_profiler": -1}, "torch_profiler: -1 .* give 0 or more"),
     (TrainingOptions, {"average": 1.0}, r"average: 1.0 .* give a number in \[0, 1\), or null"),
     (TrainingOptions, {"progress": "sometimes"}, "progress: .sometimes. .* choose one of auto, always, never"),
     (TrainingOptions, {"logger": "csv,tensorbord"}, "logger: 'tensorbord' .* choose one of csv, tensorboard, mlflow"),

@@ -1,5 +1,6 @@
-"""``--log-view``, ``--trace`` and ``--tensorboard`` of the command line."""
+"""``--log-view``, ``--trace``, ``--torch-profiler`` and ``--tensorboard`` of the command line."""
 
+import gzip
 import io
 import json
 import math
@@ -64,6 +65,24 @@ def nest(spans):
 
 def calls(spans, name):
     return sum(found == name for _, _, found in spans)
+
+
+@pytest.mark.mpi
+@pytest.mark.usefixtures("few_ranks")
+def test_profile_of_torch(world, directory, trained):
+    trained(*SMALL, "--run-dir=run", "--max-iterations=3", "--torch-profiler=1")
+    folder = directory / "run" / "torch-profile"
+    if world.rank == 0:
+        assert sorted(file.name for file in folder.iterdir()) == [f"rank-{rank}.json.gz" for rank in range(world.size)]
+        for file in folder.iterdir():
+            names = [event["name"] for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
+            assert sum(name.startswith("ProfilerStep#") for name in names) == 1
+            assert any(name.startswith("aten::") for name in names)
+    world.Barrier()
+    # Too short for one, and what is there is another run's.
+    output = trained(*SMALL, "--run-dir=run", "--overwrite", "--max-iterations=1", "--torch-profiler=1")
+    if world.rank == 0:
+        assert f"{world.size} of {world.size} ranks have no profile" in output and not folder.exists()
 
 
 @pytest.mark.mpi

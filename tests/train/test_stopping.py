@@ -13,8 +13,10 @@ from apts_mpi.errors import InvalidInput
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
 from apts_mpi.tools.events import Events
+from apts_mpi.train.ending import Ending
 from apts_mpi.train.layouts import train_problem
 from apts_mpi.train.options import TrainingOptions
+from apts_mpi.train.progress import Progress
 from apts_mpi.train.stopping import Reason, Stopping, metric_and_sign
 
 USAGE = 2
@@ -171,6 +173,41 @@ def test_reasons(world, directory, trained, arguments, option):
         batches = found["iterations"] / found["epochs"] if found["epochs"] else 0
         if "gradient" in option or "target" in option:
             assert found["epochs"] == 1 and batches >= 2  # not the first batch alone
+
+
+@pytest.mark.parametrize(
+    ("options", "progress", "watched", "reason"),
+    [
+        ({}, {"epoch": 2}, {}, None),
+        ({}, {"epoch": 3}, {}, Reason.LIMIT_EPOCHS),
+        ({"max_iterations": 5}, {"iteration": 5}, {}, Reason.LIMIT_ITERATIONS),
+        ({"max_seconds": 2.0}, {"seconds": 2.0}, {}, Reason.LIMIT_SECONDS),
+        ({"max_cpu_seconds": 2.0}, {"cpu_seconds": 2.0}, {}, Reason.LIMIT_SECONDS),
+        ({}, {"at_rest": 4, "epoch": 3}, {}, Reason.AT_REST),
+        ({"target_loss": 0.5}, {}, {"train_loss": 0.5}, Reason.CONVERGED_TARGET),
+        ({"gradient_tolerance": 0.1}, {"epoch": 3}, {"small": 4}, Reason.CONVERGED_GRADIENT),
+        ({"relative_gradient_tolerance": 0.1}, {}, {"relatively_small": 4}, Reason.CONVERGED_RELATIVE_GRADIENT),
+        ({"stop_on": "test_loss", "patience": 2}, {}, {"waited": 2}, Reason.STOPPED_EARLY),
+    ],
+)
+def test_every_reason_by_what_is_known(options, progress, watched, reason):
+    """Of two epochs of four batches; a loss that is no number is the reason where a limit would be."""
+    asked = TrainingOptions(**options)
+    stopping = Stopping(asked, 4, NAMES)
+    for name, value in watched.items():
+        setattr(stopping.state, name, value)
+    ending, at = Ending(asked, 2, 4, stopping, Communicator(MPI.COMM_SELF, Events())), Progress(**progress)
+    ending.look(at)
+    assert ending.due(at) is ending.reason(at) is reason
+    ending.diverged = True
+    limits = (Reason.LIMIT_EPOCHS, Reason.LIMIT_ITERATIONS, Reason.LIMIT_SECONDS)
+    assert ending.reason(at) is (Reason.DIVERGED_LOSS if reason in limits else reason)
+    ending.interrupted = True
+    assert ending.reason(at) is Reason.INTERRUPTED
+
+
+def test_every_reason_has_words():
+    assert all(reason.words and reason.value.isupper() for reason in Reason)
 
 
 def test_other_optimizers_have_reasons(directory, trained):

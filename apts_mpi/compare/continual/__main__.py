@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean
 
 from apts_mpi.compare.continual.methods import METHODS, Score, Sequence, learnt
-from apts_mpi.errors import InvalidInput, require, require_choice
+from apts_mpi.errors import InvalidInput
+from apts_mpi.tools.parser import Parser, directory, names_of, whole
 from apts_mpi.tools.status import USAGE
 
 PROGRAM = "apts_mpi.compare continual"
@@ -18,27 +19,20 @@ HEADER = "| method | tuned | mean accuracy | forgetting | iterations to 95 % |\n
 
 
 def parse(arguments: Items[str]) -> argparse.Namespace:
-    """The options, or `InvalidInput` for values that cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Learn a sequence of tasks by several methods. What is tuned of one is chosen on the first seed; "
-        "what is finished is kept.",
+    """The options; ends the process for ``--help`` and for arguments that are not known."""
+    parser = Parser(
+        PROGRAM,
+        "Learn a sequence of tasks by several methods. What is tuned of one is chosen on the first seed; what is "
+        "finished is kept.",
     )
     parser.add_argument("problems", nargs="*", default=["permuted-digits"], help="Sequences, as for apts_mpi.train.")
-    parser.add_argument("--methods", default=",".join(METHODS), help="With commas between.")
-    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
-    parser.add_argument("--replay", type=int, default=50, help="Stored samples of each earlier task.")
-    parser.add_argument("--epochs", type=int, help="Of each task; else the problem's own.")
-    parser.add_argument("--train-samples", type=int, help="Of each task; else all.")
-    parser.add_argument("--out", type=Path, default=Path("continual"), help="Directory of runs and tables.")
-    options = parser.parse_args(arguments)
-    for name in ("seeds", "replay", "epochs", "train_samples"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')}", value, "give 1 or more")
-    options.methods = options.methods.split(",")
-    for name in options.methods:
-        require_choice("--methods", name, tuple(METHODS))
-    return options
+    parser.add_argument("--methods", type=names_of([*METHODS]), default=tuple(METHODS), help="With commas between.")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="Number of seeds.")
+    parser.add_argument("--replay", type=whole(1), default=50, help="Stored samples of each earlier task.")
+    parser.add_argument("--epochs", type=whole(1), help="Of each task; else the problem's own.")
+    parser.add_argument("--train-samples", type=whole(1), help="Of each task; else all.")
+    parser.add_argument("--out", type=directory, default=Path("continual"), help="Directory of runs and tables.")
+    return parser.parse_args(arguments)
 
 
 def rows_of(problem: str, options: argparse.Namespace) -> list[str]:

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-
+from apts_mpi.compare.command import make_parser, read_values
 from apts_mpi.compare.full_batch.options import FullBatchOptions
 from apts_mpi.compare.full_batch.run import run
 from apts_mpi.errors import InvalidInput
 from apts_mpi.tools.status import USAGE
+from apts_mpi.train.parser import spell
 
 PROGRAM = "apts_mpi.compare.full_batch"
 
 
-def main() -> None:
-    """Do the run that the arguments say; an error is one line."""
-    parser = jsonargparse.ArgumentParser(prog=PROGRAM, exit_on_error=False)
+def parse(arguments: Sequence[str]) -> tuple[FullBatchOptions, Path]:
+    """The options, and the directory of the run.
+
+    Raises
+    ------
+    InvalidInput
+        For an option or a value that is not known.
+    """
+    parser = make_parser(PROGRAM, "A run of a method of full batches, as apts_mpi.compare starts it.")
     parser.add_class_arguments(FullBatchOptions, as_group=False)
-    parser.add_argument("--run_dir", required=True, help="Directory of the run; records in it are replaced.")
+    parser.add_argument("--run_dir", type=str, required=True, help="Directory of the run; records in it are replaced.")
+    values = read_values(parser, spell(arguments), FullBatchOptions)
+    path = Path(values.pop("run_dir"))
+    return FullBatchOptions(**values), path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the run that the arguments say; an error is one line."""
     try:
-        values = dict(vars(parser.parse_args()))
-        path = Path(values.pop("run_dir"))
-        print(run(FullBatchOptions(**values), path))
-    except (InvalidInput, argparse.ArgumentError, TypeError) as error:
+        print(run(*parse(sys.argv[1:] if arguments is None else arguments)))
+    except InvalidInput as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
 

@@ -18,6 +18,8 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "adam-lbfgs": (1e-3, 3e-3, 1e-2),
 }
 
+SOME = "give 1 or more, or null"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullBatchOptions:
@@ -60,6 +62,9 @@ class FullBatchOptions:
         require_fields(self)
         require_choice("optimizer", self.optimizer, tuple(GRIDS))
         require(self.epochs >= 1, "epochs", self.epochs, "give 1 or more")
+        require(self.train_samples is None or self.train_samples >= 1, "train_samples", self.train_samples, SOME)
+        for name in ("setting", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("max_seconds", "max_cpu_seconds"):
             value = getattr(self, name)
             require(value is None or value > 0.0, name, value, "give a number above 0, or null")

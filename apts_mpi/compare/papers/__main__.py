@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from apts_mpi.compare.command import make_parser, read_options
+from apts_mpi.compare.command import KEPT, make_parser, read_options
 from apts_mpi.compare.papers.claims import claims
 from apts_mpi.compare.papers.runs import OPTIMIZERS, PapersOptions, Variant, all_runs, variants
 from apts_mpi.compare.runs import PlannedRun, execute, missing
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> PapersOptions:
         For an option or a value that is not known.
     """
     about = "Try the methods of the papers, over numbers of subdomains, beside tuned Adam and SGD."
-    parser = make_parser(PROGRAM, about)
+    parser = make_parser(PROGRAM, f"{about} {KEPT}")
     parser.add_argument(
         "problems",
         nargs="*",

@@ -10,7 +10,7 @@ from typing import Any
 
 from apts_mpi.compare.options import GRIDS
 from apts_mpi.compare.runs import PlannedRun, Setting
-from apts_mpi.errors import require, require_choice
+from apts_mpi.errors import LARGEST, require, require_choice, require_fields
 from apts_mpi.options.methods import METHODS
 from apts_mpi.records.reading import RunRecords
 from apts_mpi.train.parser import parse
@@ -56,12 +56,17 @@ class PapersOptions:
     out: str = "papers"
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in ("seeds", "jobs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for method in self.method_names:
             require_choice("methods", method, tuple(METHODS))
+        for name in ("epochs", "batch_size", "train_samples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "give 1 or more, or null")
         for number in self.subdomains.split(","):
-            require(number.isdecimal() and int(number) > 0, "subdomains", number, "give numbers with commas between")
+            valid = number.isdecimal() and len(number) < len(str(LARGEST)) and int(number) > 0
+            require(valid, "subdomains", number, "give numbers with commas between")
 
     @property
     def method_names(self) -> tuple[str, ...]:
