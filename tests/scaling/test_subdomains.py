@@ -45,11 +45,11 @@ def test_networks_have_as_many_layers_as_asked_for(kind):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--layers", "2"], "layers: [2] is not allowed; give numbers of 3 or more"),
-        (["--subdomains", "0"], "subdomains: [0] is not allowed; give numbers of 1 or more"),
-        (["--largest", "1"], "largest: [1] is not allowed; give numbers of 2 or more"),
+        (["--layers", "2"], "--layers: '2' is not allowed; give a whole number of 3 or more"),
+        (["--subdomains", "0"], "--subdomains: '0' is not allowed; give a whole number of 1 or more"),
+        (["--largest", "1"], "--largest: '1' is not allowed; give a whole number of 2 or more"),
         (["--layers", "8", "--subdomains", "16"], "give one at least of 8 or less"),
-        (["--loss", "0"], "loss: 0.0 is not allowed; give a number above 0"),
+        (["--loss", "0"], "--loss: '0' is not allowed; give a number above 0"),
     ],
 )
 def test_refusals(arguments, words, capsys):
