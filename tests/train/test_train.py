@@ -504,7 +504,7 @@ def refused(world, capfd, directory, *arguments):
         ("--coarse.columns correction", r"error: coarse.columns: 'correction' .* such as \[correction,last_step\]\n$"),
         ("--coarse.columns [correction,foo]", "coarse.columns: 'foo' is not allowed; give a list of correction, last_"),
         ("--coarse.columns [correction,correction]", "coarse.columns: .* is not allowed; give each once"),
-        ("--local.solver", "--local.solver: expected one argument"),
+        ("--local.solver", "--local.solver: a value is missing"),
         ("--schwarz.damping 2", r"schwarz.damping: 2.0 is not allowed; give a number in \(0, 1\]"),
         ("--trust-region.window -1", "trust_region.window: -1 is not allowed"),
         ("--learning-rate 0", "learning_rate: 0.0 is not allowed; give a number above 0"),
