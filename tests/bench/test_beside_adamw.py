@@ -20,7 +20,7 @@ def test_cases_that_are_not_known(text, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["iteration", "--problems", text])
     assert ended.value.code == 2
-    assert "choose of mlp-256, mlp-2000" in capsys.readouterr().err
+    assert "choose one of mlp-256, mlp-2000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CASES)
