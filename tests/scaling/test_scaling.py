@@ -216,8 +216,8 @@ def test_records_that_cannot_be_used(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("strong FILE --ranks 0", "--ranks: '0' is not allowed; give a whole number of 1 or more"),
-        ("strong FILE --ranks 1 --repeats 0", "--repeats: '0'"),
+        ("strong FILE --ranks 0", "--ranks: '0' is not allowed"),
+        ("strong FILE --ranks 1 --repeats 0", "--repeats: '0' is not allowed"),
         ("strong FILE --ranks 1 --samples-per-rank 5", "samples_per_rank: 5 "),
         ("weak FILE --ranks 1", "samples_per_rank: None"),
         ("strong FILE --ranks 1 -- --run-dir=here", "--run_dir=here: the study sets this option itself"),
