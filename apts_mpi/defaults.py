@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from apts_mpi.curvature.dense import LARGEST_DENSE
-from apts_mpi.curvature.kinds import is_unknown
+from apts_mpi.curvature.kinds import any_unknown
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.adaptive import check_adaptive
@@ -91,8 +91,7 @@ def compose(
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
         dense = dense and options.group == 1
-        sizes = ((network.get_submodule(layer.name), layer.stop - layer.start) for layer in layers)
-        whole = "muon" if noisy and any(is_unknown(*layer) for layer in sizes) else "kfac"
+        whole = "muon" if noisy and any_unknown(network, layers) else "kfac"
         name = "gauss-newton" if dense else whole if split.whole else "adam"
     solver = solver_class(name)
     quadratic = is_quadratic(MeanLoss(loss))

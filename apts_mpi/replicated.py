@@ -227,7 +227,10 @@ class Replicated:
         """Have the subdomains of a checkpoint, which are where cuts had moved to, if there are as many."""
         saved = check_solver(self._parts(), checkpoint, metadata)["subdomains"]
         cuts = [record["owned_start"] for record in saved]
-        if len(cuts) == self.decomposition.count and cuts != [p.owned_start for p in self.decomposition.subdomains]:
+        begins = {layer.start for layer in self.decomposition.layers}
+        # Others, such as those of shards of data, are none that adaptive cuts can have been.
+        may_be = len(cuts) == self.decomposition.count and cuts == sorted(begins.intersection(cuts))
+        if may_be and cuts != [part.owned_start for part in self.decomposition.subdomains]:
             self.decomposition = self._divided(cuts)
             self._divide()
 

@@ -21,6 +21,7 @@ from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_factor, dampe
 from apts_mpi.curvature.normalisation import Normalisation, NormalisationDiagonal, batched
 from apts_mpi.curvature.patches import Convolution, patches
 from apts_mpi.curvature.signed import signed_factors
+from apts_mpi.network.partition import Layer
 from apts_mpi.network.recorder import UNCALLED
 
 # A longer side of a layer has the diagonal of its factor. This one takes 100 MB and about two seconds to invert, and
@@ -230,9 +231,9 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     return kind(module)
 
 
-def is_unknown(module: nn.Module, size: int) -> bool:
-    """Whether such a layer has factors from gradients with random signs alone."""
-    return make_curvature(module, size).signed
+def any_unknown(network: nn.Module, layers: Sequence[Layer]) -> bool:
+    """Whether one of the layers has factors from gradients with random signs alone."""
+    return any(make_curvature(network.get_submodule(one.name), one.stop - one.start).signed for one in layers)
 
 
 def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:

@@ -17,12 +17,17 @@ QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 DECAY, EPSILON = 0.95, 1e-12
 
 
+# Layers whose weights multiply elements, or have a row a word, whatever their dimensions.
+NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
 class Muon(LocalSolver):
     """Steps along orthogonal factors (Jordan et al., kellerjordan.github.io/posts/muon; arXiv 2502.16982).
 
     With M the running mean of the gradients of a weight, ``local.momentum`` of M and the rest of the present one, the
     weight of m times n numbers goes along ``-sqrt(max(m, n)) U V^T`` with ``M = U S V^T``: as far in all directions
-    that M has, and by 1 in the root mean square of its elements. Convolutions have a row an output channel. What is no
+    that M has, and by 1 in the root mean square of its elements. Convolutions have a row an output channel
+    (transposed ones one an input channel). What is no
     matrix, and embeddings, whose rows few samples reach, go along M over the root of the running mean of its squares,
     of about that length too; so no factor stands between the two. It costs no evaluation, and knows no damping.
 
@@ -114,7 +119,10 @@ def orthogonal_factor(matrix: torch.Tensor) -> torch.Tensor:
     """
     tall = matrix.shape[0] > matrix.shape[1]
     factor = matrix.T if tall else matrix
-    factor = factor / (factor.norm() + torch.finfo(matrix.dtype).tiny)
+    # Twice, as the squares of small numbers are none: a layer that no sample reaches any more has a mean that fades.
+    for size in (torch.amax, torch.norm):
+        length = size(factor.abs())
+        factor = factor / torch.where(length > 0.0, length, torch.ones_like(length))
     first, third, fifth = QUINTIC
     for _ in range(ITERATIONS):
         gram = factor @ factor.T
@@ -127,11 +135,11 @@ def _weights(layer: WholeLayer) -> list[tuple[slice, int]]:
     weights = [weight for weight in layer.module.parameters(recurse=False) if weight.requires_grad]
     # Of tied weights one layer has the range; complex ones are two real numbers each there.
     is_whole = sum(weight.numel() for weight in weights) == layer.part.stop - layer.part.start
-    if isinstance(layer.module, nn.Embedding | nn.EmbeddingBag) or not is_whole:
+    if isinstance(layer.module, NO_MATRICES) or not is_whole:
         return []
     found, start = [], layer.part.start
     for weight in weights:
-        if weight.dim() > 1:
+        if weight.dim() > 1 and weight.numel():
             found.append((slice(start, start + weight.numel()), weight.shape[0]))
         start += weight.numel()
     return found

@@ -9,18 +9,21 @@ then cuts go to where it is strong. All among cuts that balance the local solves
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from apts_mpi.curvature.dense import LARGEST_DENSE
 from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.local.registry import needs_evaluations, solver_class
 from apts_mpi.network.coupled_cuts import coupled_cuts
 from apts_mpi.network.decomposition import Decomposition
+from apts_mpi.network.partition import Layer
 from apts_mpi.objective.batch import Batch
 from apts_mpi.objective.objective import Objective
 from apts_mpi.options import APTSOptions
@@ -97,12 +100,18 @@ class AdaptiveCuts:
         def decide(table: np.ndarray) -> Sequence[float]:
             known = measured_costs(costs, present, decomposition, table[:, 0]) if is_measured else costs
             assert coupling is not None  # on rank 0
-            chosen = coupled_cuts(known, self._sign * coupling, present)[:-1]
-            return [table[:, 1].max(), *(begins[item] for item in chosen)]
+            chosen = coupled_cuts(known, self._sign * coupling, present)
+            chosen = present if self._are_too_large(layers, chosen) else chosen
+            return [table[:, 1].max(), *(begins[item] for item in chosen[:-1])]
 
         worked = self._comm.events.work - before
         work, *cuts = self._comm.agree([seconds - (earlier or 0.0), worked], decide)
         return Look(tuple(map(int, cuts)), work)
+
+    def _are_too_large(self, layers: Sequence[Layer], cuts: Sequence[int]) -> bool:
+        """Whether a dense block would be larger than a solver takes."""
+        sizes = (layers[stop - 1].stop - layers[start].start for start, stop in itertools.pairwise(cuts))
+        return solver_class(self._options.local.solver).dense and max(sizes) > LARGEST_DENSE
 
     def _coupling(self, batch: Batch, correction: torch.Tensor, decomposition: Decomposition) -> np.ndarray | None:
         """Couplings between layers, by the Gauss-Newton matrix along the correction's parts: on rank 0. Collective."""

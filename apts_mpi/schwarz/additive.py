@@ -104,7 +104,6 @@ class AdditiveSchwarz:
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
         self._shared = schwarz.local_data == "shared" and self._kind.whole_layers
         self._make_rows, self.plateau = make_rows, plateau
-        self._largest_batch = 0
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
         self._mirror = Mirror(self.correction)
@@ -120,14 +119,14 @@ class AdditiveSchwarz:
 
     def divide(self, decomposition: Decomposition) -> None:
         """Have these subdomains, with local solvers that know nothing yet; as many on the same ranks as before."""
-        self.decomposition, objective = decomposition, self._objective
+        self.decomposition, objective, self._largest_batch = decomposition, self._objective, 0
         measured = decomposition.subdomains if self._shared else decomposition.carried
         self._measuring = {part.index: self._make_solver(part) for part in measured}
         self.solvers = {part.index: self._measuring[part.index] for part in decomposition.carried}
         if self._kind.takes_sums:
             objective.summaries = LayerSums(self._measuring, next(iter(self.solvers.values())))
         # Those that only measure never count an iteration.
-        objective.observes = lambda: any(solver.observes for solver in self.solvers.values())
+        objective.observes = lambda: any(self._measuring[part.index].observes for part in decomposition.carried)
         self._weights = {} if self._disjoint else weights_of(decomposition, self._values, self._is_sum)
         self._ranges = [led_range(decomposition, rank) for rank in range(self._comm.size)]
 

@@ -41,6 +41,8 @@ class Groups:
 def most_groups(most: int, subdomains: int, total: Callable[[int], int], columns: Callable[[int], int]) -> Groups:
     """The most groups whose columns are no more than ``most``, or the fewest there can be. Collective.
 
+    As many as subdomains where grouping makes no fewer columns, as those of a space of the user's may be its own.
+
     Parameters
     ----------
     most
@@ -63,6 +65,7 @@ def most_groups(most: int, subdomains: int, total: Callable[[int], int], columns
     found = everywhere
     if of_all(everywhere) > most:
         found = stages + max(bisect_right(range(stages, everywhere), most, key=of_all) - 1, 0)
+        found = everywhere if of_all(found) == of_all(everywhere) else found
     return Groups(own(found), of_all(found))
 
 

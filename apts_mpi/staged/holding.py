@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
+from apts_mpi.curvature.kinds import any_unknown
 from apts_mpi.defaults import compose, describe
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.registry import solver_class
@@ -100,10 +101,15 @@ class Staged:
             segmented = keep_stage(places_of(network), self.stages, self.stages[own], lower_precision(options.autocast))
             vector = FlatParameters(network)
             layers = segmented.layers(vector)
+            is_open = options.noise == "batches" and options.local.solver == "auto"
+            unknown = is_open and any_unknown(network, layers)
         leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
-        held = self.comm.collect((layers, len(vector.values)))
+        held = self.comm.collect((layers, len(vector.values), unknown))
         with self.comm.shared_errors():
-            starts, all_layers = layers_of_stages(self.stages, [held[leader] for leader in leaders])
+            starts, all_layers = layers_of_stages(self.stages, [held[leader][:2] for leader in leaders])
+            if any(of_rank[2] for of_rank in held):
+                # All stages have one local solver, whatever layers theirs are.
+                options = replace(options, local=replace(options.local, solver="muon"))
             asked = subdomains_asked_for(options, all_layers, len(self.stages))
             cuts, self.notes = cuts_of_stages(asked, self.stages, starts)
             first, last = starts[own], starts[own] + len(vector.values)

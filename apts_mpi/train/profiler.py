@@ -54,13 +54,13 @@ class TorchProfiler:
 
     def _keep(self, recorded: profile) -> None:
         """Take what was recorded; nothing where there is no room, for which no run is to fail."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json.gz"
-            try:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "trace.json.gz"
                 recorded.export_chrome_trace(str(path))
                 self._content = path.read_bytes()
-            except (OSError, RuntimeError):
-                self._content = b""
+        except (OSError, RuntimeError):
+            self._content = b""
 
     def write(self, directory: Path, comm: Communicator) -> int:
         """Write a file of each rank, on rank 0; return the number of ranks without one. Collective.

@@ -6,7 +6,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from apts_mpi import APTS, APTSOptions
+from apts_mpi import APTS, APTSOptions, StagedAPTS
 from apts_mpi.local.muon import DECAY, EPSILON, ITERATIONS, QUINTIC, orthogonal_factor
 from apts_mpi.options import LocalOptions
 
@@ -21,12 +21,19 @@ def by_singular_values(matrix):
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)])
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+@pytest.mark.parametrize("scale", [1e-300, 1e-12, 1.0, 1e9])
 def test_orthogonal_factor(shape, scale):
     matrix = scale * torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected, values = by_singular_values(matrix)
     torch.testing.assert_close(orthogonal_factor(matrix), expected, rtol=0.0, atol=1e-12)
     assert all(0.65 < value < 1.2 for value in values)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-40, 1e30])
+def test_numbers_whose_squares_are_none(scale):
+    """Such as a mean of gradients that fades, where no sample reaches a layer any more; in float32."""
+    matrix = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(orthogonal_factor(scale * matrix), orthogonal_factor(matrix), rtol=0.0, atol=1e-3)
 
 
 def test_nothing_has_no_direction():
@@ -84,6 +91,23 @@ def test_chosen_on_noisy_batches_where_kfac_does_not_know_a_layer(noise, solver)
     assert made.options.local.solver == solver
     known = APTS(nn.Linear(3, 2), nn.functional.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(noise=noise))
     assert known.options.local.solver == "kfac"
+
+
+class Own(nn.Linear):
+    """Of a kind that K-FAC does not know."""
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_stages_have_one_local_solver(world):
+    """Whichever stage has the layer that K-FAC does not know."""
+    layers = [nn.Linear(networks.FEATURES, 8), *(nn.Linear(8, 8) for _ in range(world.size - 2)), Own(8, 3)]
+    network = nn.Sequential(*layers).double()
+    solver = StagedAPTS(
+        network, networks.cross_entropy, comm=world, options=APTSOptions(layout="staged", noise="batches")
+    )
+    losses = [solver.step(networks.classified()).schwarz.loss for _ in range(3)]
+    assert world.allgather(solver.options.local.solver) == ["muon"] * world.size
+    assert losses[-1] < losses[0]
 
 
 def run(comm, subdomains, **changes):
