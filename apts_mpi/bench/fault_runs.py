@@ -87,11 +87,12 @@ class Setting:
         """Of the training command, but for the places and how often it saves."""
         options = f"""
             --problem=faulty:problem --dtype=float64 --device=cpu --epochs=1000000 --batch-size=12 --subdomains=4
-            --layout={self.layout} --replicas={self.replicas} --micro-batches={self.micro_batches}
+            --layout={self.layout} --replicas={self.replicas}
             --local.solver={self.solver} --coarse={self.coarse}
             --trust-region.initial_radius=0.2 --trust-region.max_radius=0.4
         """
-        return options.split()
+        of_stages = [f"--micro-batches={self.micro_batches}"] if self.layout == "staged" else []
+        return options.split() + of_stages
 
     @property
     def name(self) -> str:
