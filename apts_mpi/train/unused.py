@@ -39,6 +39,11 @@ def _of(group: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{group}.{name}" for name in names)
 
 
+def _solved_by(*names: str) -> Callable[[TrainingOptions], bool]:
+    """Whether the local solver may be one of these, or is one of the user's."""
+    return lambda run: run.local.solver in ("auto", *names) or ":" in run.local.solver
+
+
 KRYLOV = ("product", "krylov_tolerance", "krylov_products")
 
 USES = (
@@ -67,6 +72,21 @@ USES = (
         f"there is no global step with --global-step none; choose another one, {LEAVE_OUT}",
     ),
     Use(
+        _of("local", "decay", "refresh", "relax"),
+        _solved_by("kfac"),
+        f"it is for --local.solver kfac; choose that, {LEAVE_OUT}",
+    ),
+    Use(
+        _of("local", "damping"),
+        _solved_by("kfac", "gauss-newton"),
+        f"it is for --local.solver kfac and gauss-newton; choose one of them, {LEAVE_OUT}",
+    ),
+    Use(
+        _of("local", "momentum"),
+        _solved_by("kfac", "muon"),
+        f"it is for --local.solver kfac and muon; choose one of them, {LEAVE_OUT}",
+    ),
+    Use(
         _of("local", *KRYLOV),
         lambda run: run.local.solver == "steihaug" or ":" in run.local.solver,
         f"it is for --local.solver steihaug; choose that, {LEAVE_OUT}",
@@ -75,6 +95,11 @@ USES = (
         _of("coarse", "space", "columns", "largest", "samples", "damping", "norm", "acceleration", "momentum"),
         lambda run: run.coarse.model != "none",
         f"there is no coarse level with --coarse none; choose another one, {LEAVE_OUT}",
+    ),
+    Use(
+        _of("coarse", "space", "columns", "largest"),
+        lambda run: run.coarse.model != "residual",
+        f"--coarse residual has no columns; choose gauss-newton, {LEAVE_OUT}",
     ),
     Use(
         _of("coarse", "acceleration", "momentum"),

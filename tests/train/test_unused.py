@@ -23,6 +23,13 @@ def options_of(line):
         ("--global-step=lsr1 --global-step.krylov-products=5", "global_step.krylov_products: 5"),
         ("--global-step=none --global-step.iterations=2", "there is no global step with --global-step none"),
         ("--local.product=hessian", "local.product: 'hessian' is not allowed; it is for --local.solver steihaug"),
+        ("--local.solver=muon --local.damping=3", "it is for --local.solver kfac and gauss-newton"),
+        (
+            "--local.solver=gauss-newton --local.refresh=3",
+            "local.refresh: 3 is not allowed; it is for --local.solver kfac",
+        ),
+        ("--local.solver=adam --local.momentum=0.5", "it is for --local.solver kfac and muon"),
+        ("--coarse=residual --coarse.largest=4", "coarse.largest: 4 is not allowed; --coarse residual has no columns"),
         ("--coarse=none --coarse.damping=0.2", "there is no coarse level with --coarse none"),
         (
             "--coarse=gauss-newton --coarse.momentum=0.2",
@@ -46,6 +53,7 @@ def test_what_would_do_nothing_is_refused(line, words):
         *("", "--layout=staged --cuts=a --schedule=gpipe", "--optimizer=adam --learning-rate=0.1"),
         *("--stop-on=test_loss --patience=5", "--local.solver=steihaug --local.product=hessian"),
         *("--local.solver=own:Solver --local.krylov-products=3", "--coarse=residual --coarse.momentum=0.2"),
+        *("--local.solver=muon --local.momentum=0.5", "--local.damping=0.5 --local.refresh=3", "--coarse.largest=4"),
         *(f"--method={name}" for name in ("apts", "iapts", "apts-data", "napts")),
     ],
 )
