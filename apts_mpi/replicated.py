@@ -191,8 +191,9 @@ class Replicated:
             look = adaptive.look(batch, self.schwarz.correction, own, self.schwarz.solving.seconds)
             if look.cuts != tuple(part.owned_start for part in own.subdomains):
                 old = self._local_solvers()
-                self.decomposition = self._divided(look.cuts)
-                moving = Moving(old, staying(old, self.decomposition))
+                divided = self._divided(look.cuts)
+                moving = Moving(old, staying(old, divided))
+                self.decomposition = divided
                 self._divide()
                 moving.give(self._local_solvers())
                 move_batch(batch, self.decomposition)
