@@ -29,12 +29,13 @@ def read(monkeypatch):
     ("options", "judged"),
     [
         (APTSOptions(), 1),
+        (APTSOptions(local=LocalOptions(solver="muon", iterations=2)), 1),
         (APTSOptions(local=LocalOptions(solver="adam", iterations=3)), 1),
         (APTSOptions(local=LocalOptions(solver="tr", iterations=3)), 1),
         (APTSOptions(schwarz=SchwarzOptions(decomposition="data"), local=LocalOptions(solver="sgd")), 1),
         (APTSOptions(global_step=GlobalStepOptions(model="first-order")), 2),
     ],
-    ids=["kfac", "adam", "tr", "data", "first-order global step"],
+    ids=["kfac", "muon", "adam", "tr", "data", "first-order global step"],
 )
 def test_an_iteration_reads_one_record_and_the_coarse_model(world, read, options, judged):
     """A record a judged step; of the coarse level its matrices in one, and on rank 0 the length of its step.
