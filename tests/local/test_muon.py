@@ -21,7 +21,7 @@ def by_singular_values(matrix):
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5), (1, 6)])
-@pytest.mark.parametrize("scale", [1e-300, 1e-12, 1.0, 1e9])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
 def test_orthogonal_factor(shape, scale):
     matrix = scale * torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected, values = by_singular_values(matrix)
