@@ -207,4 +207,4 @@ def test_help_with_a_signal_handler_in_place():
     done = subprocess.run(
         [sys.executable, "-m", "apts_mpi.train", "--help"], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0 and "--stall_timeout" in done.stdout and not done.stderr
+    assert done.returncode == 0 and "--batch_size" in done.stdout and not done.stderr
