@@ -16,21 +16,13 @@ from apts_mpi.records.directory import CONFIG, HISTORY, SUMMARY
 
 Records = tuple[dict[str, Any], ...]
 
+# Options of what a run shows and writes beside its records.
+SHOWING = ("overwrite", "view", "monitor", "progress", "log_view", "trace", "torch_profiler", "tensorboard", "logger")
+
 # Options that change nothing of what a run does in its iterations, and the seed.
 APART = {
-    *(
-        "seed",
-        "overwrite",
-        "view",
-        "monitor",
-        "log_view",
-        "trace",
-        "torch_profiler",
-        "tensorboard",
-        "logger",
-        "walltime",
-    ),
-    *("drift_check_every", "keep_best"),
+    *SHOWING,
+    *("seed", "walltime", "drift_check_every", "keep_best"),
     *(f"checkpoint_{name}" for name in ("every", "keep_last", "keep_every", "in_background")),
 }
 

@@ -13,7 +13,7 @@ import yaml
 
 from apts_mpi.errors import InvalidInput
 from apts_mpi.records.directory import SUMMARY
-from apts_mpi.records.reading import UNREADABLE, read_records
+from apts_mpi.records.reading import SHOWING, UNREADABLE, read_records
 
 # What runs must share to be in one file.
 SHARED = ("problem", "optimizer", "parameters")
@@ -25,18 +25,7 @@ NEEDED = (
 )
 
 # Options that do not change what is measured.
-PLACES = (
-    "run_dir",
-    "overwrite",
-    "resume",
-    "view",
-    "monitor",
-    "log_view",
-    "trace",
-    "torch_profiler",
-    "tensorboard",
-    "logger",
-)
+PLACES = ("run_dir", "resume", *SHOWING)
 
 
 @dataclass(frozen=True)
