@@ -98,6 +98,8 @@ class State:
         Whether no step has been long enough yet.
     tried
         Steps in a row that were accepted since the last one that was not, or since the start.
+    walked, farthest
+        Such steps, those at the start among them, and the largest distance that they have led to.
     loss, spread
         Of the last accepted step's own batch where it began, and the usual difference of two such losses; None and 0
         before them.
@@ -118,6 +120,8 @@ class State:
     retry: float = 1.0
     starting: bool = True
     tried: int = 0
+    walked: int = 0
+    farthest: float = 0.0
     loss: float | None = None
     spread: float = 0.0
     same: SameFunction = NEW
@@ -153,7 +157,7 @@ class State:
 
     def forget_step(self) -> None:
         """The last step does not lead to the present point, which is the user's."""
-        self.slope, self.tried = 0.0, 0
+        self.slope, self.tried, self.walked, self.farthest = 0.0, 0, 0, 0.0
 
     def is_far(self, loss: float) -> bool:
         """Whether a batch's loss at the end of the last step lies beyond what losses of batches differ by."""
@@ -183,7 +187,9 @@ class State:
         rho = -risen / promised
         return Judged(before, after, promised, -risen, rho, not bad, radius, following, math.nan, gradient_norm)
 
-    def judged_by_next(self, judged: Judged, after: float, options: TrustRegionOptions) -> tuple[Judged, bool, float]:
+    def judged_by_next(
+        self, judged: Judged, after: float, options: TrustRegionOptions, least: float = 0.0
+    ) -> tuple[Judged, bool, float]:
         """A judged step with the radius as the next batch has it; and what `starting` and `retry` become.
 
         The radius stays while it goes down by the clock, which would look like steps that are too short. A step that
@@ -197,6 +203,8 @@ class State:
             Slope of its batch along the step before.
         options
             Limits of the radius.
+        least
+            Of the radius after an accepted step, see ``apts_mpi.trust_region.next_batch.length_in_walk``.
         """
         if judged.skipped or (not judged.accepted and judged.predicted_reduction <= 0.0):
             return replace(judged, skipped=True, next_radius=judged.radius / self.retry), self.starting, 1.0
@@ -204,7 +212,7 @@ class State:
         starting = self.starting and judged.accepted and is_short(self.slope, after)
         radius, retry = self.radius, 1.0
         if self.share == 1.0:
-            radius = following(radius, self.slope, after, starting)
+            radius = max(following(radius, self.slope, after, starting), least if judged.accepted else 0.0)
         if not judged.accepted:
             radius, retry = min(radius, AFTER_REJECTION * self.radius), SHORTER * self.retry
         radius *= self.share * retry
@@ -220,6 +228,7 @@ class State:
             self.loss = judged.loss
         if not judged.skipped:
             self.tried = self.tried + 1 if judged.accepted and not self.starting else 0
+            self.walked, self.farthest = (self.walked + 1, self.farthest) if judged.accepted else (0, 0.0)
             # Of a first-order prediction; a batch judges the step before its own once.
             self.slope = -judged.predicted_reduction if judged.accepted else 0.0
         if judged.skipped and self.accepted == self.rejected == 0:
@@ -259,13 +268,14 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped", "slope", "share", "retry", "starting", "tried", "loss", "spread", "same"),
+    later=("skipped", "slope", "share", "retry", "starting", "tried", "walked", "farthest", "loss", "spread", "same"),
     same=CHECK_SAME,
     slope=number(),
     share=number(0.0, 1.0),
     retry=number(0.0, 1.0),
     loss=nothing_or(number()),
     spread=number(0.0),
+    farthest=number(0.0),
     starting=flag,
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),

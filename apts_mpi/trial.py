@@ -25,10 +25,11 @@ from apts_mpi.parallel.parts import Parts
 from apts_mpi.result import State
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.trust_region.acceptance import Judged, judge_measured, judge_untried, judged_of
+from apts_mpi.trust_region.decay import decrease, pulled
 from apts_mpi.trust_region.initial_radius import cauchy_length
 from apts_mpi.trust_region.inner_products import InnerProducts
 from apts_mpi.trust_region.measured import Measured, measured, parts_of_step
-from apts_mpi.trust_region.next_batch import BEGIN, LastStep
+from apts_mpi.trust_region.next_batch import BEGIN, LastStep, length_in_walk
 from apts_mpi.trust_region.norms import norm
 
 # A ratio that a model of the loss seldom has, however long the step: losses that do not belong together have it.
@@ -80,6 +81,7 @@ class Trials:
         self._inner = inner
         self._comm = comm
         self._options = options.trust_region
+        self._momentum = options.local.momentum or 0.0
         self._last_step = last_step
         self._check_loss = check_loss
         self._reach = reach
@@ -113,15 +115,12 @@ class Trials:
             )
 
     def fit(self, correction: torch.Tensor, radius: float) -> torch.Tensor:
-        """The step of a correction: with the pull towards the origin, and cut to the ball, in place. Collective."""
+        """The step of a correction: cut to the ball, in place, and with the pull of its matrices. Collective."""
         self._inner.clip(correction, radius)
-        pull = self._options.pull
-        if not pull:
+        if not self._options.pull:
             return correction
-        length, size = self._inner.euclidean_norms(correction, self._values)
-        # Not in place: a correction that is tried again in a smaller ball is pulled anew.
-        step = torch.add(correction, self._values, alpha=-pull * length / (size or 1.0))
-        self._objective.vector.still(step)
+        vector = self._objective.vector
+        step = vector.still(pulled(correction, vector.matrices(), self._options.pull, self._inner))
         self._inner.clip(step, radius)
         return step
 
@@ -219,7 +218,8 @@ class Trials:
         """
         gradient = self._objective.reduction.total
         step, predicted_reduction = self._inner.within(self._before, gradient, step, predicted_reduction)
-        tried = self._last_step is None or state.is_on_trial
+        last = self._last_step
+        tried = last is None or state.is_on_trial
         with self._comm.events.timed("judge"):
             self._values.add_(self._objective.vector.still(step))
             trial = self._objective.forward(batch.passes, keep_graph) if tried else None
@@ -229,36 +229,38 @@ class Trials:
             def decide(parts: Parts) -> Sequence[float]:
                 found = measured(parts, self._inner.kind)
                 judged = self._judged(found, state, predicted_reduction, rounding if tried else None)
-                starting, retry = state.starting, state.retry
-                *_, after, square = parts.sums
-                if self._last_step is not None:
-                    judged, starting, retry = state.judged_by_next(judged, after, self._options)
-                return [*astuple(judged), starting, retry, math.sqrt(square), *parts.largest[-5:]]
+                *_, after, square, away = parts.sums
+                starting, retry, farthest = state.starting, state.retry, max(state.farthest, math.sqrt(away))
+                if last is not None:
+                    least = length_in_walk(farthest, state.walked + 1, self._momentum)
+                    judged, starting, retry = state.judged_by_next(judged, after, self._options, least)
+                return [*astuple(judged), starting, retry, farthest, math.sqrt(square), *parts.largest[-5:]]
 
             products = self._inner.own(gradient, step)
             square = torch.linalg.vector_norm(step if self._decay else step[:0], dtype=torch.float64).square()
             # Many times faster than to compare elements, as bits do not come into it.
             moved = torch.stack(torch.aminmax(self._values - self._before)).double().abs().sum().ne(0.0).double()
             fault = self._objective.loss.fault(moved)
-            found = present.loss, (trial or present).loss, moved, *products, square, fault
+            away = last.away(self._values, self._before, state.walked) if last else torch.zeros_like(square)
+            found = present.loss, (trial or present).loss, moved, *products, square, away, fault
             # The device is waited for here, once for all numbers.
-            *own, square_of_step, fault_here = torch.stack(found).tolist()
+            *own, square_of_step, away_here, fault_here = torch.stack(found).tolist()
             events, froze = self._comm.events, self._objective.vector.lost_gradients
             told = parts_of_step(self._comm.rank, self._inner.kind, self._leading(1.0) > 0.0, own)
-            sums = [*told.sums, self._leading(self._after), self._leading(square_of_step)]
+            sums = [*told.sums, *map(self._leading, (self._after, square_of_step, away_here))]
             seen = events.work, fault_here, froze, len(events.notes.fresh), self._objective.buffers.have_moved
             told = replace(told, sums=sums, largest=[*told.largest, *seen])
-            *record, starting, retry, length, self.work, flaw, frozen, news, moving = self._comm.combine(told, decide)
+            *record, starting, retry, farthest, length, self.work, flaw, frozen, news, moving = self._comm.combine(told, decide)
             check_fault(flaw)
             if frozen:
                 raise SharedInvalidInput(FREEZES)
             if news:
                 self.notes += dict.fromkeys(note for own in self._comm.collect(events.notes.take()) for note in own)
-            judged, state.starting, state.retry = judged_of(record), bool(starting), retry
+            judged, state.starting, state.retry, state.farthest = judged_of(record), bool(starting), retry, farthest
             if judged.accepted:
                 self._objective.buffers.accept(*self._moves(length), moved_somewhere=bool(moving))
-                if self._last_step is not None:
-                    self._last_step.vector.copy_(step)
+                if last is not None:
+                    last.vector.copy_(step)
             else:
                 self._values.copy_(self._before)
             state.move(judged, self._options)
@@ -293,9 +295,8 @@ class Trials:
         """
         if not self._decay:
             return [(self._before, self._values)]
-        share = min(self._decay * length / math.sqrt(self._size), 1.0)
         # Frozen parameters stay as they are.
-        shrunk = self._values + self._objective.vector.still(self._values * -share)
+        shrunk = self._values + self._objective.vector.still(decrease(self._values, self._decay, length, self._size))
         return [(self._before, shrunk), (self._values, shrunk)]
 
     def _doubt(self, judged: Judged, batch: Batch) -> None:

@@ -231,9 +231,14 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     return kind(module)
 
 
-def any_unknown(network: nn.Module, layers: Sequence[Layer]) -> bool:
-    """Whether one of the layers has factors from gradients with random signs alone."""
-    return any(make_curvature(network.get_submodule(one.name), one.stop - one.start).signed for one in layers)
+def any_seldom_known(network: nn.Module, layers: Sequence[Layer]) -> bool:
+    """Whether few samples of a batch tell of the curvature of a layer.
+
+    Those of an embedding's rows are the words there, and factors from gradients with random signs alone have a sample a
+    sign.
+    """
+    found = [make_curvature(network.get_submodule(one.name), one.stop - one.start) for one in layers]
+    return any(own.signed or isinstance(own, EmbeddingFactors) for own in found)
 
 
 def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:

@@ -160,6 +160,14 @@ class FlatParameters:
             values[max(first - start, 0) : max(last - start, 0)] = -0.0
         return values
 
+    def matrices(self) -> torch.Tensor:
+        """A copy of the parameters with zeros in the place of those with less than two dimensions, shape (n,)."""
+        found = self.values.clone()
+        for entry, parameter in zip(self.entries, self.parameters, strict=True):
+            if parameter.dim() < 2:
+                found[entry.start : entry.stop] = 0.0
+        return found
+
     @contextmanager
     def evaluated(self) -> Iterator[None]:
         """Let all parts of a solver differentiate by all parameters in the block, also by frozen ones."""

@@ -47,7 +47,8 @@ class TrustRegionOptions:
         Number of earlier losses with whose maximum a trial is compared as well (non-monotone, arXiv 2605.14860);
         0 is the monotone method.
     pull
-        Share of its length by which every step also goes towards the origin: decoupled weight decay that knows no unit.
+        Share of its length by which every step also takes parameters of two dimensions or more towards the origin:
+        decoupled weight decay that knows no unit.
         null: 0, or 0.2 with noise batches; then a training run of known epochs has 0.1 times their root, at most 0.3.
         It is a part of the step that is judged, and for the plain sum of the corrections (coarse.model none).
     weight_decay

@@ -11,6 +11,16 @@ own batch,
 which comes to rest where the slope is zero on average: where steps end at the minimum along them of the loss of all
 samples. It costs one inner product, and one vector.
 
+What is best for the next batch is too short for a long run, which has to go far and has all later steps to average the
+noise (short-horizon bias: Wu et al., arXiv 1803.02021). How far the steps have led tells otherwise: after t of them
+that are noise alone a walk is a root of t times their length away from where it began, so steps of length
+
+    distance / sqrt(t) * sqrt((1 - momentum) / (1 + momentum))
+
+would have come as far (the last factor as running means make neighbours alike). A shorter ball is not taken
+("distance over gradients": Ivgi et al., arXiv 2302.12022, here of steps whose length is that of the ball). The walk
+begins anew where a step was not accepted.
+
 So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the loss of the next, which
 is computed anyway, says whether it was a bad one. Where that is not finite, or lies above that of the step's own batch
 by far more than losses of batches differ, the same batch is evaluated where the step began as well. If the step has
@@ -85,6 +95,21 @@ def _is_known(before: float, after: float) -> bool:
     return before < 0.0 and math.isfinite(after) and math.isfinite(before)
 
 
+def length_in_walk(distance: float, steps: int, momentum: float) -> float:
+    """Length of steps along running means of noise that lead that far away.
+
+    Parameters
+    ----------
+    distance
+        The largest so far from where the walk began.
+    steps
+        How many there were, 1 or more.
+    momentum
+        Of the running means, in [0, 1).
+    """
+    return distance * math.sqrt((1.0 - momentum) / (1.0 + momentum) / steps)
+
+
 def share_of_radius(done: float | None) -> float:
     """Share of the radius that steps have when that much of a run is done; 1 where nobody knows."""
     if done is None or done <= CONSTANT:
@@ -93,7 +118,7 @@ def share_of_radius(done: float | None) -> float:
 
 
 class LastStep:
-    """The last accepted step, for the next batch's slope along it; a part of the solver that is saved.
+    """The last accepted step, and where the walk of steps began; a part of the solver that is saved.
 
     Parameters
     ----------
@@ -104,20 +129,42 @@ class LastStep:
     ----------
     vector : Tensor, shape (n,)
         The step; zero before the first.
+    start : Tensor, shape (n,)
+        The point where the first step of the walk began.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
         self.vector = torch.zeros_like(like)
+        self.start = like.clone()
+
+    def away(self, values: torch.Tensor, before: torch.Tensor, walked: int) -> torch.Tensor:
+        """The square of the distance of a point from where the walk began: this rank's part.
+
+        Parameters
+        ----------
+        values, before : Tensor, shape (n,)
+            The ends of the present step.
+        walked
+            Steps of the walk before it; with 0 it begins here.
+
+        Returns
+        -------
+        Tensor, shape (), float64
+        """
+        if walked == 0:
+            self.start.copy_(before)
+        return torch.linalg.vector_norm(values - self.start, dtype=torch.float64).square()
 
     def state(self) -> dict[str, Any]:
         """See `apts_mpi.state.solver.Part`."""
-        return {"vector": self.vector}
+        return {"vector": self.vector, "start": self.start}
 
     def saved(self, vector: Check, vector_or_empty: Check) -> Check:
         """See `apts_mpi.state.solver.Part`."""
-        return record({"vector": vector})
+        return record({"vector": vector}, {"start": vector})
 
     def restore(self, state: dict[str, Any]) -> list[str]:
         """See `apts_mpi.state.solver.Part`."""
         self.vector.copy_(state["vector"])
+        self.start.copy_(state.get("start", self.start))
         return []

@@ -26,6 +26,7 @@ from apts_mpi.trust_region.next_batch import (
     SHORTER,
     following,
     is_short,
+    length_in_walk,
     share_of_radius,
 )
 
@@ -81,6 +82,38 @@ def test_skipped_batch_leaves_the_radius_as_it_was():
     assert moved(state, False, predicted=-1.0) == pytest.approx((AFTER_REJECTION, AFTER_REJECTION))
 
 
+def moved_to(state, farthest, least, accepted=True):
+    judged = Judged(1.0, 0.9, 1.0, 0.1, 0.1, accepted, state.present_radius, math.nan, 0.1)
+    options = TrustRegionOptions()
+    judged, state.starting, state.retry = state.judged_by_next(judged, 1.0, options, least)
+    state.farthest = farthest
+    state.move(judged, options)
+    return state.radius
+
+
+def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
+    state = State(radius=1.0, slope=-1.0, walked=3)
+    assert moved_to(state, 9.0, 2.0) == 2.0
+    assert (state.walked, state.farthest) == (4, 9.0)
+    assert moved_to(state, 9.0, 0.5) == pytest.approx(2.0 * math.exp(-RATE))
+    assert moved_to(state, 9.0, 9.0, accepted=False) == pytest.approx(2.0 * AFTER_REJECTION * math.exp(-RATE))
+    assert (state.walked, state.farthest) == (0, 0.0)
+    moved_to(state, 1.0, 0.0)
+    state.forget_step()
+    assert (state.walked, state.farthest) == (0, 0.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_length_in_walk_is_that_of_steps_along_means_of_noise(momentum):
+    """300 walks of 2000 steps in 40 dimensions: the mean square of their distance is within a few per cent."""
+    random, mean, place = np.random.default_rng(0), np.zeros((300, 40)), np.zeros((300, 40))
+    for _ in range(2000):
+        mean = momentum * mean + (1.0 - momentum) * random.normal(size=mean.shape)
+        place += 0.3 * mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    distance = math.sqrt(np.mean(np.sum(place**2, axis=1)))
+    assert length_in_walk(distance, 2000, momentum) == pytest.approx(0.3, rel=0.03)
+
+
 @pytest.mark.parametrize("first", [1e-3, 30.0])
 def test_radius_comes_to_the_minimum_along_the_steps(first):
     """Of the loss of all samples, 1/2 |x|^2, of which each batch shows a gradient with noise; in 50 dimensions.
@@ -124,7 +157,9 @@ def make(comm=MPI.COMM_SELF, **changes):
 def reference(network, batches, radius, shares, direction):
     """Steps along ``direction(gradient)``, cut to the ball of the radius, with the pull."""
     values = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    is_matrix = torch.cat([torch.full((own.numel(),), own.dim() > 1) for own in network.parameters()])
     slope, step, found, starting = 0.0, torch.zeros_like(values), [], True
+    first, farthest = values, 0.0
     for (inputs, targets), share in zip(batches, shares, strict=True):
         torch.nn.utils.vector_to_parameters(values, network.parameters())
         network.zero_grad()
@@ -134,11 +169,15 @@ def reference(network, batches, radius, shares, direction):
         cut = direction(gradient)
         present = radius * share
         cut = cut * min(1.0, present / float(cut.norm()))
-        step = cut - 0.2 * cut.norm() / values.norm() * values
+        weights = values * is_matrix
+        step = cut - 0.2 * cut.norm() / weights.norm() * weights
         step = step * min(1.0, present / float(step.norm()))
         starting = starting and (slope == 0.0 or after / slope > SHORT)
+        farthest = max(farthest, float((values + step - first).norm()))
         if share == 1.0:
-            radius = following(radius, slope, after, starting)
+            # A walk along means with momentum 0.9.
+            least = farthest * math.sqrt(0.1 / 1.9 / (len(found) + 1))
+            radius = max(following(radius, slope, after, starting), least)
         slope = float(gradient @ step)
         values = values + step
         found.append((present, float(step.norm()), -slope))
