@@ -21,7 +21,6 @@ from apts_mpi.state.tensors import named_tensors
 from apts_mpi.tools.environment import seconds
 from apts_mpi.trial import Trials
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import share_of_radius
 
 
 class APTS:
@@ -115,7 +114,7 @@ class APTS:
 
     def _take(self, samples: Samples | None, rows: Rows, done: float | None) -> None:
         """Make a new batch the present function f_k."""
-        self.state.share = 1.0 if self.holding.last_step is None else share_of_radius(done)
+        self.state.see_end(None if self.holding.last_step is None else done)
         self.state.begin(again=samples is None)
         if samples is not None:
             with self.events.timed("data"):

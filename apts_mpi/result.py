@@ -13,7 +13,17 @@ import torch
 from apts_mpi.options import TrustRegionOptions
 from apts_mpi.tools.schema import flag, instance, mapping, nothing_or, number, sequence
 from apts_mpi.trust_region.acceptance import Judged
-from apts_mpi.trust_region.next_batch import AFTER_REJECTION, FAR, NEWEST, PART, SHORTER, TRIALS, following, is_short
+from apts_mpi.trust_region.next_batch import (
+    AFTER_REJECTION,
+    FAR,
+    NEWEST,
+    PART,
+    SHORTER,
+    TRIALS,
+    following,
+    is_short,
+    share_of_radius,
+)
 from apts_mpi.trust_region.same_function import CHECK_SAME, NEW, SameFunction
 
 # Least number above 0.
@@ -92,6 +102,8 @@ class State:
         Of the last accepted step's own batch along it, where the next batch judges the radius.
     share
         Of the radius that the present step has, see ``apts_mpi.trust_region.next_batch``.
+    has_end
+        Whether it is known how much of the run is done.
     retry
         Share of that which the next try of a rejected batch has.
     starting
@@ -117,6 +129,7 @@ class State:
     skipped: int = 0
     slope: float = 0.0
     share: float = 1.0
+    has_end: bool = False
     retry: float = 1.0
     starting: bool = True
     tried: int = 0
@@ -130,6 +143,10 @@ class State:
         """Begin an iteration, on the function of the one before or on a new one."""
         self.functions += not again
         self.same = self.same.again() if again else NEW
+
+    def see_end(self, done: float | None) -> None:
+        """Have the radius that steps have when that much of a run is done; None where nobody knows."""
+        self.share, self.has_end = share_of_radius(done), done is not None
 
     @contextmanager
     def ball_of(self, apart: bool) -> Iterator[None]:
@@ -204,7 +221,8 @@ class State:
         options
             Limits of the radius.
         least
-            Of the radius after an accepted step, see ``apts_mpi.trust_region.next_batch.length_in_walk``.
+            Of the radius after an accepted step of a run with an end, see
+            ``apts_mpi.trust_region.next_batch.length_in_walk``.
         """
         if judged.skipped or (not judged.accepted and judged.predicted_reduction <= 0.0):
             return replace(judged, skipped=True, next_radius=judged.radius / self.retry), self.starting, 1.0
@@ -212,7 +230,8 @@ class State:
         starting = self.starting and judged.accepted and is_short(self.slope, after)
         radius, retry = self.radius, 1.0
         if self.share == 1.0:
-            radius = max(following(radius, self.slope, after, starting), least if judged.accepted else 0.0)
+            radius = following(radius, self.slope, after, starting)
+            radius = max(radius, least) if judged.accepted and self.has_end else radius
         if not judged.accepted:
             radius, retry = min(radius, AFTER_REJECTION * self.radius), SHORTER * self.retry
         radius *= self.share * retry
@@ -268,7 +287,20 @@ class Known:
 
 _STATE = instance(
     State,
-    later=("skipped", "slope", "share", "retry", "starting", "tried", "walked", "farthest", "loss", "spread", "same"),
+    later=(
+        "skipped",
+        "slope",
+        "share",
+        "has_end",
+        "retry",
+        "starting",
+        "tried",
+        "walked",
+        "farthest",
+        "loss",
+        "spread",
+        "same",
+    ),
     same=CHECK_SAME,
     slope=number(),
     share=number(0.0, 1.0),
@@ -277,6 +309,7 @@ _STATE = instance(
     spread=number(0.0),
     farthest=number(0.0),
     starting=flag,
+    has_end=flag,
     radius=nothing_or(number(SMALLEST)),
     losses=sequence(number()),
     gradient_evaluations=number(0.0),

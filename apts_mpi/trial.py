@@ -104,15 +104,8 @@ class Trials:
         """The length of the Cauchy step, where the gradient is known. Collective."""
         with self._comm.events.timed("global evaluation"):
             begin = 1.0 if self._last_step is None else BEGIN
-            return begin * cauchy_length(
-                self._objective,
-                batch.passes,
-                self._inner,
-                self._comm,
-                self._options,
-                epsilon=self._epsilon,
-                scratch=self._before,
-            )
+            parts = self._objective, batch.passes, self._inner, self._comm, self._options
+            return begin * cauchy_length(*parts, epsilon=self._epsilon, scratch=self._before)
 
     def fit(self, correction: torch.Tensor, radius: float) -> torch.Tensor:
         """The step of a correction: cut to the ball, in place, and with the pull of its matrices. Collective."""
@@ -250,7 +243,9 @@ class Trials:
             sums = [*told.sums, *map(self._leading, (self._after, square_of_step, away_here))]
             seen = events.work, fault_here, froze, len(events.notes.fresh), self._objective.buffers.have_moved
             told = replace(told, sums=sums, largest=[*told.largest, *seen])
-            *record, starting, retry, farthest, length, self.work, flaw, frozen, news, moving = self._comm.combine(told, decide)
+            *record, starting, retry, farthest, length, self.work, flaw, frozen, news, moving = self._comm.combine(
+                told, decide
+            )
             check_fault(flaw)
             if frozen:
                 raise SharedInvalidInput(FREEZES)

@@ -21,7 +21,7 @@ from apts_mpi.tools.command import FILE_WIDTH, say
 from apts_mpi.tools.jobs import check_can_start
 from apts_mpi.tools.status import INTERRUPTED, USAGE
 from apts_mpi.tools.streams import end_with_reader
-from apts_mpi.train.parser import spell
+from apts_mpi.train.parser import gather, spell
 from apts_mpi.train.peers import check_installed
 
 PROGRAM = "apts_mpi.compare"
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> ComparisonOptions:
     parser.add_argument("problems", nargs="+", metavar="PROBLEM", help="Problem, as for apts_mpi.train.")
     parser.add_argument("--robustness", action="store_true", help="Also sweep radii and learning rates, one seed.")
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"problems", "robustness"})
-    return read_options(parser, complete(spell(arguments)), ComparisonOptions)
+    return read_options(parser, complete(gather(spell(arguments))), ComparisonOptions)
 
 
 def complete(arguments: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from apts_mpi.compare.full_batch.options import GRIDS as FULL_BATCH_GRIDS
 from apts_mpi.errors import InvalidInput, require, require_choice, require_fields
+from apts_mpi.train.options import named_values
 
 # All methods, and what they are called in tables, in their order there.
 METHODS = {
@@ -68,6 +69,8 @@ class ComparisonOptions:
         Use the first that many training samples. null: all.
     data_dir
         Directory (or text file) of the data, for problems that read some.
+    problem_args
+        Arguments of the problems' functions, as NAME=VALUE; ``--problem.args.NAME VALUE`` gives one.
     dtype
         Of the networks and their inputs. null: float64 for full batches of squares, else float32.
     subdomains
@@ -91,6 +94,7 @@ class ComparisonOptions:
     batch_size: int | None = None
     train_samples: int | None = None
     data_dir: str | None = None
+    problem_args: tuple[str, ...] = ()
     dtype: Literal["float32", "float64"] | None = None
     subdomains: int | None = None
     ranks: int = 1
@@ -104,6 +108,7 @@ class ComparisonOptions:
         for name in ("epochs", "subdomains", "batch_size", "train_samples"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "give 1 or more, or null")
+        named_values("problem_args", self.problem_args)
         limit = self.max_seconds
         require(limit is None or limit > 0.0, "max_seconds", limit, "give a number above 0, or null")
         for method in self.names:

@@ -25,7 +25,8 @@ from apts_mpi.records.directory import CONFIG
 from apts_mpi.records.reading import RunRecords, read_records, read_summary
 from apts_mpi.tools import environment
 from apts_mpi.tools.jobs import OUTPUT, failure_in
-from apts_mpi.train.parser import parse
+from apts_mpi.train.options import named_values
+from apts_mpi.train.parser import parse, written
 
 # Epochs of a run that its seconds end.
 UNLIMITED = 1_000_000
@@ -201,7 +202,9 @@ class Plan:
         if options.epochs is not None and options.methods is not None and not asked:
             return options.epochs, options.names
         dtype = getattr(torch, options.dtype or "float32")
-        own = build(self.problem, data_dir=options.data_dir, train_samples=options.train_samples, dtype=dtype)
+        given = named_values("problem_args", options.problem_args)
+        data = options.data_dir, options.train_samples
+        own = build(self.problem, data_dir=data[0], train_samples=data[1], dtype=dtype, arguments=given)
         if asked:
             Squares(own)  # whether these methods can take it
         return options.epochs or own.epochs, options.names_of(options.methods is None and is_of_squares(own))
@@ -269,6 +272,7 @@ class Plan:
             "batch_size": options.batch_size,
             "train_samples": options.train_samples,
             "data_dir": options.data_dir,
+            "problem_args": list(options.problem_args) or None,
             "dtype": options.dtype or ("float64" if self._of_squares else "float32"),
         }
         if setting.method in TUNED:
@@ -285,7 +289,7 @@ class Plan:
             # Few digits, as above: they may be a median.
             values |= {"epochs": UNLIMITED, "max_cpu_seconds": float(f"{self.seconds:.4g}")}
         given = {name: value for name, value in values.items() if value is not None}
-        arguments = tuple(f"--{name}={value}" for name, value in given.items())
+        arguments = tuple(f"--{name}={written(value)}" for name, value in given.items())
         config = FullBatchOptions(**given).config() if setting.method in TUNED else parse(arguments)[1]
         path = self.path / f"{setting.name}-seed{seed}"
         run = PlannedRun(setting, seed, options.ranks, path, arguments, config)

@@ -60,8 +60,8 @@ class APTS(torch.optim.Optimizer):
         Factor of the steps, for schedulers. Only its changes count: the radius follows the batches while the factor is
         at least 0.6 of the largest so far, and stays while it is smaller.
     weight_decay
-        Share of its length by which every step also goes towards the origin, in [0, 1): decoupled weight decay that
-        knows no unit. Groups may have their own, and their own ``lr``.
+        Share of its length by which every step also takes parameters of two dimensions or more towards the origin, in
+        [0, 1): decoupled weight decay that knows no unit. Groups may have their own, and their own ``lr``.
     network
         The network, where ``params`` is not it: its layers have Kronecker factors. Without one each parameter is a
         subdomain of its own, whose curvature is that of the noise of the gradients.
@@ -274,9 +274,11 @@ class APTS(torch.optim.Optimizer):
         radius = self._ball.begin(length, size)
         scale = min(1.0, radius / length)
         step.mul_(scale)
-        decays = [float(part.group["weight_decay"]) for part in moving]
-        if size > 0.0 and any(decays):
-            pulls = [-decay * scale * length / size for decay in decays]
+        decays = [float(part.group["weight_decay"]) if part.parameter.dim() > 1 else 0.0 for part in moving]
+        if any(decays):
+            is_matrix = torch.tensor([value.dim() > 1 for value in values], device=norms.device)
+            (size,) = self._agree(torch.linalg.vector_norm(norms[is_matrix]))
+            pulls = [-decay * scale * length / (size or 1.0) for decay in decays]
             torch._foreach_add_(views, torch._foreach_mul(values, pulls))
             (length,) = self._agree(torch.linalg.vector_norm(step))
             step.mul_(min(1.0, radius / length) if length > 0.0 else 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -270,8 +271,7 @@ class TrainingOptions:
             limit = getattr(self, name)
             require(limit is None or limit > 0.0, name, limit, "give a number above 0, or null")
         for name in ("problem_args", "network_args"):
-            for each in getattr(self, name):
-                require(re.match(r"[A-Za-z_]\w*=", each) is not None, name, each, "give NAME=VALUE")
+            named_values(name, getattr(self, name))
         drawn = self.resample is not None or self.resample_by == "uniform"
         require(drawn, "resample_by", self.resample_by, "give --resample with a number of iterations, too")
         self._check_end()
@@ -291,8 +291,7 @@ class TrainingOptions:
 
     def arguments(self, of: Literal["problem_args", "network_args"]) -> dict[str, str]:
         """Arguments of a function of the user's by their names; the last of a name counts."""
-        pairs = (each.partition("=") for each in getattr(self, of))
-        return {name: value for name, _, value in pairs}
+        return named_values(of, getattr(self, of))
 
     def _check_end(self) -> None:
         best = self.stop_on is not None or not self.keep_best
@@ -342,3 +341,10 @@ def as_seconds(text: str) -> float | None:
         days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
     return None
+
+
+def named_values(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Values by their names, of NAME=VALUE; the last of a name counts, and `InvalidInput` names other text."""
+    for pair in pairs:
+        require(re.match(r"[A-Za-z_]\w*=", pair) is not None, option, pair, "give NAME=VALUE")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}

@@ -104,7 +104,7 @@ def of_method(arguments: Sequence[str]) -> list[str]:
             name = value if equals else following
     if name not in METHODS:
         return []  # or else the parser refuses it
-    return [f"--{option}={_written(value)}" for option, value in options_of(name).items()]
+    return [f"--{option}={written(value)}" for option, value in options_of(name).items()]
 
 
 def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -120,7 +120,7 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, others
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as the command line has it."""
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -17,7 +17,8 @@ that are noise alone a walk is a root of t times their length away from where it
 
     distance / sqrt(t) * sqrt((1 - momentum) / (1 + momentum))
 
-would have come as far (the last factor as running means make neighbours alike). A shorter ball is not taken
+would have come as far (the last factor as running means make neighbours alike). A shorter ball is not taken,
+as long as the end of the run is known, whose steps will average the noise
 ("distance over gradients": Ivgi et al., arXiv 2302.12022, here of steps whose length is that of the ball). The walk
 begins anew where a step was not accepted.
 

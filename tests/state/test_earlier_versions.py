@@ -71,6 +71,6 @@ def test_it_is_saved_again_as_it_was(layout):
         # That version counted no skipped batches, no next batch judged the radius, and no global step came by itself.
         global_step = json.loads(json.dumps(metadata["global_step"]))
         assert (global_step or None) == before.metadata["solver"]["global_step"]
-        later = {"skipped": 0, "slope": 0.0, "share": 1.0, "retry": 1.0, "starting": True}
+        later = {"skipped": 0, "slope": 0.0, "share": 1.0, "has_end": False, "retry": 1.0, "starting": True}
         later |= {"tried": 0, "walked": 0, "farthest": 0.0, "loss": None, "spread": 0.0, "same": asdict(NEW)}
         assert metadata["state"] == before.metadata["solver"]["state"] | later

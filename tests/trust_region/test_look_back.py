@@ -274,7 +274,7 @@ def test_batches_that_are_learnt_by_heart_take_no_step_back():
     targets = torch.randint(3, (60,), generator=torch.Generator().manual_seed(4))
     solver = make(network=lambda: networks.classifier(width=64))
     radius = math.inf
-    for number in range(150):
+    for number in range(300):
         rows = slice(number % 4 * 15, number % 4 * 15 + 15)
         solver.step((inputs[rows], targets[rows]))
         radius = min(radius, solver.state.present_radius)

@@ -92,7 +92,7 @@ def moved_to(state, farthest, least, accepted=True):
 
 
 def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
-    state = State(radius=1.0, slope=-1.0, walked=3)
+    state = State(radius=1.0, slope=-1.0, walked=3, has_end=True)
     assert moved_to(state, 9.0, 2.0) == 2.0
     assert (state.walked, state.farthest) == (4, 9.0)
     assert moved_to(state, 9.0, 0.5) == pytest.approx(2.0 * math.exp(-RATE))
@@ -101,6 +101,8 @@ def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
     moved_to(state, 1.0, 0.0)
     state.forget_step()
     assert (state.walked, state.farthest) == (0, 0.0)
+    without_end = State(radius=1.0, slope=-1.0, walked=3)
+    assert moved_to(without_end, 9.0, 2.0) == pytest.approx(math.exp(-RATE))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])

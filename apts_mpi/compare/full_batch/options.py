@@ -41,7 +41,7 @@ class FullBatchOptions:
         Stop after that many seconds of iterations, of the clock and of the processor. null: not by these.
     train_samples
         Use the first that many training samples. null: all.
-    data_dir
+    data_dir, problem_args
         As for apts_mpi.train.
     dtype
         Of the network and its inputs.
@@ -56,6 +56,7 @@ class FullBatchOptions:
     max_cpu_seconds: float | None = None
     train_samples: int | None = None
     data_dir: str | None = None
+    problem_args: tuple[str, ...] = ()
     dtype: Literal["float32", "float64"] = "float64"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from apts_mpi.compare.full_batch.squares import Squares, mean
 from apts_mpi.problems import Problem, build
 from apts_mpi.records.directory import RunDirectory
 from apts_mpi.tools.environment import cpu_seconds, seconds
+from apts_mpi.train.options import named_values
 
 # Records of a run that its seconds end: as often as metrics take little beside it.
 RECORDS = 400
@@ -36,6 +37,7 @@ def run(options: FullBatchOptions, path: Path) -> dict[str, Any]:
         train_samples=options.train_samples,
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
+        arguments=named_values("problem_args", options.problem_args),
     )
     squares = Squares(problem)
     method = MAKERS[options.optimizer](squares, options.setting)
