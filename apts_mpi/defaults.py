@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from apts_mpi.curvature.dense import LARGEST_DENSE
-from apts_mpi.curvature.kinds import any_seldom_known
+from apts_mpi.curvature.kinds import any_seldom_seen
 from apts_mpi.curvature.quadratic_loss import is_quadratic
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.adaptive import check_adaptive
@@ -91,7 +91,7 @@ def compose(
     if name == "auto":
         dense = called and not split.normalised and not split.random and split.largest <= LARGEST_DENSE
         dense = dense and options.group == 1
-        whole = "muon" if noisy and any_seldom_known(network, layers) else "kfac"
+        whole = "muon" if noisy and any_seldom_seen(network, layers) else "kfac"
         name = "gauss-newton" if dense else whole if split.whole else "adam"
     solver = solver_class(name)
     quadratic = is_quadratic(MeanLoss(loss))

@@ -231,14 +231,19 @@ def make_curvature(module: nn.Module, size: int) -> Curvature:
     return kind(module)
 
 
-def any_seldom_known(network: nn.Module, layers: Sequence[Layer]) -> bool:
-    """Whether few samples of a batch tell of the curvature of a layer.
+def is_seldom_seen(module: nn.Module, size: int) -> bool:
+    """Whether few samples of a batch tell of the curvature of a layer of which ``size`` parameters are trained.
 
     Those of an embedding's rows are the words there, and factors from gradients with random signs alone have a sample a
     sign.
     """
-    found = [make_curvature(network.get_submodule(one.name), one.stop - one.start) for one in layers]
-    return any(own.signed or isinstance(own, EmbeddingFactors) for own in found)
+    curvature = make_curvature(module, size)
+    return curvature.signed or isinstance(curvature, EmbeddingFactors)
+
+
+def any_seldom_seen(network: nn.Module, layers: Sequence[Layer]) -> bool:
+    """Whether one of the layers of a network is seldom seen."""
+    return any(is_seldom_seen(network.get_submodule(one.name), one.stop - one.start) for one in layers)
 
 
 def _is_usual(module: nn.Module, size: int, names: Sequence[str]) -> bool:

@@ -66,7 +66,12 @@ class Muon(LocalSolver):
         """The step itself, of a root mean square of about 1."""
         return self._step(local.gradient)
 
-    def _step(self, gradient: torch.Tensor) -> torch.Tensor:
+    def follow(self, local: LocalObjective) -> None:
+        """What `unbounded` leaves to the next iteration, where another rank has the step."""
+        self._average(local.gradient)
+
+    def _average(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Move the running means, and return the gradient as they have it."""
         # A gradient that is not finite leads to a rejected step; it must not stay in the means.
         gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.count == 0:
@@ -76,6 +81,10 @@ class Muon(LocalSolver):
         share = self.setting.options.momentum or 0.0
         self.momentum.lerp_(gradient, 1.0 - share)
         self.squares.lerp_(gradient.square(), 1.0 - DECAY)
+        return gradient
+
+    def _step(self, gradient: torch.Tensor) -> torch.Tensor:
+        gradient, share = self._average(gradient), self.setting.options.momentum or 0.0
         mean = (self.momentum / (1.0 - share**self.count)).lerp_(gradient, 1.0 - share)
         root = (self.squares / (1.0 - DECAY**self.count)).sqrt_().add_(EPSILON)
         step = mean.div(root).neg_()

@@ -20,11 +20,11 @@ from apts_mpi.parallel.transport import ADMITTED_DTYPES
 def composed(local: LocalOptions | None) -> LocalOptions:
     """The options of the local solver with what ``null`` stands for on noisy batches, or `InvalidInput`."""
     local = local or LocalOptions()
-    require(local.solver in ("auto", "kfac"), "local.solver", local.solver, "the optimizer has kfac; leave it out")
+    remedy = "the optimizer has kfac and muon; choose one of them, or auto"
+    require(local.solver in ("auto", "kfac", "muon"), "local.solver", local.solver, remedy)
     require(local.iterations == 1, "local.iterations", local.iterations, "the optimizer has gradients alone; give 1")
     return replace(
         local,
-        solver="kfac",
         damping=local.damping or NOISY_DAMPING,
         refresh=local.refresh or NOISY_REFRESH,
         momentum=NOISY_MOMENTUM if local.momentum is None else local.momentum,

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,7 +43,7 @@ class Moving(NamedTuple):
 
 
 class APTS(torch.optim.Optimizer):
-    """APTS for a loop of the user's own: each layer's K-FAC direction, their sum in the ball of a trust region.
+    """APTS for a loop of the user's own: the directions of all layers, their sum in the ball of a trust region.
 
     It sees gradients alone: of a closure, as ``torch.optim.LBFGS`` does, or of a backward pass before `step`. The
     radius follows the slope of each batch along the step before (``apts_mpi.trust_region.next_batch``), at one
@@ -68,8 +69,9 @@ class APTS(torch.optim.Optimizer):
     comm
         Any mpi4py intracommunicator; None is ``MPI.COMM_WORLD``.
     local
-        ``damping``, ``decay``, ``refresh`` and ``momentum`` of the local solver, which is kfac; None: as with ``noise
-        batches``, see `apts_mpi.LocalOptions`.
+        ``solver``, kfac or muon, and its ``momentum``; of kfac ``damping``, ``decay`` and ``refresh``; None: as with
+        ``noise batches``, see `apts_mpi.LocalOptions`. ``auto`` is muon for networks with embeddings, or layers that
+        kfac does not know.
     initial_radius
         First radius. None: a tenth of the first direction's length, at most a hundredth of the parameters' norm.
 
@@ -135,6 +137,9 @@ class APTS(torch.optim.Optimizer):
         fresh = [value for group in self.param_groups for value in group["params"] if id(value) not in known]
         check_ranks(fresh, self._comm)
         self._subdomains += find_subdomains(self._network, fresh)
+        if self._local.solver == "auto":
+            seldom = any(part.is_seldom_seen for part in self._subdomains)
+            self._local = replace(self._local, solver="muon" if seldom else "kfac")
         self._owners = owners_of([part.cost for part in self._subdomains], self._comm.size, self._owners)
         self._listen()
 

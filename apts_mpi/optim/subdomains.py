@@ -1,18 +1,19 @@
-"""The subdomains of an optimizer: one a layer, each with its K-FAC and what it needs."""
+"""The subdomains of an optimizer: one a layer, each with its local solver and what it needs."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from apts_mpi.curvature.kinds import make_curvature
+from apts_mpi.curvature.kinds import is_seldom_seen, make_curvature
 from apts_mpi.curvature.signed import DRAWS, SignedFactors
 from apts_mpi.local.kfac import KFAC
+from apts_mpi.local.muon import Muon
 from apts_mpi.local.solver import LayerState, LocalSetting, LocalState, WholeLayer
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions, TrustRegionOptions
@@ -26,7 +27,7 @@ LEAST_NOISE = 1e-2
 
 
 class GradientObjective:
-    """What K-FAC is given of a layer: gradients and records, and no function to evaluate.
+    """What a local solver is given of a layer: gradients and records, and no function to evaluate.
 
     In the place of gradients with random signs stand differences of the gradients of successive batches: the mean
     cancels as well, and what is left has the covariance of a batch's gradient.
@@ -91,8 +92,10 @@ class LayerSubdomain:
         Number of elements.
     cost : int
         Of its factorisation, about: the cubes of its sides.
-    solver : KFAC or None
+    solver : KFAC or Muon or None
         From the first gradient on.
+    is_signed : bool
+        Whether it has curvature that is known from gradients alone.
     """
 
     def __init__(self, module: nn.Module | None, parameters: Sequence[nn.Parameter]) -> None:
@@ -101,7 +104,8 @@ class LayerSubdomain:
         self.size = sum(parameter.numel() for parameter in parameters)
         matrices = [(value.shape[0], value[0].numel()) for value in self.parameters if value.dim() > 1]
         self.cost = self.size + sum(rows**3 + columns**3 for rows, columns in matrices)
-        self.solver: KFAC | None = None
+        self.solver: KFAC | Muon | None = None
+        self.is_signed = False
         self._earlier: list[torch.Tensor] = []
 
     def make_solver(self, is_called: bool, options: LocalOptions, team: Communicator) -> None:
@@ -113,24 +117,26 @@ class LayerSubdomain:
             # By what is here: a layer may be here in part.
             curvature = SignedFactors([value.shape if value.dim() else torch.Size([1]) for value in self.parameters])
         block = self.parameters[0].detach().new_zeros(self.size)
-        layer = WholeLayer(curvature, self.module or nn.Identity(), slice(0, self.size))
-        self.solver = KFAC(LocalSetting(options, TrustRegionOptions(), block, [layer], team))
+        layer = WholeLayer(curvature, self.module or nn.ParameterList(self.parameters), slice(0, self.size))
+        setting = LocalSetting(options, TrustRegionOptions(), block, [layer], team)
+        self.solver = Muon(setting) if options.solver == "muon" else KFAC(setting)
+        self.is_signed = options.solver == "kfac" and curvature.signed
+
+    @property
+    def is_seldom_seen(self) -> bool:
+        """See `apts_mpi.curvature.kinds.is_seldom_seen`."""
+        return self.module is None or is_seldom_seen(self.module, self.size)
 
     @property
     def wants_records(self) -> bool:
         """Whether the next step needs the calls of the layer."""
         trained = any(value.requires_grad for value in self.parameters)
-        return trained and (self.solver is None or (self.solver.is_due and not self.is_signed))
-
-    @property
-    def is_signed(self) -> bool:
-        """Whether the curvature is known from gradients alone."""
-        return self.solver is not None and self.solver.layers[0].curvature.signed
+        return trained and (self.solver is None or (self.solver.observes and not self.is_signed))
 
     def direction(
         self, gradient: torch.Tensor, records: Sequence[LayerRecord], samples: int, weight: float, is_own: bool
     ) -> torch.Tensor:
-        """Minus the inverse curvature times the running mean of the gradients, shape (size,). Collective.
+        """The local solver's direction along the running mean of the gradients, shape (size,). Collective.
 
         Zero unless it is this rank's own: then the rank moves its running means alone, and factorises nothing.
         """
@@ -138,12 +144,12 @@ class LayerSubdomain:
         differences: list[torch.Tensor] = []
         if self.is_signed:
             self._earlier = [*self._earlier, gradient.clone()][-DRAWS - 1 :]
-            differences = _differences(self._earlier) if self.solver.is_due else []
+            differences = _differences(self._earlier) if self.solver.observes else []
         local = GradientObjective(gradient, records, differences, samples, weight)
         # One gradient says nothing about its noise.
         if not self.is_signed or len(self._earlier) > 1:
             if is_own:
-                self.solver.solve(local, math.inf, "2")  # type: ignore[arg-type]
+                local.block.copy_(self.solver.unbounded(local))  # type: ignore[arg-type]
             else:
                 self.solver.follow(local)  # type: ignore[arg-type]
         return local.block
@@ -157,6 +163,7 @@ class LayerSubdomain:
         return {
             **kept.numbers,
             "momentum": kept.vectors.get("momentum"),
+            "squares": kept.vectors.get("squares"),
             "signed": self.is_signed,
             "factors": layers[0] if layers else [],
             "earlier": self._earlier,
@@ -167,12 +174,15 @@ class LayerSubdomain:
         self.solver, self._earlier = None, []
         if not state:
             return
+        # Of those that were saved without squares there was no other one than kfac.
+        vectors = {name: state[name] for name in ("momentum", "squares") if state.get(name) is not None}
+        options = replace(options, solver="muon" if "squares" in vectors else "kfac")
         self.make_solver(not state["signed"], options, team)
         assert self.solver is not None
-        vectors = {} if state["momentum"] is None else {"momentum": state["momentum"]}
         # Copies, as running means move in place. Of no kind by name: the curvature is there already.
         layers = [LayerState("", [tensor.clone() for tensor in state["factors"]])] if state["factors"] else []
-        self.solver.restore(LocalState({name: state[name] for name in ("count", "updates")}, vectors, layers))
+        numbers = {name: state[name] for name in ("count", "updates") if name in state}
+        self.solver.restore(LocalState(numbers, vectors, layers))
         self._earlier = [gradient.clone() for gradient in state["earlier"]]
 
 

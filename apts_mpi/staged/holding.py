@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from apts_mpi.checkpoint.arrays import Array
 from apts_mpi.checkpoint.format import Checkpoint
-from apts_mpi.curvature.kinds import any_seldom_known
+from apts_mpi.curvature.kinds import any_seldom_seen
 from apts_mpi.defaults import compose, describe
 from apts_mpi.errors import InvalidInput
 from apts_mpi.local.registry import solver_class
@@ -102,7 +102,7 @@ class Staged:
             vector = FlatParameters(network)
             layers = segmented.layers(vector)
             is_open = options.noise == "batches" and options.local.solver == "auto"
-            unknown = is_open and any_seldom_known(network, layers)
+            unknown = is_open and any_seldom_seen(network, layers)
         leaders = [self._teams.ranks_of(index).start for index in range(len(self.stages))]
         held = self.comm.collect((layers, len(vector.values), unknown))
         with self.comm.shared_errors():
