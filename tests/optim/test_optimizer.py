@@ -26,6 +26,13 @@ def make_network(seed=0):
     return nn.Sequential(*layers).double()
 
 
+MAKERS = {
+    "layers": lambda network, **others: APTS(network, **others),
+    "parameters": lambda network, **others: APTS(network.parameters(), **others),
+    "differences": lambda network, **others: APTS(network.parameters(), local=LocalOptions(solver="kfac"), **others),
+}
+
+
 def batches(count, size=24, seed=1):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, size, 5, generator=generator, dtype=torch.float64)
@@ -78,6 +85,43 @@ def test_steps_are_those_of_the_solver_on_noisy_batches(subdomains):
     torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-9, atol=1e-10)
 
 
+def make_words():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(20, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def words(count, size=24):
+    rows = torch.randint(7, (count, size, 4), generator=torch.Generator().manual_seed(1))
+    return list(zip(rows, rows.sum(dim=-1) % 3, strict=True))
+
+
+def test_networks_with_embeddings_have_the_steps_of_the_solver_that_takes_muon_there():
+    data, theirs, ours = words(30), make_words(), make_words()
+    trust_region = TrustRegionOptions(initial_radius=0.05, pull=0.2)
+    options = APTSOptions(noise="batches", subdomains=2, trust_region=trust_region)
+    solver = apts_mpi.APTS(theirs, cross_entropy, comm=ALONE, options=options)
+    assert solver.options.local.solver == "muon"
+    solver.state.starting = False
+    for batch in data:
+        assert solver.step(batch).accepted
+    train(ours, APTS(ours, weight_decay=0.2, comm=ALONE, initial_radius=0.05), data)
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-9, atol=1e-10)
+
+
+def test_states_without_squares_are_those_of_kfac():
+    """As versions wrote them that had no muon."""
+    data, network, other = words(30), make_words(), make_words()
+    optimizer = APTS(network, comm=ALONE, local=LocalOptions(solver="kfac"))
+    train(network, optimizer, data[:9])
+    saved = optimizer.state_dict()
+    for kept in saved["state"].values():
+        kept.get("subdomain", {}).pop("squares", None)
+    other.load_state_dict(network.state_dict())
+    resumed = APTS(other, comm=ALONE)
+    resumed.load_state_dict(saved)
+    assert train(other, resumed, data[9:]) == train(network, optimizer, data[9:])
+
+
 def test_without_a_closure_it_takes_the_gradients_that_are_there():
     data, one, other = batches(25), make_network(), make_network()
     train(one, APTS(one, comm=ALONE), data)
@@ -116,19 +160,19 @@ def test_evaluations_between_steps_change_nothing():
     torch.testing.assert_close(flat(one), flat(other), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("steps", [0, 1, 2, 7, 23])
-def test_a_state_that_was_saved_leads_to_the_same_bits(layers, steps):
-    def make():
+def test_a_state_that_was_saved_leads_to_the_same_bits(make, steps):
+    def start():
         network = make_network()
-        return network, APTS(network if layers else network.parameters(), weight_decay=0.1, comm=ALONE)
+        return network, MAKERS[make](network, weight_decay=0.1, comm=ALONE)
 
     data = batches(steps + 25)
-    network, optimizer = make()
+    network, optimizer = start()
     train(network, optimizer, data[:steps])
     file = io.BytesIO()
     torch.save([network.state_dict(), optimizer.state_dict()], file)
-    other, resumed = make()
+    other, resumed = start()
     train(other, resumed, data[:3])  # what it knew is forgotten
     file.seek(0)
     saved = torch.load(file, weights_only=True)
@@ -322,10 +366,10 @@ def test_a_bias_before_batch_normalisation_does_not_take_the_ball():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("layers", [True, False])
-def test_one_batch_again_and_again_has_no_noise_and_is_fitted(layers):
+@pytest.mark.parametrize("make", MAKERS)
+def test_one_batch_again_and_again_has_no_noise_and_is_fitted(make):
     network, data = make_network(), batches(1)
-    losses = train(network, APTS(network if layers else network.parameters(), comm=ALONE), 80 * data)
+    losses = train(network, MAKERS[make](network, comm=ALONE), 80 * data)
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -351,16 +395,16 @@ def test_it_leads_lower_than_adam_without_an_option():
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.all_sizes
-@pytest.mark.parametrize("layers", [True, False])
-def test_ranks_step_as_one_process_does_on_all_samples(layers):
+@pytest.mark.parametrize("make", MAKERS)
+def test_ranks_step_as_one_process_does_on_all_samples(make):
     comm = MPI.COMM_WORLD
     data, alone, shared = batches(25, size=4 * comm.size), make_network(), make_network(seed=comm.rank)
-    train(alone, APTS(alone if layers else alone.parameters(), weight_decay=0.1, comm=ALONE), data)
-    optimizer = APTS(shared if layers else shared.parameters(), weight_decay=0.1)
+    train(alone, MAKERS[make](alone, weight_decay=0.1, comm=ALONE), data)
+    optimizer = MAKERS[make](shared, weight_decay=0.1)
     # Rank 0 alone begins with the parameters of the other network.
     shard = slice(4 * comm.rank, 4 * (comm.rank + 1))
     train(shared, optimizer, [(inputs[shard], targets[shard]) for inputs, targets in data])
-    if layers:
+    if make != "differences":  # the noise of gradients is that of other batches
         torch.testing.assert_close(flat(shared), flat(alone), rtol=1e-10, atol=1e-10)
     everywhere = comm.allgather(flat(shared).numpy().tobytes())
     assert len(set(everywhere)) == 1
