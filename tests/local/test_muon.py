@@ -85,9 +85,14 @@ def test_steps_are_those_of_the_definition():
         torch.testing.assert_close(found / found.norm(), expected / expected.norm(), rtol=1e-9, atol=1e-12)
 
 
+def with_embedding():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("network", [Words, with_embedding])
 @pytest.mark.parametrize(("noise", "solver"), [("batches", "muon"), ("none", "kfac")])
-def test_chosen_on_noisy_batches_where_kfac_does_not_know_a_layer(noise, solver):
-    made = APTS(Words(), nn.functional.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(noise=noise))
+def test_chosen_on_noisy_batches_where_few_samples_tell_of_a_layer(noise, solver, network):
+    made = APTS(network(), nn.functional.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(noise=noise))
     assert made.options.local.solver == solver
     known = APTS(nn.Linear(3, 2), nn.functional.cross_entropy, comm=MPI.COMM_SELF, options=APTSOptions(noise=noise))
     assert known.options.local.solver == "kfac"
