@@ -225,8 +225,11 @@ class Trials:
                 *_, after, square, away = parts.sums
                 starting, retry, farthest = state.starting, state.retry, max(state.farthest, math.sqrt(away))
                 if last is not None:
-                    least = length_in_walk(farthest, state.walked + 1, self._momentum)
+                    # The distance is a 2-norm, and says nothing about a ball of another one.
+                    steps = state.walked + 1 if self._inner.kind == "2" else math.inf
+                    least = length_in_walk(farthest, steps, self._momentum)
                     judged, starting, retry = state.judged_by_next(judged, after, self._options, least)
+                farthest = farthest if judged.accepted else state.farthest
                 return [*astuple(judged), starting, retry, farthest, math.sqrt(square), *parts.largest[-5:]]
 
             products = self._inner.own(gradient, step)

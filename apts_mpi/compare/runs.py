@@ -199,7 +199,8 @@ class Plan:
         """Epochs and methods, for which the problem is built where they depend on it."""
         options = self.options
         asked = options.methods is not None and any(method in TUNED for method in options.names)
-        if options.epochs is not None and options.methods is not None and not asked:
+        known = options.methods is not None and not asked and not options.problem_args
+        if options.epochs is not None and known:
             return options.epochs, options.names
         dtype = getattr(torch, options.dtype or "float32")
         given = named_values("problem_args", options.problem_args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +105,31 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
         raise InvalidInput(
             f"state_dict: {shown(names)} is the state of another optimizer; give one that apts_mpi.optim.APTS has made"
         )
+
+
+def solver_of(saved: Iterable[Mapping[str, Any]], asked: str, present: str) -> str:
+    """The local solver of the state of a network's subdomains, or the present one of a state without any.
+
+    Parameters
+    ----------
+    saved
+        States of subdomains.
+    asked, present
+        What ``local.solver`` was, and what it stands for.
+
+    Raises
+    ------
+    InvalidInput
+        If another one was asked for.
+    """
+    kept = [state for state in saved if state]
+    if not kept:
+        return present
+    # As long as there was kfac alone there were no squares.
+    found = "muon" if any(state.get("squares") is not None for state in kept) else "kfac"
+    if asked not in ("auto", found):
+        raise InvalidInput(f"state_dict: it is of local.solver {found}, not {asked}; leave that out, or give {found}")
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -24,6 +24,7 @@ from apts_mpi.optim.checks import (
     check_scaler,
     check_state,
     composed,
+    solver_of,
 )
 from apts_mpi.optim.gathered import Gathered, gather
 from apts_mpi.optim.subdomains import LayerSubdomain, find_subdomains, owners_of, shares_of_rounding
@@ -64,8 +65,8 @@ class APTS(torch.optim.Optimizer):
         Share of its length by which every step also takes parameters of two dimensions or more towards the origin, in
         [0, 1): decoupled weight decay that knows no unit. Groups may have their own, and their own ``lr``.
     network
-        The network, where ``params`` is not it: its layers have Kronecker factors. Without one each parameter is a
-        subdomain of its own, whose curvature is that of the noise of the gradients.
+        The network, where ``params`` is not it. Without one each parameter is a subdomain of its own, and the local
+        solver is muon; curvature, with kfac, is then that of the noise of the gradients.
     comm
         Any mpi4py intracommunicator; None is ``MPI.COMM_WORLD``.
     local
@@ -106,6 +107,7 @@ class APTS(torch.optim.Optimizer):
         with self._comm.shared_errors():
             check_radius(initial_radius)
             self._local = composed(local)
+            self._asked = self._local.solver
             given = params.parameters() if isinstance(params, nn.Module) else params
             super().__init__(given, {"lr": lr, "weight_decay": weight_decay})
             check_groups(self.param_groups)
@@ -331,6 +333,9 @@ class APTS(torch.optim.Optimizer):
             For the state of another optimizer, or of one for another network.
         """
         check_state(state_dict)
+        kept = [state for state in state_dict.get("state", {}).values() if isinstance(state, dict)]
+        solver = solver_of([state.get("subdomain", {}) for state in kept], self._asked, self._local.solver)
+        self._local = replace(self._local, solver=solver)
         super().load_state_dict(state_dict)
         parameters, saved = self._parameters(), dict(self.state)
         self.state.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from apts_mpi.curvature.kinds import is_seldom_seen, make_curvature
 from apts_mpi.curvature.signed import DRAWS, SignedFactors
 from apts_mpi.local.kfac import KFAC
-from apts_mpi.local.muon import Muon
+from apts_mpi.local.muon import NO_MATRICES, Muon
 from apts_mpi.local.solver import LayerState, LocalSetting, LocalState, WholeLayer
 from apts_mpi.network.recorder import LayerRecord
 from apts_mpi.options import LocalOptions, TrustRegionOptions
@@ -117,15 +116,21 @@ class LayerSubdomain:
             # By what is here: a layer may be here in part.
             curvature = SignedFactors([value.shape if value.dim() else torch.Size([1]) for value in self.parameters])
         block = self.parameters[0].detach().new_zeros(self.size)
-        layer = WholeLayer(curvature, self.module or nn.ParameterList(self.parameters), slice(0, self.size))
+        module = self.module if isinstance(self.module, NO_MATRICES) or options.solver == "kfac" else None
+        layer = WholeLayer(curvature, module or self._as_module(), slice(0, self.size))
         setting = LocalSetting(options, TrustRegionOptions(), block, [layer], team)
         self.solver = Muon(setting) if options.solver == "muon" else KFAC(setting)
         self.is_signed = options.solver == "kfac" and curvature.signed
 
+    def _as_module(self) -> nn.Module:
+        """A layer of parameters as these are, whatever of the module is frozen or not here."""
+        return nn.ParameterList(nn.Parameter(value.detach().to("meta")) for value in self.parameters)
+
     @property
     def is_seldom_seen(self) -> bool:
-        """See `apts_mpi.curvature.kinds.is_seldom_seen`."""
-        return self.module is None or is_seldom_seen(self.module, self.size)
+        """See `apts_mpi.curvature.kinds.is_seldom_seen`, of what is trained."""
+        size = sum(value.numel() for value in self.parameters if value.requires_grad)
+        return size > 0 and (self.module is None or is_seldom_seen(self.module, size))
 
     @property
     def wants_records(self) -> bool:
@@ -174,9 +179,7 @@ class LayerSubdomain:
         self.solver, self._earlier = None, []
         if not state:
             return
-        # Of those that were saved without squares there was no other one than kfac.
         vectors = {name: state[name] for name in ("momentum", "squares") if state.get(name) is not None}
-        options = replace(options, solver="muon" if "squares" in vectors else "kfac")
         self.make_solver(not state["signed"], options, team)
         assert self.solver is not None
         # Copies, as running means move in place. Of no kind by name: the curvature is there already.

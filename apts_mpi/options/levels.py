@@ -115,8 +115,8 @@ class LocalOptions:
         conjugate gradients on products with the curvature. ``sgd``: steepest descent. ``adam``: Adam directions whose
         moments last from one iteration to the next. The last two have steps of 1/iterations of the ball's radius.
         ``auto``: gauss-newton where the network is called by a function and the blocks are small, kfac where subdomains
-        are whole layers (muon with noise batches where kfac does not know some of them), else adam. MODULE:CLASS: one
-        of your own, see `apts_mpi.local.LocalSolver`.
+        are whole layers (with noise batches muon for networks with embeddings, or layers that kfac does not know), else
+        adam. MODULE:CLASS: one of your own, see `apts_mpi.local.LocalSolver`.
     iterations
         Local iterations. The first one uses the global gradient and costs no evaluation of its own.
     damping

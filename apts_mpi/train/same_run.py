@@ -78,8 +78,12 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     if was_residual and (coarse, options.local) == (asked.earlier.coarse, asked.earlier.local):
         # What else is asked of the Schwarz level would have auto choose another one.
         coarse = replace(coarse, model="residual")
+    local, solved = options.local, (solver.get("composed") or {}).get("local") or {}
+    if noise == "batches" and local.solver == "auto" and solved.get("solver") in ("kfac", "muon"):
+        # Its running means and the radius belong together.
+        local = replace(local, solver=solved["solver"])
     changed = replace(options, subdomains=number, schwarz=schwarz, coarse=coarse, pipeline=pipeline, noise=noise)
-    return changed, of_cuts + of_number + of_objective
+    return replace(changed, local=local), of_cuts + of_number + of_objective
 
 
 def _pipeline(asked: Asked, stages: int) -> tuple[PipelineOptions, list[str]]:

@@ -20,7 +20,7 @@ that are noise alone a walk is a root of t times their length away from where it
 would have come as far (the last factor as running means make neighbours alike). A shorter ball is not taken,
 as long as the end of the run is known, whose steps will average the noise
 ("distance over gradients": Ivgi et al., arXiv 2302.12022, here of steps whose length is that of the ball). The walk
-begins anew where a step was not accepted.
+begins anew where a step was not accepted. It takes another vector, and is for balls of the 2-norm.
 
 So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the loss of the next, which
 is computed anyway, says whether it was a bad one. Where that is not finite, or lies above that of the step's own batch
@@ -96,7 +96,7 @@ def _is_known(before: float, after: float) -> bool:
     return before < 0.0 and math.isfinite(after) and math.isfinite(before)
 
 
-def length_in_walk(distance: float, steps: int, momentum: float) -> float:
+def length_in_walk(distance: float, steps: float, momentum: float) -> float:
     """Length of steps along running means of noise that lead that far away.
 
     Parameters

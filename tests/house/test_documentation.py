@@ -39,6 +39,7 @@ COMMANDS = {
     "python -m apts_mpi.bench iteration": "--repetitions 1 --rounds 1 --problems mlp-256",
     "python -m apts_mpi.compare poisson-1d": "--equal-seconds 0.1 --seeds 1 --methods spring,broyden",
     "python -m apts_mpi.compare continual": "--epochs 1 --train-samples 120",
+    "python -m apts_mpi.compare papers": "--epochs 1 --seeds 1 --methods iapts --subdomains 2",
     "python -m apts_mpi.compare": "--epochs 2 --seeds 1",
     "python -m apts_mpi.bench balance": "--rounds 1",
     "python -m apts_mpi.bench events": "--repetitions 1",

@@ -122,6 +122,49 @@ def test_states_without_squares_are_those_of_kfac():
     assert train(other, resumed, data[9:]) == train(network, optimizer, data[9:])
 
 
+def test_a_state_says_which_local_solver_goes_on():
+    """All subdomains have one, as the lengths of their directions have different units."""
+    network, other = make_words(), make_words()
+    optimizer = APTS(network, comm=ALONE, local=LocalOptions(solver="kfac"))
+    network[0].weight.requires_grad_(False)  # no state of it
+    data = words(12)
+    train(network, optimizer, data[:4])
+    resumed = APTS(other, comm=ALONE)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(network.state_dict())
+    train(other, resumed, data[4:])
+    parts = [kept["subdomain"] for kept in resumed.state_dict()["state"].values() if "subdomain" in kept]
+    assert len(parts) == 3
+    assert all(part["squares"] is None for part in parts)
+    with pytest.raises(InvalidInput, match="local.solver kfac, not muon; leave that out, or give kfac"):
+        APTS(make_words(), comm=ALONE, local=LocalOptions(solver="muon")).load_state_dict(optimizer.state_dict())
+
+
+def test_matrices_are_those_given_whatever_is_frozen():
+    """Of a bias that rests, and of weights without their biases: the steps of the weights are the same."""
+    found = []
+    for kind in ("frozen", "weights"):
+        network = make_network()
+        weights = [value for value in network.parameters() if value.dim() > 1]
+        for value in network.parameters():
+            value.requires_grad_(value.dim() > 1)
+        given = network if kind == "frozen" else weights
+        local = LocalOptions(solver="muon")
+        train(network, APTS(given, network=network, local=local, comm=ALONE, initial_radius=0.1), batches(6))
+        found.append(flat(network))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frozen_embedding_decides_nothing():
+    network = make_words()
+    network[0].weight.requires_grad_(False)
+    ours, data = APTS(network, comm=ALONE, initial_radius=0.05), words(6)
+    theirs = make_words()
+    theirs[0].weight.requires_grad_(False)
+    asked = LocalOptions(solver="kfac")
+    assert train(network, ours, data) == train(theirs, APTS(theirs, comm=ALONE, initial_radius=0.05, local=asked), data)
+
+
 def test_without_a_closure_it_takes_the_gradients_that_are_there():
     data, one, other = batches(25), make_network(), make_network()
     train(one, APTS(one, comm=ALONE), data)

@@ -105,6 +105,19 @@ def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
     assert moved_to(without_end, 9.0, 2.0) == pytest.approx(math.exp(-RATE))
 
 
+def test_walk_is_none_of_balls_of_other_norms_and_steps_not_taken_are_no_part_of_it():
+    lengths = []
+    for done in (None, 0.1):
+        solver = make(trust_region=TrustRegionOptions(norm="inf"))
+        for number in range(25):
+            solver.step(batch(number), done=done)
+        lengths.append(solver.state.present_radius)
+        begun = solver.holding.last_step.start
+        distance = float((solver.holding.objective.vector.values - begun).norm())
+        assert solver.state.farthest >= distance * (1.0 - 1e-12)
+    assert lengths[0] == lengths[1]
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_length_in_walk_is_that_of_steps_along_means_of_noise(momentum):
     """300 walks of 2000 steps in 40 dimensions: the mean square of their distance is within a few per cent."""

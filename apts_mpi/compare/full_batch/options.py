@@ -72,4 +72,5 @@ class FullBatchOptions:
 
     def config(self) -> str:
         """As YAML, for the run directory."""
-        return str(yaml.safe_dump(asdict(self), sort_keys=False))
+        given = {name: value for name, value in asdict(self).items() if value != ()}
+        return str(yaml.safe_dump(given, sort_keys=False))
