@@ -298,6 +298,15 @@ def test_options_and_their_spelling():
     )
 
 
+@pytest.mark.parametrize(("problem", "methods"), [("digits", "apts,adam"), ("poisson-1d", "apts,spring")])
+def test_arguments_of_problems_come_to_all_runs(tmp_path, problem, methods):
+    given = ["--problem.args.width", "7", "--problem.args.depth=2"]
+    options = compare.parse([problem, "--methods", methods, "--seeds=1", "--out", str(tmp_path), *given])
+    for run in Plan(problem, options, SMALL).runs:
+        assert '--problem_args=["width=7", "depth=2"]' in run.arguments
+        assert "width=7" in run.config
+
+
 def test_baselines_get_their_epochs(tmp_path):
     """Twenty times the problem's own number; subdomains are of APTS alone."""
     options = ComparisonOptions(
@@ -329,6 +338,12 @@ def test_baselines_get_their_epochs(tmp_path):
         (["digits", "--equal-seconds", "inf"], ["equal_seconds", "inf", "above 0"]),
         (["digits", "--equal-seconds", "9", "--max-seconds", "9"], ["max_seconds", "equal_seconds"]),
         (["digits", "--equal-seconds", "9", "--robustness"], ["robustness", "equal_seconds"]),
+        (["digits", "--problem.args.nope", "3"], ["--problem.args.nope", "digits has no such argument"]),
+        (
+            ["digits", "--problem.args.nope=3", "--epochs=2", "--methods=apts"],
+            ["--problem.args.nope", "digits has no such argument"],
+        ),
+        (["digits", "--problem_args=[width]"], ["problem_args", "NAME=VALUE"]),
     ],
 )
 def test_errors(arguments, words, tmp_path, monkeypatch, capsys):
