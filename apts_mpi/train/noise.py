@@ -18,6 +18,10 @@ MANY_STEPS = 100
 # epochs of noisy batches, and 0.0005 with each batch minimised for itself.
 MANY_BATCHES = 20
 
+# Of a run that its time ends, which makes up to three times the steps in it: with 16 batches a residual network had a
+# test accuracy of 0.83 for 0.72 after the same seconds.
+MANY_BATCHES_IN_TIME = 12
+
 # The more passes over the samples, the more has to be done against fitting them: see docs/results.md.
 PULL_OF_ONE_PASS, LARGEST_PULL = 0.1, 0.3
 
@@ -26,8 +30,7 @@ def with_noise(options: TrainingOptions, problem: Problem) -> TrainingOptions:
     """The options of a run on a problem, with ``noise auto`` and the pull replaced by what they stand for."""
     if options.noise == "auto":
         options = replace(options, noise="batches" if _has_noisy_batches(options, problem) else "none")
-    is_timed = options.max_seconds is not None or options.max_cpu_seconds is not None
-    if options.noise == "none" or options.trust_region.pull is not None or is_timed:
+    if options.noise == "none" or options.trust_region.pull is not None or _is_timed(options):
         return options  # how many passes there will be is not known of a run that its time ends
     pull = min(PULL_OF_ONE_PASS * math.sqrt(options.epochs or problem.epochs), LARGEST_PULL)
     return replace(options, trust_region=replace(options.trust_region, pull=pull))
@@ -38,7 +41,12 @@ def _has_noisy_batches(options: TrainingOptions, problem: Problem) -> bool:
     batch_size = min(options.batch_size or problem.batch_size or samples, samples)
     batches = samples // batch_size
     steps = (options.epochs or problem.epochs) * batches
-    return batches >= MANY_BATCHES and steps >= MANY_STEPS and _may_average(options, problem)
+    many = MANY_BATCHES_IN_TIME if _is_timed(options) else MANY_BATCHES
+    return batches >= many and steps >= MANY_STEPS and _may_average(options, problem)
+
+
+def _is_timed(options: TrainingOptions) -> bool:
+    return options.max_seconds is not None or options.max_cpu_seconds is not None
 
 
 def _may_average(options: TrainingOptions, problem: Problem) -> bool:

@@ -152,7 +152,7 @@ class TrainingOptions:
     noise
         ``batches``: for many steps on small batches, each judged by the next one, with a radius that goes to zero at
         the end of the run. ``none``: each batch is minimised for itself. ``auto``: batches where kfac makes 100 steps
-        or more, with 20 batches or more an epoch.
+        or more, with 20 batches or more an epoch (12 in runs that their time ends).
     run_dir
         Directory that keeps the records. null: a new one under ``runs``.
     overwrite

@@ -26,6 +26,8 @@ def problem(**changes):
         ({"epochs": MANY_STEPS // 50 - 1, "batch_size": 20}, "none"),
         ({"epochs": 1000, "batch_size": 50}, "batches"),
         ({"epochs": 1000, "batch_size": 51}, "none"),  # 19 batches, which are no small parts
+        ({"epochs": 1000, "batch_size": 83, "max_cpu_seconds": 9.0}, "batches"),
+        ({"epochs": 1000, "batch_size": 84, "max_seconds": 9.0}, "none"),
         ({"epochs": 1000, "batch_size": 1000}, "none"),  # all samples in each batch
         ({"epochs": 1000, "batch_size": 5000}, "none"),
         ({"epochs": 1000, "noise": "none"}, "none"),
