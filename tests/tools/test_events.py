@@ -229,8 +229,8 @@ def test_an_iteration_by_hand(world):
         "global evaluation": (1, 8 * count),
         "local solves": (1, 8),  # in the first step whether all local solvers can do theirs
         "assembly": (1, max(own)),
-        # Eighteen numbers of each rank, which are put together, and what rank 0 decides.
-        "judge": (2, 24 * 18 + RECORD),
+        # Nineteen numbers of each rank, which are put together, and what rank 0 decides.
+        "judge": (2, 24 * 19 + RECORD),
         "wait": (0, 0),
         OTHER: (1, 8 * 4),  # whether the network is as it was
     }
