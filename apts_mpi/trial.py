@@ -225,8 +225,9 @@ class Trials:
                 *_, after, square, away = parts.sums
                 starting, retry, farthest = state.starting, state.retry, max(state.farthest, math.sqrt(away))
                 if last is not None:
-                    # The distance is a 2-norm, and says nothing about a ball of another one.
-                    steps = state.walked + 1 if self._inner.kind == "2" else math.inf
+                    # The distance is a 2-norm, and says nothing about a ball of another one; a metric bounds the walk.
+                    free = self._inner.kind == "2" and self._inner.metric is None
+                    steps = state.walked + 1 if free else math.inf
                     least = length_in_walk(farthest, steps, self._momentum)
                     judged, starting, retry = state.judged_by_next(judged, after, self._options, least)
                 farthest = farthest if judged.accepted else state.farthest

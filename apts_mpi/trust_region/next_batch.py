@@ -20,7 +20,8 @@ that are noise alone a walk is a root of t times their length away from where it
 would have come as far (the last factor as running means make neighbours alike). A shorter ball is not taken,
 as long as the end of the run is known, whose steps will average the noise
 ("distance over gradients": Ivgi et al., arXiv 2302.12022, here of steps whose length is that of the ball). The walk
-begins anew where a step was not accepted. It takes another vector, and is for balls of the 2-norm.
+begins anew where a step was not accepted. It takes another vector, and is for balls of the 2-norm without a
+metric, which bounds the walk itself.
 
 So a step needs no trial on its own batch, which it lowers anyway. It is taken as it is, and the loss of the next, which
 is computed anyway, says whether it was a bad one. Where that is not finite, or lies above that of the step's own batch

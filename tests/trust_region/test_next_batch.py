@@ -105,10 +105,11 @@ def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
     assert moved_to(without_end, 9.0, 2.0) == pytest.approx(math.exp(-RATE))
 
 
-def test_walk_is_none_of_balls_of_other_norms_and_steps_not_taken_are_no_part_of_it():
+@pytest.mark.parametrize("option", [{"norm": "inf"}, {"metric": "fisher"}])
+def test_walk_is_none_of_balls_of_other_norms_and_steps_not_taken_are_no_part_of_it(option):
     lengths = []
     for done in (None, 0.1):
-        solver = make(trust_region=TrustRegionOptions(norm="inf"))
+        solver = make(trust_region=TrustRegionOptions(**option))
         for number in range(25):
             solver.step(batch(number), done=done)
         lengths.append(solver.state.present_radius)
