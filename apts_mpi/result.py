@@ -247,7 +247,9 @@ class State:
             self.loss = judged.loss
         if not judged.skipped:
             self.tried = self.tried + 1 if judged.accepted and not self.starting else 0
-            self.walked, self.farthest = (self.walked + 1, self.farthest) if judged.accepted else (0, 0.0)
+            self.farthest = self.farthest if judged.accepted else 0.0
+            # Without a distance nobody watches a walk.
+            self.walked = self.walked + 1 if self.farthest else 0
             # Of a first-order prediction; a batch judges the step before its own once.
             self.slope = -judged.predicted_reduction if judged.accepted else 0.0
         if judged.skipped and self.accepted == self.rejected == 0:

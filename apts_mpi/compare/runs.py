@@ -199,13 +199,16 @@ class Plan:
         """Epochs and methods, for which the problem is built where they depend on it."""
         options = self.options
         asked = options.methods is not None and any(method in TUNED for method in options.names)
-        known = options.methods is not None and not asked and not options.problem_args
-        if options.epochs is not None and known:
+        if options.epochs is not None and options.methods is not None and not (asked or options.problem_args):
             return options.epochs, options.names
         dtype = getattr(torch, options.dtype or "float32")
-        given = named_values("problem_args", options.problem_args)
-        data = options.data_dir, options.train_samples
-        own = build(self.problem, data_dir=data[0], train_samples=data[1], dtype=dtype, arguments=given)
+        own = build(
+            self.problem,
+            data_dir=options.data_dir,
+            train_samples=options.train_samples,
+            dtype=dtype,
+            arguments=named_values("problem_args", options.problem_args),
+        )
         if asked:
             Squares(own)  # whether these methods can take it
         return options.epochs or own.epochs, options.names_of(options.methods is None and is_of_squares(own))

@@ -273,8 +273,10 @@ class APTS(torch.optim.Optimizer):
         if not moving:
             return 0.0
         values, views = [part.parameter for part in moving], [part.view for part in moving]
-        norms = torch.stack(torch._foreach_norm(values))
-        length, size = self._agree(torch.linalg.vector_norm(step), torch.linalg.vector_norm(norms))
+        norms = torch._foreach_norm(values)
+        matrices = [norm for norm, value in zip(norms, values, strict=True) if value.dim() > 1] or [0.0 * norms[0]]
+        told = step, torch.stack(norms), torch.stack(matrices)
+        length, size, weights = self._agree(*map(torch.linalg.vector_norm, told))
         if not 0.0 < length < math.inf:
             step.zero_()
             return 0.0
@@ -283,9 +285,7 @@ class APTS(torch.optim.Optimizer):
         step.mul_(scale)
         decays = [float(part.group["weight_decay"]) if part.parameter.dim() > 1 else 0.0 for part in moving]
         if any(decays):
-            is_matrix = torch.tensor([value.dim() > 1 for value in values], device=norms.device)
-            (size,) = self._agree(torch.linalg.vector_norm(norms[is_matrix]))
-            pulls = [-decay * scale * length / (size or 1.0) for decay in decays]
+            pulls = [-decay * scale * length / (weights or 1.0) for decay in decays]
             torch._foreach_add_(views, torch._foreach_mul(values, pulls))
             (length,) = self._agree(torch.linalg.vector_norm(step))
             step.mul_(min(1.0, radius / length) if length > 0.0 else 1.0)

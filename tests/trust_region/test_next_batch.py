@@ -105,6 +105,14 @@ def test_radius_stays_above_the_steps_of_a_walk_which_a_rejection_ends():
     assert moved_to(without_end, 9.0, 2.0) == pytest.approx(math.exp(-RATE))
 
 
+def test_runs_without_noise_walk_nowhere():
+    """So that one which goes on with noisy batches begins its walk there."""
+    solver = make(noise="none")
+    for number in range(3):
+        solver.step(batch(number))
+    assert solver.state.accepted and (solver.state.walked, solver.state.farthest) == (0, 0.0)
+
+
 @pytest.mark.parametrize("option", [{"norm": "inf"}, {"metric": "fisher"}])
 def test_walk_is_none_of_balls_of_other_norms_and_steps_not_taken_are_no_part_of_it(option):
     lengths = []
