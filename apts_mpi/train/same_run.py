@@ -19,7 +19,7 @@ _SUBDOMAINS = sequence(
     among(dict.fromkeys(("start", "stop", "owned_start", "owned_stop"), whole())),
     least=1,
 )
-_COMPOSED = among({"schwarz": among({"variant": text, "local_data": text})})
+_COMPOSED = among({"schwarz": among({"variant": text, "local_data": text}), "local": among({"solver": text})})
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def same_run(asked: Asked, checkpoint: Checkpoint, ranks: int) -> tuple[Training
     if was_residual and (coarse, options.local) == (asked.earlier.coarse, asked.earlier.local):
         # What else is asked of the Schwarz level would have auto choose another one.
         coarse = replace(coarse, model="residual")
-    local, solved = options.local, (solver.get("composed") or {}).get("local") or {}
-    if noise == "batches" and local.solver == "auto" and solved.get("solver") in ("kfac", "muon"):
+    local, solved = options.local, composed["local"]["solver"] if composed else None
+    if noise == "batches" and local.solver == "auto" and solved in ("kfac", "muon"):
         # Its running means and the radius belong together.
-        local = replace(local, solver=solved["solver"])
+        local = replace(local, solver=solved)
     changed = replace(options, subdomains=number, schwarz=schwarz, coarse=coarse, pipeline=pipeline, noise=noise)
     return replace(changed, local=local), of_cuts + of_number + of_objective
 
