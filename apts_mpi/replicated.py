@@ -247,8 +247,9 @@ class Replicated:
 
     def _local_solvers(self) -> LocalSolvers:
         schwarz, own = self.schwarz, self.decomposition
-        solvers, device = schwarz.solvers, schwarz.correction.device
-        return LocalSolvers(schwarz.local_solver, solvers, own.subdomains, own.layers, self.comm, own.leads, device)
+        kept, carried, device = schwarz.kept, list(schwarz.solvers), schwarz.correction.device
+        name, leads = schwarz.local_solver, own.leads
+        return LocalSolvers(name, kept, carried, own.subdomains, own.layers, self.comm, leads, device)
 
     def describe(self) -> str:
         """See `apts_mpi.holding.Holding`."""

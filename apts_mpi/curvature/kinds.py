@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from apts_mpi.curvature.dense import gram
-from apts_mpi.curvature.layer import Curvature, LayerBatch, damped_factor, damped_reciprocal
+from apts_mpi.curvature.layer import Curvature, LayerBatch, Undivided, damped_factor, damped_reciprocal
 from apts_mpi.curvature.normalisation import Normalisation, NormalisationDiagonal, batched
 from apts_mpi.curvature.patches import Convolution, patches
 from apts_mpi.curvature.signed import signed_factors
@@ -146,6 +146,29 @@ class KroneckerFactors:
                 torch.mul(halfway[:, columns], self._inverse_inputs[columns], out=out)
         return found
 
+    @property
+    def places(self) -> range:
+        """See `apts_mpi.curvature.layer.Curvature`: the rows of the weights; the biases belong to the last."""
+        return range(0, self._weight.numel(), self._weight[0].numel())
+
+    def part(self, gradient: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """See `apts_mpi.curvature.layer.Curvature`."""
+        size = self._weight.numel()
+        inputs, has_end = size // self._rows, stop == len(gradient)
+        rows = slice(start // inputs, self._rows if has_end else stop // inputs)
+        given, biases = gradient[:size].view(self._rows, inputs), gradient[size:].unsqueeze(1)
+        outputs, of_inputs = self._minus_inverse_outputs, self._inverse_inputs
+        halfway = _rows_times(outputs, rows, torch.cat([given, biases], dim=1) if self._has_bias else given)
+        found = halfway @ of_inputs[:, :inputs] if of_inputs.dim() == 2 else halfway[:, :inputs] * of_inputs[:inputs]
+        if not (has_end and self._has_bias):
+            return found.flatten()
+        # Those of all rows, from a product with a vector.
+        if of_inputs.dim() == 2:
+            last = given @ of_inputs[:-1, -1:] + biases * of_inputs[-1, -1]
+        else:
+            last = biases * of_inputs[-1]
+        return torch.cat([found.flatten(), _rows_times(outputs, slice(None), last).flatten()])
+
 
 class AttentionFactors(KroneckerFactors):
     """K-FAC of an ``nn.MultiheadAttention`` of one input: its projections to queries, keys and values as one matrix.
@@ -157,7 +180,7 @@ class AttentionFactors(KroneckerFactors):
     names = ("in_proj_weight", "in_proj_bias")
 
 
-class EmbeddingFactors:
+class EmbeddingFactors(Undivided):
     """K-FAC of an ``nn.Embedding``: its inputs are unit vectors, so that A is diagonal; or zero, those of padding."""
 
     kind = "EmbeddingFactors"
@@ -276,6 +299,11 @@ def _joined(rows: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
 def _second_moment(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """``R^T R`` of rows, or its diagonal where that is a factor's."""
     return gram(rows) if len(shape) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
+
+
+def _rows_times(factor: torch.Tensor, rows: slice, matrix: torch.Tensor) -> torch.Tensor:
+    """Rows of the product of a factor, or of its diagonal, with a matrix."""
+    return factor[rows] @ matrix if factor.dim() == 2 else factor[rows, None] * matrix[rows]
 
 
 def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> None:

@@ -68,6 +68,10 @@ class Curvature(Protocol):
     signed: bool
 
     @property
+    def places(self) -> range:
+        """Elements of the layer at which a `part` may begin: 0, and others where it costs no more than its share."""
+
+    @property
     def statistics(self) -> list[tuple[int, ...]]:
         """Shapes of what `measure` returns."""
 
@@ -85,6 +89,19 @@ class Curvature(Protocol):
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """Minus the inverse curvature times a gradient, both of shape (size,)."""
+
+    def part(self, gradient: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of `direction`, at ``places`` or the end."""
+
+
+class Undivided:
+    """Of curvature whose directions are computed as a whole."""
+
+    places = range(1)
+
+    def part(self: Curvature, gradient: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """See `Curvature`."""
+        return self.direction(gradient)[start:stop]
 
 
 def damped_inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from apts_mpi.curvature.layer import LayerBatch, damped_reciprocal
+from apts_mpi.curvature.layer import LayerBatch, Undivided, damped_reciprocal
 
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 Normalisation = (
@@ -17,7 +17,7 @@ Normalisation = (
 )
 
 
-class NormalisationDiagonal:
+class NormalisationDiagonal(Undivided):
     """Diagonal Fisher matrix of the scale and shift of a normalisation layer, from per-sample gradients.
 
     Parameters

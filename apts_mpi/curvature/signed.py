@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apts_mpi.curvature.dense import gram
-from apts_mpi.curvature.layer import TINY, LayerBatch, damped_factor, damped_reciprocal
+from apts_mpi.curvature.layer import TINY, LayerBatch, Undivided, damped_factor, damped_reciprocal
 
 # Signs that are drawn an update. With one instead of four, recurrent layers ended at twice the loss.
 DRAWS = 4
@@ -20,7 +20,7 @@ DRAWS = 4
 LARGEST_FACTOR, LONGEST_SIDE = 2048, 16
 
 
-class SignedFactors:
+class SignedFactors(Undivided):
     """Factors of the Fisher matrix of each parameter of a layer.
 
     With independent random signs s_i the square of ``Z = sum_i s_i Z_i``, over the gradients Z_i of the samples, has

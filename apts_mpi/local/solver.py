@@ -12,7 +12,9 @@ import torch
 
 from apts_mpi.curvature.layer import Curvature
 from apts_mpi.local.objective import LocalObjective
+from apts_mpi.network.partition import Layer
 from apts_mpi.network.recorder import LayerRecord
+from apts_mpi.network.shared_work import Work
 from apts_mpi.objective.passes import Sums
 from apts_mpi.options import APTSOptions, LocalOptions, TrustRegionOptions
 from apts_mpi.parallel.communicator import Communicator
@@ -155,6 +157,10 @@ class LocalSolver(ABC):
         Whether `direction` knows the curvature.
     averages : bool
         Whether `unbounded` is along a running mean of gradients by ``local.momentum``, as ``noise batches`` wants it.
+    divides_work : bool
+        Whether `unbounded` and `direction` may be limited to ``own_part``, as other ranks have the rest of the block.
+    own_part : slice or None
+        That part of the block; None: all of it.
     damping, quadratic_damping : float or None
         What ``local.damping`` is unless the user says otherwise, and what it is for a loss that is quadratic in the
         outputs; None: the same.
@@ -173,12 +179,14 @@ class LocalSolver(ABC):
     takes_sums: ClassVar[bool] = False
     preconditions: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    divides_work: ClassVar[bool] = False
     damping: ClassVar[float | None] = None
     quadratic_damping: ClassVar[float | None] = None
     local_data: ClassVar[Literal["shared", "shard", "full"]] = "shard"
     coarse_norm: ClassVar[Literal["2", "scaled"]] = "2"
     coarse_samples: ClassVar[float | None] = None
     updates = 0
+    own_part: slice | None = None
     same: SameFunction = NEW
 
     @classmethod
@@ -200,6 +208,19 @@ class LocalSolver(ABC):
     def unbounded(self, local: LocalObjective) -> torch.Tensor:
         """How far `solve` moves the block in a ball without end; the block is afterwards as before."""
         return displacement_of(self, local, math.inf, "2")
+
+    @classmethod
+    def work(cls, layer: Layer, module: torch.nn.Module, refresh: int) -> Work:
+        """What an iteration costs in a layer, in multiplications up to a factor, and where it can be divided.
+
+        Parameters
+        ----------
+        layer, module
+            Its range of the flat vector, and what owns the parameters there.
+        refresh
+            Iterations from one update of statistics to the next.
+        """
+        return Work(layer.start, layer.stop, range(1), 0.0, 1.0)
 
     @property
     def is_due(self) -> bool:

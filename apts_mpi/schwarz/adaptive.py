@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from apts_mpi.curvature.dense import LARGEST_DENSE
-from apts_mpi.curvature.kinds import make_curvature
 from apts_mpi.curvature.linearisation import Column
 from apts_mpi.errors import InvalidInput, SharedInvalidInput
 from apts_mpi.local.registry import needs_evaluations, solver_class
@@ -154,20 +153,11 @@ def _worth_of_coupling(options: APTSOptions) -> int:
 def modelled_costs(decomposition: Decomposition, objective: Objective, options: APTSOptions) -> list[float]:
     """What an iteration of a local solve costs in each layer, in multiplications up to a factor.
 
-    With factors of whole layers, inverses of side s take s^3 each ``local.refresh`` iterations, and the products with
-    them twice the parameters times s; else as much as there are parameters.
+    See `apts_mpi.local.LocalSolver.work`.
     """
-    costs = []
-    factored = solver_class(options.local.solver).preconditions
-    for layer in decomposition.layers:
-        size = layer.stop - layer.start
-        sides: list[int] = []
-        if factored:
-            curvature = make_curvature(objective.network.get_submodule(layer.name), size)
-            sides = [shape[0] for shape in curvature.statistics if len(shape) == 2 and shape[0] == shape[1]]
-        inverses = sum(side**3 for side in sides) / (options.local.refresh or 1)
-        costs.append(inverses + 2.0 * size * sum(sides) + size)
-    return costs
+    work, refresh = solver_class(options.local.solver).work, options.local.refresh or 1
+    modules = [(layer, objective.network.get_submodule(layer.name)) for layer in decomposition.layers]
+    return [work(layer, module, refresh).cost for layer, module in modules]
 
 
 def measured_costs(

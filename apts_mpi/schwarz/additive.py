@@ -22,9 +22,10 @@ from apts_mpi.objective.passes import Cache
 from apts_mpi.options import APTSOptions
 from apts_mpi.parallel.nonblocking import Pending
 from apts_mpi.parallel.transport import BUCKET_BYTES, Mirror
+from apts_mpi.schwarz.division_of_work import can_be_divided, divide_work
 from apts_mpi.schwarz.local_reductions import LocalReductions
 from apts_mpi.schwarz.plateau import Plateau
-from apts_mpi.schwarz.shares import led_range, led_rows, weights_of
+from apts_mpi.schwarz.shares import handed_out, led_range, led_rows, local_radius, weights_of
 from apts_mpi.schwarz.whole_layers import whole_layers
 from apts_mpi.tools.events import Stopwatch
 from apts_mpi.trust_region.inner_products import InnerProducts
@@ -63,6 +64,8 @@ class AdditiveSchwarz:
         The assembled correction, once the pending operation has completed.
     solvers : dict of int to LocalSolver
         Local solvers of the subdomains that this rank carries, with their state.
+    kept : dict of int to LocalSolver
+        These and those of which this rank computes a part of the directions.
     solving : Stopwatch
         Seconds of the local solves of this rank, without statistics that all ranks measure together.
     rows : list of GaussNewtonRows
@@ -103,6 +106,7 @@ class AdditiveSchwarz:
         self.solving = Stopwatch(objective.events)
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
         self._shared = schwarz.local_data == "shared" and self._kind.whole_layers
+        self._divides = self._shared and can_be_divided(options, self._kind, decomposition)
         self._make_rows, self.plateau = make_rows, plateau
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
@@ -128,7 +132,11 @@ class AdditiveSchwarz:
         # Those that only measure never count an iteration.
         objective.observes = lambda: any(self._measuring[part.index].observes for part in decomposition.carried)
         self._weights = {} if self._disjoint else weights_of(decomposition, self._values, self._is_sum)
-        self._ranges = [led_range(decomposition, rank) for rank in range(self._comm.size)]
+        self.kept, self._ranges = self.solvers, [led_range(decomposition, rank) for rank in range(self._comm.size)]
+        if self._divides:
+            network, refresh = objective.network, self._options.local.refresh or 1
+            self._ranges, touched = divide_work(decomposition, network, refresh, self._measuring)
+            self.kept = self.solvers | touched
 
     def _make_solver(self, subdomain: Subdomain) -> LocalSolver:
         block = self._values[subdomain.start : subdomain.stop]
@@ -167,7 +175,7 @@ class AdditiveSchwarz:
             On every rank, for what a local solver cannot do.
         """
         # On noisy batches the sum of all corrections is scaled to the ball, so that it is the same however it is split.
-        local_radius = math.inf if self._is_noisy else self._local_radius(radius)
+        own_radius = math.inf if self._is_noisy else local_radius(radius, self._count, self._norm, self._data)
         for solver in self._measuring.values():
             solver.same = same
         self._mirror.tensor.zero_()
@@ -191,17 +199,11 @@ class AdditiveSchwarz:
                 if useful and not relief and self._is_measuring:
                     self._measure(of_pass, weight, gradient)
                 for cache in of_pass if useful else ():
-                    if cache.subdomain.index in self.solvers:
+                    if cache.subdomain.index in self.kept:
                         with self.solving:
-                            self._solve(cache, rows, weight, gradient, local_radius)
+                            self._solve(cache, rows, weight, gradient, own_radius)
         with self._events.timed("assembly"):
             return self._start_assembly()
-
-    def _local_radius(self, radius: float) -> float:
-        """Of each subdomain's ball, so that the assembled correction lies in that of ``radius``."""
-        if self._data:
-            return radius / self._count
-        return subdomain_radius(radius, self._count, self._norm)
 
     def _fresh(self, batch: Batch, caches: Sequence[Sequence[Cache]]) -> Sequence[Sequence[Cache]]:
         """The caches, of micro-batches anew the second time: sums of the layers are for one solve. Collective."""
@@ -222,9 +224,9 @@ class AdditiveSchwarz:
             part = cache.subdomain
             local = LocalObjective(self._objective, cache, gradient[part.start : part.stop], self._comm, weight)
             fresh = self._measuring[part.index].measure(local, key)
-            if part.index in self.solvers:
+            if part.index in self.kept:
                 with self.solving:
-                    self.solvers[part.index].take_in(fresh)
+                    self.kept[part.index].take_in(fresh)
 
     def _is_of_use(self, gradient: torch.Tensor) -> bool:
         """Whether the batch can teach the local solvers anything, whose state lasts. Collective."""
@@ -255,7 +257,7 @@ class AdditiveSchwarz:
         subdomain = cache.subdomain
         own = gradient[subdomain.start : subdomain.stop]
         local = LocalObjective(self._objective, cache, own, self._team, weight, rows)
-        solver = self.solvers[subdomain.index]
+        solver = self.kept[subdomain.index]
         if self._reductions is not None:
             local.begin()
         if self.plateau and self.plateau.leads:
@@ -264,7 +266,8 @@ class AdditiveSchwarz:
             displacement = solver.unbounded(local)
         else:
             displacement = displacement_of(solver, local, radius, self._norm)
-        self._objective.vector.still(displacement, subdomain.start)
+        place, inner = handed_out(subdomain, displacement, solver.own_part if self._divides else None)
+        self._objective.vector.still(displacement, place.start if self._divides else subdomain.start)
         if self._reductions is not None:
             self._reductions.add(local, displacement)
         if self._stack is not None:
@@ -272,9 +275,7 @@ class AdditiveSchwarz:
             descent = self._downhill(local.gradient, displacement, radius)
             self._stack[subdomain.index * size : (subdomain.index + 1) * size] = descent
         elif self._disjoint:
-            owned = slice(subdomain.owned_start, subdomain.owned_stop)
-            inner = displacement[owned.start - subdomain.start : owned.stop - subdomain.start]
-            self.correction[owned] = self._downhill(gradient[owned], inner, radius)
+            self.correction[place] = self._downhill(gradient[place], inner, radius)
         elif self.decomposition.leads:
             weights = self._weights[subdomain.index]
             weighted = self._downhill(local.gradient * weights, displacement * weights, radius)
@@ -324,11 +325,11 @@ class AdditiveSchwarz:
         solved : Mirror of a tensor of shape (n,)
             Where the result goes.
         """
-        for subdomain in self.decomposition.carried:
-            direction = self.solvers[subdomain.index].direction(residual[subdomain.start : subdomain.stop])
-            owned = slice(subdomain.owned_start, subdomain.owned_stop)
-            inner = direction[owned.start - subdomain.start : owned.stop - subdomain.start]
-            torch.neg(inner, out=solved.tensor[owned])
+        for index, solver in self.kept.items():
+            subdomain = self.decomposition.subdomains[index]
+            direction = solver.direction(residual[subdomain.start : subdomain.stop])
+            place, inner = handed_out(subdomain, direction, solver.own_part if self._divides else None)
+            torch.neg(inner, out=solved.tensor[place])
         pending = self._comm.pending()
         self._comm.start_gather(pending, solved, self._ranges)
         pending.wait()

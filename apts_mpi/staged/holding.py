@@ -268,9 +268,10 @@ class Staged:
 
     def _parts(self) -> SolverParts:
         schwarz, extent, leads = self.schwarz, self._extent, self.decomposition.leads
-        solvers, layers = extent.solvers(schwarz.solvers), extent.layers(self.decomposition.layers)
+        kept, layers = extent.solvers(schwarz.kept), extent.layers(self.decomposition.layers)
+        carried = list(extent.solvers(schwarz.solvers))
         name, device = schwarz.local_solver, schwarz.correction.device
-        local = LocalSolvers(name, solvers, extent.subdomains, layers, self.comm, leads, device)
+        local = LocalSolvers(name, kept, carried, extent.subdomains, layers, self.comm, leads, device)
         parts = {
             **{"coarse": self.coarse, "global_step": self.global_step, "last_step": self.last_step},
             **{"plateau": self.plateau, "micro_batches": None, "metric": None},

@@ -8,7 +8,7 @@ that were saved take what they need from the saved owners.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +37,9 @@ class LocalSolvers:
     name : str
         Of the kind of solver.
     solvers : dict of int to LocalSolver
-        Those of the subdomains that this rank carries, by the numbers of these.
+        Those that this rank keeps, by the numbers of their subdomains.
+    carried : collection of int
+        Subdomains that this rank carries, whose solvers it saves.
     subdomains
         All subdomains.
     layers
@@ -52,6 +54,7 @@ class LocalSolvers:
 
     name: str
     solvers: Mapping[int, LocalSolver]
+    carried: Collection[int]
     subdomains: Sequence[Subdomain]
     layers: Sequence[Layer]
     comm: Communicator
@@ -66,7 +69,7 @@ class LocalSolvers:
 
 def save_local_solvers(local: LocalSolvers) -> tuple[list[Array], list[dict[str, Any]]]:
     """Arrays of a checkpoint, and a record of each subdomain for its metadata. Collective."""
-    states = {index: solver.state() for index, solver in local.solvers.items()} if local.leads else {}
+    states = {index: local.solvers[index].state() for index in local.carried} if local.leads else {}
     collected = local.comm.collect(
         [_describe(local.subdomains[index], state, local.layers) for index, state in states.items()]
     )

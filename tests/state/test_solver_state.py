@@ -194,16 +194,18 @@ def test_baseline_goes_on_to_the_bit(world, directory, optimizer):
 
 @pytest.mark.mpi
 @pytest.mark.all_sizes(solver="kfac")
-@pytest.mark.parametrize("solver", ["kfac", "adam", "lsr1"])
-def test_any_number_of_ranks_goes_on(world, directory, solver):
+@pytest.mark.parametrize(
+    ("solver", "noise"),
+    [("kfac", "none"), ("adam", "none"), ("lsr1", "none"), ("kfac", "batches"), ("muon", "batches")],
+)
+def test_any_number_of_ranks_goes_on(world, directory, solver, noise):
     """From N to M ranks with six subdomains; the sums over ranks have other rounding errors, hence no equal bits."""
     sizes = [size for size in (1, 2, 3, 4, 8) if size <= world.size]
     groups = {size: world.Split(int(world.rank < size), world.rank) for size in sizes}
 
     def make(comm):
-        return apts(
-            comm, classifier, subdomains=6, local=LocalOptions(solver=solver), trust_region=TrustRegionOptions()
-        )
+        local = LocalOptions(solver=solver)
+        return apts(comm, classifier, subdomains=6, noise=noise, local=local, trust_region=TrustRegionOptions())
 
     final = {}
     for size, group in groups.items():
