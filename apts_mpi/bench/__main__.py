@@ -18,11 +18,11 @@ from apts_mpi.tools.parser import Parser, directory, names_of, whole
 from apts_mpi.tools.status import FAILED
 from apts_mpi.tools.streams import end_with_reader
 
-# Networks with the numbers of samples of their batches, which `apts_mpi.bench.beside_adamw` has.
+# Networks with the numbers of samples of their batches, which `apts_mpi.bench.cases` has.
 PROBLEMS = ("mlp-256", "mlp-2000", "cnn-250", "resnet-500", "text-64", "wide-1024")
 
 COMMANDS = {
-    "iteration": "an iteration beside its bare passes, and beside AdamW",
+    "iteration": "an iteration beside its bare passes, beside AdamW, and of all ranks beside one",
     "balance": "local solves of the slowest rank beside those of all; for mpirun -n 2 or 4",
     "checkpoint": "saving at 1, 2 and 4 ranks beside a raw write; for mpirun -n 4",
     "memory": "a rank's memory in both layouts; for mpirun -n 8",

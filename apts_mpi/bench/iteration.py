@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from apts_mpi.apts import APTS
 from apts_mpi.bench.beside_adamw import beside_adamw
 from apts_mpi.bench.launches import as_json, launches_of, print_launches
+from apts_mpi.bench.over_ranks import over_ranks
 from apts_mpi.options import APTSOptions, CoarseOptions, LocalOptions
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.timing import Timing, clock_of, time_in_turn, wait_for_all
@@ -90,6 +91,8 @@ def iteration(repetitions: int, rounds: int, problems: Sequence[str], device: st
     if world.rank == 0:
         beside_adamw(problems, rounds, chosen)
     wait_for_all(MPI.COMM_WORLD, 0.01)
+    if world.size > 1 and chosen.type == "cpu":
+        over_ranks(problems, rounds)
 
 
 def beside_passes(repetitions: int, device: torch.device, file: Path | None = None) -> None:

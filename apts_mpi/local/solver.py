@@ -158,7 +158,7 @@ class LocalSolver(ABC):
     averages : bool
         Whether `unbounded` is along a running mean of gradients by ``local.momentum``, as ``noise batches`` wants it.
     divides_work : bool
-        Whether `unbounded` and `direction` may be limited to ``own_part``, as other ranks have the rest of the block.
+        Whether `unbounded` is limited to ``own_part``, as other ranks have the rest of the block. Not inherited.
     own_part : slice or None
         That part of the block; None: all of it.
     damping, quadratic_damping : float or None

@@ -58,19 +58,15 @@ def _starts(works: Sequence[Work], capacity: float) -> Iterator[int]:
     load = 0.0
     yield works[0].start
     for work in works:
-        ends = [*work.places[1:], work.stop - work.start]
-        done, step = 0, 0
-        while step < len(ends):
-            room = capacity - load - work.fixed
-            if work.each * (ends[-1] - done) <= room:
+        size, places, place = work.stop - work.start, work.places, 0
+        while (room := capacity - load - work.fixed) < work.each * (size - places[place]):
+            # How many steps fit, found as the places are evenly apart; on a rank that has nothing yet, one at least.
+            fitting = int(room / work.each) // places.step if room > 0.0 else 0
+            left = len(places) - 1 - place
+            steps = min(fitting, left) or (load == 0.0)
+            if steps > left:
                 break
-            # How many steps fit, found as the places are evenly apart.
-            fitting = min(int(room / work.each) // work.places.step, len(ends) - 1 - step) if room > 0.0 else 0
-            fitting = fitting or (load == 0.0)
-            step += fitting
-            if step == len(ends):
-                break
-            done = ends[step - 1] if step else 0
-            yield work.start + done
+            place += steps
+            yield work.start + places[place]
             load = 0.0
-        load += work.fixed + work.each * (ends[-1] - done)
+        load += work.fixed + work.each * (size - places[place])

@@ -106,7 +106,7 @@ class AdditiveSchwarz:
         self.solving = Stopwatch(objective.events)
         # Where statistics are shared every rank measures for all subdomains, and solves for its own.
         self._shared = schwarz.local_data == "shared" and self._kind.whole_layers
-        self._divides = self._shared and can_be_divided(options, self._kind, decomposition)
+        self._divides = can_be_divided(options, self._kind, decomposition, self._shared)
         self._make_rows, self.plateau = make_rows, plateau
         self.rows: list[GaussNewtonRows] = []
         self.correction = torch.zeros_like(self._values)
@@ -266,8 +266,9 @@ class AdditiveSchwarz:
             displacement = solver.unbounded(local)
         else:
             displacement = displacement_of(solver, local, radius, self._norm)
-        place, inner = handed_out(subdomain, displacement, solver.own_part if self._divides else None)
-        self._objective.vector.still(displacement, place.start if self._divides else subdomain.start)
+        own_part = solver.own_part if self._divides else None
+        place, inner = handed_out(subdomain, displacement, own_part)
+        self._objective.vector.still(displacement, subdomain.start if own_part is None else place.start)
         if self._reductions is not None:
             self._reductions.add(local, displacement)
         if self._stack is not None:
@@ -325,10 +326,9 @@ class AdditiveSchwarz:
         solved : Mirror of a tensor of shape (n,)
             Where the result goes.
         """
-        for index, solver in self.kept.items():
-            subdomain = self.decomposition.subdomains[index]
-            direction = solver.direction(residual[subdomain.start : subdomain.stop])
-            place, inner = handed_out(subdomain, direction, solver.own_part if self._divides else None)
+        for subdomain in self.decomposition.carried:
+            direction = self.solvers[subdomain.index].direction(residual[subdomain.start : subdomain.stop])
+            place, inner = handed_out(subdomain, direction)
             torch.neg(inner, out=solved.tensor[place])
         pending = self._comm.pending()
         self._comm.start_gather(pending, solved, self._ranges)

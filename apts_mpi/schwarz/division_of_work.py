@@ -19,15 +19,18 @@ from apts_mpi.network.shared_work import shared_work
 from apts_mpi.options import APTSOptions
 
 
-def can_be_divided(options: APTSOptions, kind: type[LocalSolver], decomposition: Decomposition) -> bool:
-    """Whether ranks may share the directions of ``kind``, whose statistics they share.
+def can_be_divided(
+    options: APTSOptions, kind: type[LocalSolver], decomposition: Decomposition, are_shared: bool
+) -> bool:
+    """Whether ranks can share the directions of ``kind``.
 
-    Not where a subdomain's ball needs the length of its whole direction, and where cuts follow the work themselves.
+    All must have the statistics of all subdomains: ``are_shared``, or one team carries them. Not where a subdomain's
+    ball needs the length of its whole direction, and where cuts follow the work themselves. A class has to say of
+    itself that it divides work, as one made of it may take directions for whole ones.
     """
-    schwarz = options.schwarz
-    is_usual = kind.divides_work and options.local.iterations == 1 and options.noise == "batches"
-    is_even = schwarz.overlap == 0 and schwarz.partition == "layer" and schwarz.decomposition == "parameters"
-    return is_usual and is_even and decomposition.comm.size > 1
+    is_known = are_shared or decomposition.teams.count == 1
+    is_usual = options.noise == "batches" and options.schwarz.overlap == 0 and not options.schwarz.is_adaptive
+    return is_known and is_usual and "divides_work" in vars(kind) and decomposition.comm.size > 1
 
 
 def divide_work(

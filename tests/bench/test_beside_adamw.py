@@ -5,7 +5,8 @@ import torch
 
 from apts_mpi.bench import beside_adamw
 from apts_mpi.bench.__main__ import PROBLEMS, main, parse
-from apts_mpi.bench.beside_adamw import CASES, AdamW, Iterations
+from apts_mpi.bench.beside_adamw import AdamW, Iterations
+from apts_mpi.bench.cases import CASES
 
 
 def test_the_command_knows_the_cases():

@@ -10,6 +10,7 @@ from torch import nn
 
 from apts_mpi import APTS, APTSOptions, StagedAPTS
 from apts_mpi.curvature.kinds import KroneckerFactors, make_curvature
+from apts_mpi.local.kfac import KFAC
 from apts_mpi.options import LocalOptions, PipelineOptions
 
 LAYERS = [
@@ -111,5 +112,24 @@ def test_stages_share_the_work_among_their_replicas(world):
         return
     options = {"replicas": 2, "pipeline": PipelineOptions(micro_batches=2)}
     made = trained(world, "kfac", None, StagedAPTS, **options), trained(MPI.COMM_SELF, "kfac", 2)
+    schwarz = made[0].holding.schwarz
+    own = sum(len(range(solver.own_part.start, solver.own_part.stop)) for solver in schwarz.kept.values())
+    assert schwarz.decomposition.comm.mpi.allreduce(own) == schwarz.correction.numel() > own
     losses = [one.step((torch.ones(24, 8).double(), torch.zeros(24).long())).schwarz.loss for one in made]
     np.testing.assert_allclose(*losses, rtol=1e-9)
+
+
+class Steepest(KFAC):
+    """One of the user's, whose directions are whole."""
+
+    def direction(self, gradient):
+        return -gradient
+
+
+@pytest.mark.mpi
+def test_solvers_made_of_these_keep_whole_directions(world):
+    """They do not know of parts, which others would take theirs for."""
+    name = f"{__name__}:Steepest"
+    found, alone = (trained(comm, name, 2) for comm in (world, MPI.COMM_SELF))
+    expected = alone.holding.objective.vector.values
+    torch.testing.assert_close(found.holding.objective.vector.values, expected, rtol=1e-9, atol=1e-11)
