@@ -36,7 +36,7 @@ SMALL_SIDE, LARGEST_RATIO = 512, 32
 # Rows of patches of a convolution, in all and for each column: with more, its factor changes by a few hundredths alone.
 PATCHES, PATCHES_A_COLUMN = 16384, 32
 
-# Numbers to a multiple of which rows of intermediate products are lengthened.
+# Numbers to a multiple of which long rows of intermediate products are lengthened.
 ALIGNED = 16
 
 
@@ -132,7 +132,24 @@ class KroneckerFactors:
 
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        return self.part(gradient, 0, len(gradient))
+        size, found = self._weight.numel(), torch.empty_like(gradient)
+        # Weights and biases side by side, from and into which the products go without copies. Long rows begin at
+        # multiples of so many numbers: with 2,049 a product takes a third longer.
+        width = -(-self._columns // ALIGNED) * ALIGNED if self._columns > SMALL_SIDE else self._columns
+        halfway = gradient.new_empty(self._rows, width)[:, : self._columns]
+        weights = slice(0, size), slice(0, size // self._rows)
+        biases = slice(size, None), slice(size // self._rows, None)
+        parts = [weights, biases] if self._has_bias else [weights]
+        for of_flat, columns in parts:
+            given = gradient[of_flat].view(self._rows, -1)
+            _times(self._minus_inverse_outputs, given, halfway[:, columns])
+        for of_flat, columns in parts:
+            out = found[of_flat].view(self._rows, -1)
+            if self._inverse_inputs.dim() == 2:
+                torch.mm(halfway, self._inverse_inputs[:, columns], out=out)
+            else:
+                torch.mul(halfway[:, columns], self._inverse_inputs[columns], out=out)
+        return found
 
     @property
     def places(self) -> range:
@@ -141,28 +158,21 @@ class KroneckerFactors:
 
     def part(self, gradient: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """See `apts_mpi.curvature.layer.Curvature`."""
-        size, outputs, factor = self._weight.numel(), self._minus_inverse_outputs, self._inverse_inputs
-        inputs = size // self._rows
+        size = self._weight.numel()
+        inputs, has_end = size // self._rows, stop == len(gradient)
+        rows = slice(start // inputs, self._rows if has_end else stop // inputs)
         given, biases = gradient[:size].view(self._rows, inputs), gradient[size:].unsqueeze(1)
-        rows = slice(start // inputs, min(stop, size) // inputs)
-        # Weights and biases side by side, into and from which the products go without copies. Rows begin at multiples
-        # of so many numbers: with 2,049 a product takes a third longer.
-        width = -(-self._columns // ALIGNED) * ALIGNED
-        halfway = gradient.new_empty(rows.stop - rows.start, width)[:, : self._columns]
-        _rows_times(outputs, rows, given, halfway[:, :inputs])
-        if self._has_bias:
-            _rows_times(outputs, rows, biases, halfway[:, inputs:])
-        found = gradient.new_empty(stop - start)
-        of_weights = found[: halfway.shape[0] * inputs].view(-1, inputs)
-        if factor.dim() == 2:
-            torch.mm(halfway, factor[:, :inputs], out=of_weights)
+        outputs, of_inputs = self._minus_inverse_outputs, self._inverse_inputs
+        halfway = _rows_times(outputs, rows, torch.cat([given, biases], dim=1) if self._has_bias else given)
+        found = halfway @ of_inputs[:, :inputs] if of_inputs.dim() == 2 else halfway[:, :inputs] * of_inputs[:inputs]
+        if not (has_end and self._has_bias):
+            return found.flatten()
+        # Those of all rows, from a product with a vector.
+        if of_inputs.dim() == 2:
+            last = given @ of_inputs[:-1, -1:] + biases * of_inputs[-1, -1]
         else:
-            torch.mul(halfway[:, :inputs], factor[:inputs], out=of_weights)
-        if stop > size:
-            # Those of all rows, by products with vectors.
-            last = given @ factor[:-1, -1:] + biases * factor[-1, -1] if factor.dim() == 2 else biases * factor[-1]
-            _rows_times(outputs, slice(None), last, found[of_weights.numel() :].unsqueeze(1))
-        return found
+            last = biases * of_inputs[-1]
+        return torch.cat([found.flatten(), _rows_times(outputs, slice(None), last).flatten()])
 
 
 class AttentionFactors(KroneckerFactors):
@@ -296,9 +306,14 @@ def _second_moment(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return gram(rows) if len(shape) == 2 else torch.linalg.vector_norm(rows, dim=0).square_()
 
 
-def _rows_times(factor: torch.Tensor, rows: slice, matrix: torch.Tensor, out: torch.Tensor) -> None:
-    """Put rows of the product of a factor, or of its diagonal, with a matrix into ``out``."""
+def _rows_times(factor: torch.Tensor, rows: slice, matrix: torch.Tensor) -> torch.Tensor:
+    """Rows of the product of a factor, or of its diagonal, with a matrix."""
+    return factor[rows] @ matrix if factor.dim() == 2 else factor[rows, None] * matrix[rows]
+
+
+def _times(factor: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor) -> None:
+    """Put the product of a factor, or of its diagonal, with a matrix into ``out``."""
     if factor.dim() == 2:
-        torch.mm(factor[rows], matrix, out=out)
+        torch.mm(factor, matrix, out=out)
     else:
-        torch.mul(factor[rows, None], matrix[rows], out=out)
+        torch.mul(factor[:, None], matrix, out=out)

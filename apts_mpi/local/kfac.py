@@ -144,7 +144,9 @@ class KFAC(LocalSolver):
     def direction(self, gradient: torch.Tensor) -> torch.Tensor:
         """See `apts_mpi.local.LocalSolver`; of ``own_part``."""
         parts = [
-            curvature.part(gradient[part], inside.start, inside.stop)
+            curvature.direction(gradient[part])
+            if inside == slice(0, part.stop - part.start)
+            else curvature.part(gradient[part], inside.start, inside.stop)
             for (curvature, _, part), inside in zip(self.layers, self._inside(), strict=True)
             if inside is not None
         ]
