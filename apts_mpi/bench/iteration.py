@@ -91,7 +91,7 @@ def iteration(repetitions: int, rounds: int, problems: Sequence[str], device: st
     if world.rank == 0:
         beside_adamw(problems, rounds, chosen)
     wait_for_all(MPI.COMM_WORLD, 0.01)
-    if world.size > 1 and chosen.type == "cpu":
+    if problems and world.size > 1 and chosen.type == "cpu":
         over_ranks(problems, rounds)
 
 
