@@ -250,6 +250,13 @@ class Communicator:
             self._mpi.Reduce(np.ascontiguousarray(values), total, op=MPI.SUM, root=0)
         return total
 
+    def sum_of_part(self, values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """This rank's part of the sum of float64 ``values``, (count,), over the ranks, so many of each. Collective."""
+        part = np.empty(counts[self.rank])
+        with self._collective("reduce", values.nbytes):
+            self._mpi.Reduce_scatter(values, part, counts, op=MPI.SUM)
+        return part
+
     def decide(self, decide: Callable[[], Sequence[float]]) -> tuple[float, ...]:
         """What ``decide``, called on rank 0 alone, returns. Collective."""
         record = np.array(decide() if self.rank == 0 else (), dtype=np.float64)

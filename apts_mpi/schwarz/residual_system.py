@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from apts_mpi.curvature.dense import gram
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.schwarz.shared_cholesky import SharedCholesky
 from apts_mpi.trust_region.norms import Dots
 
 Form = Literal["kernel", "normal"]
@@ -53,66 +53,15 @@ class ResidualSystem(Protocol):
 def cheaper_form(rows: int, parameters: int, ranks: int) -> Form:
     """Which of the two matrices costs less, that of the rows or that of the parameters.
 
-    Forming either takes half of ``rows * parameters`` times its size in multiplications, which ranks share; rank 0
-    factorises it. On several ranks the matrix is summed, and for that of the rows all rows are gathered before.
+    Forming either takes half of ``rows * parameters`` times its size in multiplications; ranks share that and the
+    factors. On several ranks the matrix is summed, and for that of the rows all rows are gathered before.
     """
 
     def cost(size: int, gathered: int) -> float:
         moved = (size**2 + gathered) * MULTIPLICATIONS_OF_A_NUMBER if ranks > 1 else 0
-        return 0.5 * rows * parameters * size / ranks + size**3 / 6.0 + moved
+        return (0.5 * rows * parameters * size + size**3 / 6.0) / ranks + moved
 
     return "kernel" if cost(rows, rows * parameters) <= cost(parameters, 0) else "normal"
-
-
-class Factors:
-    """Cholesky factors of a damped matrix on rank 0, which solves for all: ranks would magnify rounding apart.
-
-    Parameters
-    ----------
-    matrix : ndarray or None
-        Symmetric, positive semi-definite, float64; on rank 0.
-    comm
-        All ranks.
-
-    Attributes
-    ----------
-    size : float
-        See `ResidualSystem`.
-    """
-
-    def __init__(self, matrix: np.ndarray | None, comm: Communicator) -> None:
-        self._matrix = None if matrix is None else torch.from_numpy(matrix)
-        self._comm = comm
-        (self.size,) = comm.decide(lambda: [_rounded(float(self._given().trace()))])
-        self._factor = torch.zeros(0, 0, dtype=torch.float64)
-
-    def _given(self) -> torch.Tensor:
-        assert self._matrix is not None  # on rank 0
-        return self._matrix
-
-    def factorise(self, damping: float) -> float:
-        """See `ResidualSystem`."""
-
-        def decide() -> list[float]:
-            taken = damping
-            while True:
-                damped = self._given().clone()
-                damped.diagonal().add_(taken)
-                self._factor, info = torch.linalg.cholesky_ex(damped)
-                if int(info) == 0 or not math.isfinite(taken):
-                    return [taken]
-                taken *= 10.0
-
-        return self._comm.decide(decide)[0]
-
-    def solve(self, vector: torch.Tensor) -> torch.Tensor:
-        """The damped matrix' inverse times rank 0's vector. Collective."""
-        solved = torch.empty(len(vector), dtype=torch.float64)
-        if self._comm.rank == 0:
-            solved = torch.cholesky_solve(vector.cpu()[:, None], self._factor)[:, 0]
-        if self._comm.size > 1:
-            self._comm.share_tensors([solved])
-        return solved.to(vector.device)
 
 
 class Columns:
@@ -167,8 +116,7 @@ class KernelSystem:
 
     def __init__(self, columns: Columns, comm: Communicator) -> None:
         self.times, self.transposed = columns.times, columns.transposed
-        kernel = gram(columns.own.T).cpu().numpy()
-        self._factors = Factors(comm.sum_on_root(kernel) if comm.size > 1 else kernel, comm)
+        self._factors = SharedCholesky(gram(columns.own.T).cpu(), comm)
         self.size = self._factors.size
         self._damping = 0.0
 
@@ -206,8 +154,7 @@ class NormalSystem:
         counts = comm.numbers(len(rows))
         start = sum(counts[: comm.rank])
         self._own, self._count = slice(start, start + len(rows)), sum(counts)
-        matrix = gram(rows).cpu().numpy()
-        self._factors = Factors(comm.sum_on_root(matrix) if comm.size > 1 else matrix, comm)
+        self._factors = SharedCholesky(gram(rows).cpu(), comm)
         self.size = self._factors.size
         self._damping = 0.0
 

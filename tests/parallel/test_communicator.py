@@ -99,6 +99,16 @@ def test_sum_on_root(world, comm):
 
 
 @pytest.mark.mpi
+@pytest.mark.all_sizes
+def test_sum_of_part(world, comm):
+    """Parts of 0, 1, 2, ... numbers."""
+    counts = list(range(world.size))
+    part = comm.sum_of_part(np.arange(sum(counts)) * (1.0 + world.rank), counts)
+    first = sum(counts[: world.rank])
+    assert part.tolist() == [number * sum(range(1, world.size + 1)) for number in range(first, first + world.rank)]
+
+
+@pytest.mark.mpi
 def test_rank_0_shares_tensors_of_any_type(world, comm):
     tensors = [torch.full((2, 2), float(world.rank)), torch.tensor(5 + world.rank), torch.tensor([world.rank == 0])]
     comm.share_tensors(tensors)
