@@ -99,6 +99,7 @@ class Replicated:
             loss=MeanLoss(loss, options.group),
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
+            keep_outputs=options.coarse.model == "residual" or solver_class(options.local.solver).dense,
             recorded=self._recorded(),
             comm=self.comm,
         )

@@ -11,7 +11,7 @@ from torch.func import functional_call, jacrev, vjp, vmap
 from apts_mpi.curvature.loss_curvature import WITHOUT_ROWS, AtOutputs, at_outputs, read_outputs, side_by_side
 from apts_mpi.errors import named_failures
 from apts_mpi.network.activations import Bundle, differentiable, with_differentiable, with_tensors
-from apts_mpi.objective.passes import Mean
+from apts_mpi.objective.passes import Mean, Returned
 from apts_mpi.tools.environment import random_state, set_random_state
 from apts_mpi.tools.events import BACKWARD, FORWARD
 from apts_mpi.tools.trees import Tree, count_samples, map_tensors, tensors_of
@@ -59,7 +59,7 @@ class BlockJacobian:
         self._parameters = parameters
         self._loss = loss
 
-    def rows(self, inputs: Bundle, targets: Tree) -> torch.Tensor:
+    def rows(self, inputs: Bundle, targets: Tree, returned: Returned | None = None) -> torch.Tensor:
         """R with ``R^T R = J^T H J``, the Gauss-Newton matrix of the mean loss; shape (samples * outputs, size).
 
         The outputs of a sample are those of all tensors that the loss reads. A tensor without samples in its first
@@ -69,12 +69,16 @@ class BlockJacobian:
         ----------
         inputs, targets : tree of Tensor
             What enters the first segment, and the targets. Random masks are those of torch's random state.
+        returned
+            By the network, for these inputs at these parameters and with these masks, where that is known.
         """
         device = tensors_of(inputs)[0].device
         with torch.no_grad():
             before = random_state(device)
-            outputs = self._chain(inputs)
-            random = not torch.equal(before, random_state(device))
+            if returned is None:
+                outputs = self._chain(inputs)
+                returned = Returned(outputs, not torch.equal(before, random_state(device)))
+            outputs, random = returned
             places = read_outputs(self._loss, outputs, targets)
             if not places:
                 size, samples = sum(parameter.numel() for parameter in self._parameters), count_samples(targets)

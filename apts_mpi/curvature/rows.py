@@ -113,7 +113,7 @@ class GaussNewtonRows:
         parameters = objective.vector.parameters[self._touched]
         jacobian = BlockJacobian(self._segments(part), parameters, objective.loss)
         with objective.replayed(part.random_state):
-            rows = jacobian.rows(part.inputs, part.targets)
+            rows = jacobian.rows(part.inputs, part.targets, part.returned)
         share = segments.share(part.subdomain.first_segment, len(segments) - 1)
         objective.events.count_work(part.samples, share, jacobian.cost)
         return rows, jacobian.at_outputs

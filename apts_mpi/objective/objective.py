@@ -16,7 +16,7 @@ from apts_mpi.network.recorder import LayerRecord, LayerRecorder
 from apts_mpi.network.segments import SegmentedNetwork
 from apts_mpi.objective.mean_loss import MeanLoss, Term
 from apts_mpi.objective.micro_batches import Gathered, light_cache
-from apts_mpi.objective.passes import Cache, Pass, Run, Summaries, keeps_graphs
+from apts_mpi.objective.passes import Cache, Pass, Returned, Run, Summaries, keeps_graphs
 from apts_mpi.objective.reduction import GradientReduction
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.tools.environment import preserved_random_state, random_state, seed_stream, set_random_state
@@ -40,6 +40,8 @@ class Objective:
         Whether the subdomains' outputs and their gradients are cached.
     keep_gradients
         Whether the caches keep the passes' own gradients; local solvers with more than one iteration need them.
+    keep_outputs
+        Whether the caches keep what the network returned.
     recorded
         Layers whose inputs and output gradients are recorded.
     comm
@@ -76,6 +78,7 @@ class Objective:
         loss: MeanLoss,
         inexact: bool,
         keep_gradients: bool,
+        keep_outputs: bool = False,
         recorded: Sequence[torch.nn.Module] = (),
         comm: Communicator,
     ) -> None:
@@ -87,6 +90,8 @@ class Objective:
         self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
         self.keep_gradients = keep_gradients
+        # Rows are of the full precision.
+        self._keep_outputs = keep_outputs and segmented.autocast is None
         self.outputs_of_sample = 1
         self.knows_plain_passes_alone: bool | None = None
         self.summaries: Summaries | None = None
@@ -210,6 +215,11 @@ class Objective:
                         if tensor.requires_grad:  # behind a step function, say, nothing does
                             tensor.retain_grad()
                     cache.outputs = activations
+        for cache in caches if self._keep_outputs else ():
+            # A copy: the loss may write to what it is given.
+            outputs = map_tensors(lambda tensor: tensor.detach().clone(), activations)
+            assert isinstance(cache.random_state, torch.Tensor)  # as it was made above
+            cache.returned = Returned(outputs, not torch.equal(cache.random_state, random_state(self._device)))
         return activations, caches
 
     def ends_before_loss(self, subdomain: Subdomain) -> bool:

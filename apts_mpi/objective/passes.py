@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,6 +25,13 @@ Mean = Callable[[Any, Any], torch.Tensor]
 
 # Of layers, what adds up over the micro-batches of a pass: tensors and numbers.
 Sums = dict[nn.Module, list[Any]]
+
+
+class Returned(NamedTuple):
+    """What the network returned in a pass, and whether it drew random numbers behind a cache's inputs."""
+
+    outputs: Bundle
+    is_random: bool
 
 
 @dataclass
@@ -62,6 +69,8 @@ class Cache:
         Whether the graph of one of them is kept at a time, and computed again where it is needed again.
     is_used : bool
         Whether local problems were solved with it.
+    returned : Returned or None
+        By the network; kept where rows are formed, which then need no evaluation of their own.
     """
 
     subdomain: Subdomain
@@ -78,6 +87,7 @@ class Cache:
     micro_batches: list[Cache] = field(default_factory=list)
     is_recomputed: bool = False
     is_used: bool = False
+    returned: Returned | None = None
 
     @property
     def samples(self) -> int:
