@@ -208,6 +208,29 @@ def test_allen_cahn_network_is_periodic():
     torch.testing.assert_close(left, right)
 
 
+def test_allen_cahn_kink_diffuses():
+    """It satisfies the heat equation at any distance, begins at 0, and takes the slope 1 away from the kink."""
+    time, distance = points(200, [1e-3, 0.0], [1.0, 0.05]).split(1, dim=1)
+    values, gradients, second = pinn.derivatives(
+        lambda z: allen_cahn.diffused_kink(z[:, :1], z[:, 1:]), torch.cat([time, distance], dim=1), second=[1]
+    )
+    assert values.std() > 1e-3
+    torch.testing.assert_close(gradients[:, :1], allen_cahn.DIFFUSIVITY * second, rtol=1e-10, atol=1e-14)
+    assert allen_cahn.diffused_kink(0 * time, distance).abs().max() == 0.0
+    at_kink = torch.cat([time, 0 * distance], dim=1)
+    _, gradients, _ = pinn.derivatives(lambda z: allen_cahn.diffused_kink(z[:, :1], z[:, 1:]), at_kink, second=[1])
+    torch.testing.assert_close(gradients[:, 1], -torch.ones(200, dtype=torch.float64))
+
+
+def test_allen_cahn_network_is_smooth_where_the_interval_ends():
+    """With nothing learnt the slope jumps there at the start alone, from -2 to 2."""
+    network = allen_cahn.PeriodicFromInitialValues(lambda features: 0.0 * features[:, :1])
+    _, gradients, _ = pinn.derivatives(network, points(100, [1e-3, 1.0], [1.0, 1.0]), second=[1])
+    assert gradients[:, 1].abs().max() < 1e-12
+    at_start = torch.tensor([[0.0, 1.0 - 1e-9]], dtype=torch.float64)
+    assert pinn.derivatives(network, at_start, second=[1])[1][0, 1].item() == pytest.approx(-2.0, rel=1e-6)
+
+
 def test_allen_cahn_reference_satisfies_the_equation():
     times, positions, values = allen_cahn.reference_solution(nodes=1024, steps=1000, snapshots=500)
     h = positions[1] - positions[0]
