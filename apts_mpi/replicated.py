@@ -99,10 +99,11 @@ class Replicated:
             loss=MeanLoss(loss, options.group),
             inexact=options.schwarz.variant == "inexact",
             keep_gradients=needs_evaluations(options.local),
-            keep_outputs=options.coarse.model == "residual" or solver_class(options.local.solver).dense,
             recorded=self._recorded(),
             comm=self.comm,
         )
+        if options.coarse.model == "residual" or solver_class(options.local.solver).dense:
+            self.objective.keep_outputs = segmented.autocast is None
         self.plateau = make_plateau(self._asked_for, options, vector.values)
         self.micro_batches = MicroBatches(options.most, options.group, self.comm)
         self.schwarz = AdditiveSchwarz(options, self.objective, self.decomposition, self.inner, plateau=self.plateau)

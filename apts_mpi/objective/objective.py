@@ -40,8 +40,6 @@ class Objective:
         Whether the subdomains' outputs and their gradients are cached.
     keep_gradients
         Whether the caches keep the passes' own gradients; local solvers with more than one iteration need them.
-    keep_outputs
-        Whether the caches keep what the network returned.
     recorded
         Layers whose inputs and output gradients are recorded.
     comm
@@ -65,6 +63,8 @@ class Objective:
         What takes sums over the calls of recorded layers, where graphs are not kept; None: the calls are kept.
     observes : callable
         Whether the next local solves look at calls of layers and outputs of segments, which then are recorded.
+    keep_outputs : bool
+        Whether the caches keep what the network returned, for rows in the same precision.
     knows_plain_passes_alone : bool or None
         Whether the network has what cannot be differentiated by chosen tensors alone, as reentrant checkpoints cannot;
         None until that was tried.
@@ -78,7 +78,6 @@ class Objective:
         loss: MeanLoss,
         inexact: bool,
         keep_gradients: bool,
-        keep_outputs: bool = False,
         recorded: Sequence[torch.nn.Module] = (),
         comm: Communicator,
     ) -> None:
@@ -90,8 +89,7 @@ class Objective:
         self.buffers = Buffers(self.network, comm, vector.values)
         self.reduction = GradientReduction(vector, comm)
         self.keep_gradients = keep_gradients
-        # Rows are of the full precision.
-        self._keep_outputs = keep_outputs and segmented.autocast is None
+        self.keep_outputs = False
         self.outputs_of_sample = 1
         self.knows_plain_passes_alone: bool | None = None
         self.summaries: Summaries | None = None
@@ -215,11 +213,10 @@ class Objective:
                         if tensor.requires_grad:  # behind a step function, say, nothing does
                             tensor.retain_grad()
                     cache.outputs = activations
-        for cache in caches if self._keep_outputs else ():
-            # A copy: the loss may write to what it is given.
-            outputs = map_tensors(lambda tensor: tensor.detach().clone(), activations)
+        for cache in caches if self.keep_outputs else ():
             assert isinstance(cache.random_state, torch.Tensor)  # as it was made above
-            cache.returned = Returned(outputs, not torch.equal(cache.random_state, random_state(self._device)))
+            drawn = not torch.equal(cache.random_state, random_state(self._device))
+            cache.returned = Returned(detached(activations), drawn)
         return activations, caches
 
     def ends_before_loss(self, subdomain: Subdomain) -> bool:

@@ -19,6 +19,7 @@ from apts_mpi.data.source import Arrays, check_numbers
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem
 from apts_mpi.problems.user import call
+from apts_mpi.tools.tensors import default_dtype
 from apts_mpi.tools.user_code import import_named
 
 PREFIX = "hdf5:"
@@ -97,13 +98,9 @@ def load(path: str, dtype: torch.dtype, parts: Parts) -> Problem:
 
 def _network(parts: Parts, dtype: torch.dtype) -> nn.Module:
     name = parts.network or ""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         function = import_named("--network", name, "function", NETWORK)
         network = call("--network", name, function, parts.network_args, NETWORK)
-    finally:
-        torch.set_default_dtype(default)
     if not isinstance(network, nn.Module):
         raise InvalidInput(f"--network {name}: the function returned {type(network).__name__}; {NETWORK}")
     return network

@@ -67,7 +67,8 @@ class Problem:
         The targets are one tensor of int64 class indices and the outputs one whose last dimension holds the scores of
         the classes, so that an accuracy can be reported.
     metrics : mapping of str to callable
-        ``metric(network)`` returns a float, such as an error against an exact solution.
+        ``metric(network)`` returns a float, such as an error against an exact solution; torch's default dtype is then
+        that of the parameters.
     group_size : int
         Number of consecutive samples that the loss takes together, and that are shuffled together.
     coupled : bool
@@ -139,6 +140,11 @@ class Problem:
         _check_samples("train", self.train, dtype, self.accuracy)
         if self.test is not None:
             _check_samples("test", self.test, dtype, self.accuracy)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Real type of the parameters: torch's default one where functions of the user's make tensors."""
+        return _parameter_dtype(self.network)
 
     def _take_over(self, dtype: torch.dtype) -> None:
         """Have the samples as `train` and `test` say, and what a loader says of their batches."""

@@ -8,6 +8,7 @@ import torch
 from apts_mpi.data.taking import is_array, is_tree
 from apts_mpi.errors import InvalidInput
 from apts_mpi.problems.problem import Problem, dtype_of
+from apts_mpi.tools.tensors import default_dtype
 from apts_mpi.tools.user_code import arguments_for, import_named
 
 _EXPECTED = (
@@ -37,13 +38,9 @@ def load(name: str, dtype: torch.dtype, arguments: Mapping[str, str]) -> Problem
         When an argument is not one of the function's; when the module or the function is missing or fails, or returns
         something else.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         function = import_named("--problem", name, "function", _EXPECTED)
         returned = call("--problem", name, function, arguments, _EXPECTED)
-    finally:
-        torch.set_default_dtype(default)
     return returned if isinstance(returned, Problem) else _from_tuple(name, returned)
 
 

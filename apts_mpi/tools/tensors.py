@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,17 @@ Packed = Any
 
 # Numbers of a piece.
 PIECE = 1 << 22
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have tensors that are made in the block without a word about it in this floating-point type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pieces(tensor: torch.Tensor, rows: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:

@@ -15,6 +15,7 @@ from apts_mpi.network.partition import split
 from apts_mpi.objective.mean_loss import MeanLoss
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems import Problem
+from apts_mpi.tools.tensors import default_dtype
 from apts_mpi.tools.trees import Data, Tree, count_samples, joined, take
 from apts_mpi.train.average import Average
 
@@ -108,7 +109,8 @@ class Metrics:
         if test is not None:
             values |= self._loss_and_accuracy("test", test)
         for name, metric in self._problem.metrics.items():
-            own = float(metric(network)) if self._comm.rank == 0 else 0.0
+            with default_dtype(self._problem.dtype):
+                own = float(metric(network)) if self._comm.rank == 0 else 0.0
             (values[name],) = self._comm.agree([own], lambda table: [table[0, 0]])
         return values
 

@@ -18,7 +18,7 @@ from apts_mpi.network.segments import segments_of
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.sameness import check_same_trees
 from apts_mpi.problems import Problem, Redraw
-from apts_mpi.tools.tensors import checksum, first_not_finite
+from apts_mpi.tools.tensors import checksum, default_dtype, first_not_finite
 from apts_mpi.tools.trees import Data, Tree, Unread, count_samples, map_tensors, named_leaves, take, tensors_of
 from apts_mpi.train.batches import Batches
 from apts_mpi.train.options import TrainingOptions
@@ -188,13 +188,8 @@ def drawn(redraw: Redraw, generator: torch.Generator, count: int, problem: Probl
         For others, and for nan or inf.
     """
     where = f"problem {problem.name}: redraw"
-    default = torch.get_default_dtype()
-    # That of the function which made the problem.
-    torch.set_default_dtype(next(parameter.dtype.to_real() for parameter in problem.network.parameters()))
-    try:
+    with default_dtype(problem.dtype):
         pair = redraw.draw(generator, count)
-    finally:
-        torch.set_default_dtype(default)
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise InvalidInput(f"{where} returned {type(pair).__name__}; return inputs and targets")
     for name, own, first in zip(("inputs", "targets"), pair, problem.train, strict=True):

@@ -90,6 +90,21 @@ def test_sum_of_corrections_is_the_dense_step(world, subdomains, loss, width):
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("acceleration", [0.0, 0.75])
+def test_the_network_is_evaluated_no_more_than_it_takes(world, acceleration):
+    """At the end of the step, where the outputs that rows need are kept; for the rows; and for the acceleration."""
+    network, calls = small(), []
+    coarse = CoarseOptions(model="residual", acceleration=acceleration)
+    solver = APTS(network, cross_entropy, comm=world, options=options(coarse))
+    solver.step(classified(SAMPLES))
+    while not solver.step().schwarz.accepted:
+        pass
+    network[0].register_forward_hook(lambda *_: calls.append(None))
+    solver.step()
+    assert len(calls) == (3 if acceleration else 2)
+
+
+@pytest.mark.mpi
 @pytest.mark.all_sizes
 @pytest.mark.parametrize("form", ["kernel", "normal", "iterative"])
 @pytest.mark.parametrize("across", [False, True], ids=["range", "across"])

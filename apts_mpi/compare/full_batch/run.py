@@ -15,6 +15,7 @@ from apts_mpi.compare.full_batch.squares import Squares, mean
 from apts_mpi.problems import Problem, build
 from apts_mpi.records.directory import RunDirectory
 from apts_mpi.tools.environment import cpu_seconds, seconds
+from apts_mpi.tools.tensors import default_dtype
 from apts_mpi.train.options import named_values
 
 # Records of a run that its seconds end: as often as metrics take little beside it.
@@ -84,4 +85,5 @@ def measure(problem: Problem) -> dict[str, float]:
         for name, half in halves.items()
         if half is not None
     }
-    return losses | {name: float(metric(problem.network)) for name, metric in problem.metrics.items()}
+    with default_dtype(problem.dtype):
+        return losses | {name: float(metric(problem.network)) for name, metric in problem.metrics.items()}
