@@ -21,10 +21,10 @@ from apts_mpi.schwarz.coarse import saved_coarse_state
 from apts_mpi.schwarz.residual_system import (
     Columns,
     Form,
-    IterativeSystem,
-    KernelSystem,
     NormalSystem,
     ResidualSystem,
+    by_factors,
+    by_products,
     cheaper_form,
     summed,
 )
@@ -129,8 +129,8 @@ class ResidualLevel:
         if self._is_whole and self._size <= LARGEST_DENSE and self._form() == "normal":
             return NormalSystem(own, self._comm)
         if self._count > LARGEST_DENSE:
-            return IterativeSystem(Columns(own, self._comm, self._group), self._comm, self._inner.dots)
-        return KernelSystem(Columns(own, self._comm, self._group), self._comm)
+            return by_products(Columns(own, self._comm, self._group), self._comm)
+        return by_factors(Columns(own, self._comm, self._group), self._comm)
 
     def _form(self) -> Form:
         """The cheaper matrix; that of the parameters where that of the rows is too large."""

@@ -12,13 +12,10 @@ from apts_mpi.curvature.dense import gram
 from apts_mpi.network.partition import split
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.parallel.transport import Mirror
+from apts_mpi.schwarz.nystrom import NystromSolver
 from apts_mpi.schwarz.shared_cholesky import SharedCholesky
-from apts_mpi.trust_region.norms import Dots
 
 Form = Literal["kernel", "normal"]
-
-# Of conjugate gradients: the share of the slope to which the residual falls, and products at most.
-TOLERANCE, PRODUCTS = 1e-8, 300
 
 # Multiplications that take as long as it takes to send a number: some 10 gigaflops, and some gigabytes a second.
 MULTIPLICATIONS_OF_A_NUMBER = 64
@@ -92,6 +89,10 @@ class Columns:
         """See `ResidualSystem`."""
         return summed(self.own @ vector[self._place], self._comm)
 
+    def kernel_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``R R^T`` times a matrix of shape (rows, k)."""
+        return summed(self.own @ (self.own.T @ matrix), self._comm)
+
     def transposed(self, data: torch.Tensor) -> torch.Tensor:
         """See `ResidualSystem`."""
         whole = data.new_zeros(self._held)
@@ -103,6 +104,18 @@ class Columns:
         return whole
 
 
+class Inverse(Protocol):
+    """Of a matrix plus a damping; see `SharedCholesky`. All is collective."""
+
+    size: float
+
+    def factorise(self, damping: float) -> float:
+        """See `ResidualSystem`."""
+
+    def solve(self, vector: torch.Tensor) -> torch.Tensor:
+        """The inverse of the last damping times a vector, on all ranks."""
+
+
 class KernelSystem:
     """By ``R R^T``, a sum over ranks of which each has some columns of R: the inverse times R^T is R^T times its.
 
@@ -110,19 +123,17 @@ class KernelSystem:
     ----------
     columns
         R.
-    comm
-        All ranks.
+    inverse
+        Of ``R R^T`` and a damping.
     """
 
-    def __init__(self, columns: Columns, comm: Communicator) -> None:
-        self.times, self.transposed = columns.times, columns.transposed
-        self._factors = SharedCholesky(gram(columns.own.T).cpu(), comm)
-        self.size = self._factors.size
-        self._damping = 0.0
+    def __init__(self, columns: Columns, inverse: Inverse) -> None:
+        self.times, self.transposed, self._inverse = columns.times, columns.transposed, inverse
+        self.size, self._damping = inverse.size, 0.0
 
     def factorise(self, damping: float) -> float:
         """See `ResidualSystem`."""
-        self._damping = self._factors.factorise(damping)
+        self._damping = self._inverse.factorise(damping)
         return self._damping
 
     def solve(self, data: torch.Tensor, remainder: torch.Tensor | None = None) -> torch.Tensor:
@@ -133,9 +144,20 @@ class KernelSystem:
         return self.transposed(solved - self._solve(self.times(remainder)) / self._damping) + remainder / self._damping
 
     def _solve(self, data: torch.Tensor) -> torch.Tensor:
-        solved = self._factors.solve(data)
+        solved = self._inverse.solve(data)
         left = data - self.times(self.transposed(solved)) - self._damping * solved
-        return solved + self._factors.solve(left)
+        return solved + self._inverse.solve(left)
+
+
+def by_factors(columns: Columns, comm: Communicator) -> KernelSystem:
+    """The system by Cholesky factors of ``R R^T``. Collective."""
+    return KernelSystem(columns, SharedCholesky(gram(columns.own.T).cpu(), comm))
+
+
+def by_products(columns: Columns, comm: Communicator) -> KernelSystem:
+    """The system by products with R alone, where either matrix is too large. Collective."""
+    trace = summed(columns.own.square().sum().reshape(1), comm)[0]
+    return KernelSystem(columns, NystromSolver(columns.kernel_times, trace, len(columns.own), comm))
 
 
 class NormalSystem:
@@ -184,62 +206,11 @@ class NormalSystem:
         return solved + self._factors.solve(left if remainder is None else left + remainder)
 
 
-class IterativeSystem:
-    """By conjugate gradients on ``R^T R + lambda I``, with products alone, where either matrix is too large.
-
-    Parameters
-    ----------
-    columns
-        R.
-    comm
-        All ranks.
-    dots
-        Inner products of pairs of vectors of all parameters. Collective where ranks hold parts.
-    """
-
-    def __init__(self, columns: Columns, comm: Communicator, dots: Dots) -> None:
-        self.times, self.transposed = columns.times, columns.transposed
-        self._comm, self._dots = comm, dots
-        (trace,) = summed(columns.own.square().sum().reshape(1), comm).tolist()
-        (self.size,) = comm.decide(lambda: [_rounded(trace)])
-        self._damping = 0.0
-
-    def factorise(self, damping: float) -> float:
-        """See `ResidualSystem`: any damping will do."""
-        self._damping = damping
-        return damping
-
-    def solve(self, data: torch.Tensor, remainder: torch.Tensor | None = None) -> torch.Tensor:
-        """See `ResidualSystem`; the residual falls to `TOLERANCE` of the slope, in `PRODUCTS` steps at most."""
-        left = self.transposed(data) if remainder is None else self.transposed(data) + remainder
-        solved, direction = torch.zeros_like(left), left.clone()
-        (square,) = self._dots((left, left))
-        goal = TOLERANCE**2 * square
-        for _ in range(PRODUCTS):
-            if not self._is_above(square, goal):
-                break
-            curved = self.transposed(self.times(direction)) + self._damping * direction
-            length = square / self._dots((direction, curved))[0]
-            solved += length * direction
-            left -= length * curved
-            before, (square,) = square, self._dots((left, left))
-            direction = left + (square / before) * direction
-        return solved
-
-    def _is_above(self, square: float, goal: float) -> bool:
-        return bool(self._comm.decide(lambda: [square > goal])[0])
-
-
 def summed(tensor: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """The sum over ranks, in place. Collective."""
     if comm.size > 1:
-        comm.sum(Mirror(tensor))
+        comm.sum(Mirror(tensor.view(-1)))
     return tensor
-
-
-def _rounded(size: float) -> float:
-    """To seven digits, as the others depend on the number of ranks."""
-    return float(f"{size:.6e}")
 
 
 def _gathered(rows: torch.Tensor, group: Communicator) -> torch.Tensor:

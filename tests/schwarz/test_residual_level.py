@@ -23,10 +23,9 @@ from apts_mpi import (
 )
 from apts_mpi.parallel.communicator import Communicator
 from apts_mpi.problems.losses import weighted_squared_error
-from apts_mpi.schwarz.residual_system import Columns, IterativeSystem, KernelSystem, NormalSystem, cheaper_form
+from apts_mpi.schwarz.residual_system import Columns, NormalSystem, by_factors, by_products, cheaper_form
 from apts_mpi.tools.events import Events
 from apts_mpi.trust_region.levenberg_marquardt import FIRST, Damping
-from apts_mpi.trust_region.norms import dots
 
 SAMPLES = 61
 NEWTON = CoarseOptions(model="residual", acceleration=0.0)
@@ -106,7 +105,7 @@ def test_the_network_is_evaluated_no_more_than_it_takes(world, acceleration):
 
 @pytest.mark.mpi
 @pytest.mark.all_sizes
-@pytest.mark.parametrize("form", ["kernel", "normal", "iterative"])
+@pytest.mark.parametrize("form", ["kernel", "normal", "products"])
 @pytest.mark.parametrize("across", [False, True], ids=["range", "across"])
 def test_equations_are_solved_as_the_dense_ones_are(world, form, across):
     """Singular rows, a damping far below them, and a slope that they do not span."""
@@ -119,9 +118,9 @@ def test_equations_are_solved_as_the_dense_ones_are(world, form, across):
     data, remainder = (torch.from_numpy(generator.standard_normal(count)) for count in (rows, size))
     own = whole[comm.rank * rows // comm.size : (comm.rank + 1) * rows // comm.size].clone()
     systems = {
-        "kernel": lambda: KernelSystem(Columns(own, comm, comm), comm),
+        "kernel": lambda: by_factors(Columns(own, comm, comm), comm),
         "normal": lambda: NormalSystem(own, comm),
-        "iterative": lambda: IterativeSystem(Columns(own, comm, comm), comm, dots),
+        "products": lambda: by_products(Columns(own, comm, comm), comm),
     }
     system = systems[form]()
     assert system.size == pytest.approx(float(whole.square().sum()), rel=1e-5)
