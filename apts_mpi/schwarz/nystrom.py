@@ -50,7 +50,7 @@ class NystromSolver:
 
     Attributes
     ----------
-    size : float
+    trace : float
         The trace to seven digits.
     """
 
@@ -58,7 +58,7 @@ class NystromSolver:
         self, product: Callable[[torch.Tensor], torch.Tensor], trace: torch.Tensor, count: int, comm: Communicator
     ) -> None:
         self._product, self._count, self._comm = product, count, comm
-        (self.size,) = comm.decide(lambda: [float(f"{float(trace):.6e}")])
+        (self.trace,) = comm.decide(lambda: [float(f"{float(trace):.6e}")])
         self._damping = 0.0
         self._generator = torch.Generator().manual_seed(SEED)
         self._test = self._sketch = trace.new_zeros(count, 0)
@@ -86,7 +86,7 @@ class NystromSolver:
         return bool(self._comm.decide(lambda: [float(self._values[-1]) > SEEN * self._damping])[0])
 
     def solve(self, vector: torch.Tensor) -> torch.Tensor:
-        """The inverse of the last damping times a vector that all ranks have, up to `TOLERANCE`."""
+        """The inverse of the last damping times a vector that all ranks have, up to ``TOLERANCE``."""
         # No solution is longer: where rounding hides the damping conjugate gradients end there.
         longest = float(vector.norm()) / self._damping
         agree = (lambda stop: bool(self._comm.decide(lambda: [stop])[0])) if self._comm.size > 1 else bool

@@ -173,9 +173,9 @@ class ResidualLevel:
             base = self.last_step.double() * self._options.momentum
             data = data + self._system.times(base)
         # It is the level's when the step is judged: a batch that says nothing leaves it as it was.
-        damping = self.damping.for_matrix(self._system.size)
+        damping = self.damping.for_matrix(self._system.trace)
         for _ in range(RAISES):
-            damping = self._system.factorise(max(damping, LEAST * self._system.size, TINY))
+            damping = self._system.factorise(max(damping, LEAST * self._system.trace, TINY))
             step = -self._system.solve(data, self._remainder)
             if base is not None:
                 step += base
@@ -206,7 +206,7 @@ class ResidualLevel:
         noise = self._region.noise * self._objective.epsilon * abs(judged.loss)
         actual, predicted = judged.loss - judged.trial_loss, judged.predicted_reduction
         rho = (actual + noise) / (predicted + noise) if predicted > 0.0 else 0.0
-        hides_all = self._taken > self._system.size and predicted <= noise
+        hides_all = self._taken > self._system.trace and predicted <= noise
         if judged.step_norm == 0.0 or hides_all:
             self.damping.shorten(self._taken)
         else:

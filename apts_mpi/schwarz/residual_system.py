@@ -28,11 +28,11 @@ class ResidualSystem(Protocol):
 
     Attributes
     ----------
-    size : float
+    trace : float
         Trace of the matrix, which is that of either form.
     """
 
-    size: float
+    trace: float
 
     def factorise(self, damping: float) -> float:
         """Have factors for a damping, or the least larger one that gives a positive definite matrix; return it."""
@@ -107,7 +107,7 @@ class Columns:
 class Inverse(Protocol):
     """Of a matrix plus a damping; see `SharedCholesky`. All is collective."""
 
-    size: float
+    trace: float
 
     def factorise(self, damping: float) -> float:
         """See `ResidualSystem`."""
@@ -129,7 +129,7 @@ class KernelSystem:
 
     def __init__(self, columns: Columns, inverse: Inverse) -> None:
         self.times, self.transposed, self._inverse = columns.times, columns.transposed, inverse
-        self.size, self._damping = inverse.size, 0.0
+        self.trace, self._damping = inverse.trace, 0.0
 
     def factorise(self, damping: float) -> float:
         """See `ResidualSystem`."""
@@ -177,7 +177,7 @@ class NormalSystem:
         start = sum(counts[: comm.rank])
         self._own, self._count = slice(start, start + len(rows)), sum(counts)
         self._factors = SharedCholesky(gram(rows).cpu(), comm)
-        self.size = self._factors.size
+        self.trace = self._factors.trace
         self._damping = 0.0
 
     def factorise(self, damping: float) -> float:

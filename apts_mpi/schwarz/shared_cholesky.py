@@ -39,7 +39,7 @@ class SharedCholesky:
 
     Attributes
     ----------
-    size : float
+    trace : float
         Trace of the sum, to seven digits, as the others depend on the number of ranks.
     """
 
@@ -54,7 +54,7 @@ class SharedCholesky:
         if comm.size > 1:
             self._sum()
         trace = sum(float(term[start:stop, start:stop].trace()) for start, stop in self._own)
-        (self.size,) = comm.agree([trace], lambda traces: [float(f"{traces.sum():.6e}")])
+        (self.trace,) = comm.agree([trace], lambda traces: [float(f"{traces.sum():.6e}")])
 
     def _sum(self) -> None:
         """Have this rank's rows of the sum, up to the diagonal."""

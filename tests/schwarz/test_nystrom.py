@@ -56,7 +56,7 @@ def test_solves_in_some_products_whatever_the_damping(world, monkeypatch, dampin
         return total
 
     solver = NystromSolver(product, matrix.trace().clone(), SIZE, comm)
-    assert solver.size == pytest.approx(float(matrix.trace()), rel=1e-6)
+    assert solver.trace == pytest.approx(float(matrix.trace()), rel=1e-6)
     assert solver.factorise(damping) == damping
     sketched, products = sum(products), []
     assert sketched == (60 if first == 200 else {1e-3: 8, 1e-6: 32, 1e-10: 60}[damping])

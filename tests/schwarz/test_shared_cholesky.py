@@ -31,7 +31,7 @@ def test_solves_as_the_dense_equations_do(comm, monkeypatch, size, rows, columns
     monkeypatch.setattr(shared_cholesky, "LEAST_SHARED", least)
     whole = terms(size, comm.size).sum(dim=0)
     factors = SharedCholesky(terms(size, comm.size, comm.rank), comm)
-    assert factors.size == pytest.approx(float(whole.trace()), rel=1e-6)
+    assert factors.trace == pytest.approx(float(whole.trace()), rel=1e-6)
     vector = torch.linspace(1.0, 2.0, size, dtype=torch.float64)
     # The second one from the same sum.
     for damping in (1.0, 1e-3):
