@@ -89,6 +89,17 @@ def test_sum_of_corrections_is_the_dense_step(world, subdomains, loss, width):
 
 
 @pytest.mark.mpi
+def test_momentum_that_leads_up_is_forgotten(world):
+    """No damping shortens it, so that rejections have to."""
+    coarse = CoarseOptions(model="residual", momentum=0.9, acceleration=0.0)
+    solver = APTS(small(), cross_entropy, comm=world, options=options(coarse))
+    solver.step(classified(SAMPLES))
+    solver.holding.coarse.last_step.copy_(10.0 * torch.sign(solver._gradient))
+    assert not solver.step().schwarz.accepted
+    assert any(solver.step().schwarz.accepted for _ in range(12))
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("acceleration", [0.0, 0.75])
 def test_the_network_is_evaluated_no_more_than_it_takes(world, acceleration):
     """At the end of the step, where the outputs that rows need are kept; for the rows; and for the acceleration."""
