@@ -64,7 +64,7 @@ def shaped_like(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     front = flat.shape[:-1]
     if like.is_complex():
         return torch.view_as_complex(flat.view(*front, *like.shape, 2))
-    return flat.view(*front, *like.shape)
+    return flat.view((*front, *like.shape))
 
 
 class FlatParameters:

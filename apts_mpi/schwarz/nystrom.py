@@ -17,7 +17,10 @@ from apts_mpi.trust_region.subproblem import steihaug
 FIRST, MOST, SEEN = 128, 2048, 10.0
 
 # Of a solution: the share of the right-hand side to which its residual falls, and products at most.
-TOLERANCE, PRODUCTS = 1e-8, 300
+TOLERANCE, PRODUCTS = 1e-10, 300
+
+# Of the damping, relative to the trace: with less, rounding errors of products are larger than what is solved for.
+LEAST = 1e-13
 
 # The random vectors are those of all ranks.
 SEED = 0
@@ -75,12 +78,12 @@ class NystromSolver:
         self._vectors, self._values = approximation(self._test, self._sketch)
 
     def factorise(self, damping: float) -> float:
-        """See `apts_mpi.schwarz.residual_system.ResidualSystem`: any damping will do."""
-        self._damping = damping
+        """See `apts_mpi.schwarz.residual_system.ResidualSystem`: no damping is below ``LEAST`` of the trace."""
+        (self._damping,) = self._comm.decide(lambda: [max(damping, LEAST * self.trace, TINY)])
         most = min(MOST, self._count)
         while (columns := self._test.shape[1]) < most and self._is_coarse():
             self._extend(min(columns, most - columns))
-        return damping
+        return self._damping
 
     def _is_coarse(self) -> bool:
         return bool(self._comm.decide(lambda: [float(self._values[-1]) > SEEN * self._damping])[0])
@@ -96,6 +99,9 @@ class NystromSolver:
         return found
 
     def _damped(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._comm.size > 1:
+            # A sum of products with directions that are rounded apart is no product, and the ways part.
+            self._comm.share_tensors([vector])
         return self._product(vector[:, None])[:, 0] + self._damping * vector
 
     def _precondition(self, vector: torch.Tensor) -> torch.Tensor:
@@ -116,8 +122,11 @@ def approximation(test: torch.Tensor, sketch: torch.Tensor) -> tuple[torch.Tenso
         Y.
     """
     shift = max(torch.finfo(sketch.dtype).eps * float(sketch.norm()), TINY)
+    factor, shifted = sketch, sketch
     failed = True
-    while failed and math.isfinite(shift):
+    while failed:
+        if not math.isfinite(shift):  # the products are not: nothing is known
+            return torch.zeros_like(test), test.new_zeros(test.shape[1])
         shifted = sketch + shift * test
         factor, failed = torch.linalg.cholesky_ex(test.T @ shifted)
         shift *= 10.0 if failed else 1.0

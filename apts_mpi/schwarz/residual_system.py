@@ -44,7 +44,7 @@ class ResidualSystem(Protocol):
         """``R^T data`` for data that all ranks have, shape (n,)."""
 
     def solve(self, data: torch.Tensor, remainder: torch.Tensor | None = None) -> torch.Tensor:
-        """The x of the last damping, refined once, shape (n,)."""
+        """The x of the last damping, shape (n,)."""
 
 
 def cheaper_form(rows: int, parameters: int, ranks: int) -> Form:
@@ -125,10 +125,13 @@ class KernelSystem:
         R.
     inverse
         Of ``R R^T`` and a damping.
+    refined
+        Whether what a solution leaves is solved for once more.
     """
 
-    def __init__(self, columns: Columns, inverse: Inverse) -> None:
+    def __init__(self, columns: Columns, inverse: Inverse, refined: bool) -> None:
         self.times, self.transposed, self._inverse = columns.times, columns.transposed, inverse
+        self._refined = refined
         self.trace, self._damping = inverse.trace, 0.0
 
     def factorise(self, damping: float) -> float:
@@ -145,19 +148,21 @@ class KernelSystem:
 
     def _solve(self, data: torch.Tensor) -> torch.Tensor:
         solved = self._inverse.solve(data)
+        if not self._refined:
+            return solved
         left = data - self.times(self.transposed(solved)) - self._damping * solved
         return solved + self._inverse.solve(left)
 
 
 def by_factors(columns: Columns, comm: Communicator) -> KernelSystem:
     """The system by Cholesky factors of ``R R^T``. Collective."""
-    return KernelSystem(columns, SharedCholesky(gram(columns.own.T).cpu(), comm))
+    return KernelSystem(columns, SharedCholesky(gram(columns.own.T).cpu(), comm), refined=True)
 
 
 def by_products(columns: Columns, comm: Communicator) -> KernelSystem:
     """The system by products with R alone, where either matrix is too large. Collective."""
     trace = summed(columns.own.square().sum().reshape(1), comm)[0]
-    return KernelSystem(columns, NystromSolver(columns.kernel_times, trace, len(columns.own), comm))
+    return KernelSystem(columns, NystromSolver(columns.kernel_times, trace, len(columns.own), comm), refined=False)
 
 
 class NormalSystem:

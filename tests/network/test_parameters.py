@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import classifier, flat
+from torch import nn
 
 from apts_mpi import InvalidInput
 from apts_mpi.network.parameters import FlatParameters
@@ -25,6 +26,15 @@ def test_entries_lie_in_order_without_gaps():
     assert torch.equal(vector.values, before)
     for entry, parameter in zip(vector.entries, network.parameters(), strict=True):
         assert torch.equal(vector.values[entry.start : entry.stop].view(parameter.shape), parameter)
+
+
+def test_a_parameter_without_dimensions():
+    """An unknown coefficient of an equation, say."""
+    network = nn.Linear(2, 1)
+    network.coefficient = nn.Parameter(torch.tensor(0.5))
+    vector = FlatParameters(network)
+    vector.values += 1.0
+    assert network.coefficient.shape == () and network.coefficient.item() == 1.5
 
 
 def test_backward_pass_accumulates_in_the_flat_vector():

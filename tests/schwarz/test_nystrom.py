@@ -69,6 +69,40 @@ def test_solves_in_some_products_whatever_the_damping(world, monkeypatch, dampin
 
 
 @pytest.mark.mpi
+def test_ranks_that_round_apart_solve_the_same(world):
+    """Sums over ranks may differ between them in the last bits, which is no reason for their ways to part."""
+    comm = Communicator(world, Events())
+    matrix, _ = kernel()
+    generator = torch.Generator().manual_seed(world.rank)
+
+    def product(vectors):
+        total = (world.rank + 1.0) / sum(range(1, world.size + 1)) * (matrix @ vectors)
+        if world.size > 1:
+            total = torch.from_numpy(world.allreduce(total.numpy()))
+        return total * (1.0 + 1e-16 * torch.randn(total.shape, dtype=torch.float64, generator=generator))
+
+    solver = NystromSolver(product, matrix.trace().clone(), SIZE, comm)
+    solver.factorise(1e-12)
+    vector = matrix @ torch.linspace(1.0, 2.0, SIZE, dtype=torch.float64)
+    found = solver.solve(vector)
+    left = vector - matrix @ found - 1e-12 * found
+    assert left.norm() <= 1e-9 * vector.norm()
+
+
+def test_products_that_are_no_numbers_say_nothing():
+    test = torch.ones(5, 2, dtype=torch.float64)
+    for number in (float("nan"), float("inf"), 1e300):
+        vectors, values = approximation(test, torch.full_like(test, number))
+        assert vectors.isfinite().all() and not values.any()
+
+
+@pytest.mark.mpi
+def test_a_damping_below_rounding_is_raised(world):
+    solver = NystromSolver(lambda vectors: vectors * 2.0, torch.tensor(4.0).double(), 2, Communicator(world, Events()))
+    assert solver.factorise(1e-20) == 4e-13
+
+
+@pytest.mark.mpi
 def test_a_matrix_of_zeros(world):
     solver = NystromSolver(torch.zeros_like, torch.zeros((), dtype=torch.float64), 5, Communicator(world, Events()))
     solver.factorise(0.5)
