@@ -66,7 +66,7 @@ class ResidualLevel:
     Attributes
     ----------
     step, last_step : Tensor, shape (n,)
-        That of the last `recombine`, and the last accepted one.
+        That of the last `recombine`; and the last accepted one, zero after a rejection.
     damping : Damping
         lambda.
     """
