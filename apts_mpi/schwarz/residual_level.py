@@ -43,6 +43,9 @@ TINY = 1e-30
 # errors of float32 are seen in a shorter one.
 DIFFERENCES = {torch.float32: 0.5, torch.float64: 0.1}
 
+# What a rejection leaves of the last step in the momentum; nothing, where the model says that it leads up.
+LEFT_OF_MOMENTUM = 0.5
+
 # How often the damping is raised at most until a step is within the largest ball, ten times each.
 RAISES = 100
 
@@ -66,7 +69,7 @@ class ResidualLevel:
     Attributes
     ----------
     step, last_step : Tensor, shape (n,)
-        That of the last `recombine`; and the last accepted one, zero after a rejection.
+        That of the last `recombine`; and the last accepted one, less of it after a rejection.
     damping : Damping
         lambda.
     """
@@ -216,7 +219,7 @@ class ResidualLevel:
             self.last_step.copy_(self.step)
         else:
             # However large the damping, the step is no shorter than the momentum that it draws to.
-            self.last_step.zero_()
+            self.last_step *= LEFT_OF_MOMENTUM if predicted > 0.0 else 0.0
 
     def state(self) -> dict[str, Any]:
         """What lasts from one iteration to the next, by name: numbers and tensors of shape (n,)."""
