@@ -216,7 +216,9 @@ class Objective:
         for cache in caches if self.keep_outputs else ():
             assert isinstance(cache.random_state, torch.Tensor)  # as it was made above
             drawn = not torch.equal(cache.random_state, random_state(self._device))
-            cache.returned = Returned(detached(activations), drawn)
+            # A copy: a network may have its outputs where the next call writes.
+            outputs = map_tensors(lambda tensor: tensor.detach().clone(), activations)
+            cache.returned = Returned(outputs, drawn)
         return activations, caches
 
     def ends_before_loss(self, subdomain: Subdomain) -> bool:

@@ -86,14 +86,16 @@ class NystromSolver:
         return self._damping
 
     def _is_coarse(self) -> bool:
-        return bool(self._comm.decide(lambda: [float(self._values[-1]) > SEEN * self._damping])[0])
+        return self._agree(float(self._values[-1]) > SEEN * self._damping)
+
+    def _agree(self, holds: bool) -> bool:
+        return bool(self._comm.decide(lambda: [holds])[0])
 
     def solve(self, vector: torch.Tensor) -> torch.Tensor:
-        """The inverse of the last damping times a vector that all ranks have, up to ``TOLERANCE``."""
+        """The inverse of the last damping times a vector that all ranks have, up to ``TOLERANCE`` or ``PRODUCTS``."""
         # No solution is longer: where rounding hides the damping conjugate gradients end there.
         longest = float(vector.norm()) / self._damping
-        agree = (lambda stop: bool(self._comm.decide(lambda: [stop])[0])) if self._comm.size > 1 else bool
-        found, _ = steihaug(self._damped, -vector, longest, TOLERANCE, PRODUCTS, self._precondition, agree)
+        found, _ = steihaug(self._damped, -vector, longest, TOLERANCE, PRODUCTS, self._precondition, self._agree)
         if self._comm.size > 1:
             self._comm.share_tensors([found])
         return found

